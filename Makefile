@@ -1,0 +1,82 @@
+# megatron_prune: every command a user or a CI needs. `make help` lists them.
+#
+#   make test MEGATRON_PRUNE_DATA=DIR     also run the tests on real inputs (see tests/conftest.py)
+#   make test ARGS="tests/model -k axes"  further arguments for pytest
+#   make install TORCH_PIP_ARGS="..."     further arguments for installing torch (another index, say a CPU one)
+#   make install PYTHON=python3.12        the interpreter .venv is made with
+
+PYTHON ?= python3
+TORCH = torch==2.13.0
+TORCH_PIP_ARGS ?=
+EXTRAS = dev,hf,plot
+ARGS ?=
+
+VENV = .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+SOURCES = megatron_prune tests setup.py $(wildcard tools examples)
+
+# Recipes find .venv's python and torchrun first.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install test test-full lint types dry-run checks demo bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## set up .venv: torch first, then the package and its tools
+	@:
+
+# torch goes first and alone: whatever build of it is chosen here stays, since the package bounds it only from below.
+$(STAMP): setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "install: needs Python 3.10 or newer; name one: make install PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
+	    || { echo "install: $(PYTHON) cannot make .venv; Debian and Ubuntu need the package python3-venv" >&2; exit 1; }
+	@echo "install: $(TORCH) into $(VENV) (a large download the first time)"
+	@$(PIP_INSTALL) --upgrade pip
+	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) $(TORCH)
+	@echo "install: megatron_prune[$(EXTRAS)] into $(VENV)"
+	@$(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+test: install  ## the tests (a few minutes)
+	@$(PYTEST) -m "not soak and not slurm and not gguf and not full" $(ARGS)
+
+test-full: install  ## the same and the rest of the covers that `make test` samples
+	@$(PYTEST) -m "not soak and not slurm and not gguf" --hypothesis-profile=full $(ARGS)
+
+lint: install  ## ruff: rules and formatting
+	@$(BIN)/ruff check --quiet --output-format=concise $(SOURCES)
+	@$(BIN)/ruff format --check --quiet $(SOURCES) \
+	    || { echo "lint: the files above are not formatted; run $(BIN)/ruff format $(SOURCES)" >&2; exit 1; }
+	@echo "lint: clean"
+
+types: install  ## mypy on the package
+	@$(BIN)/mypy megatron_prune
+
+dry-run: install  ## check every shipped recipe without training
+	@set -e; count=0; for config in examples/configs/*.yaml; do \
+	    test -e "$$config" || continue; \
+	    echo "dry-run: $$config"; \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m megatron_prune.pretrain --config "$$config" --dry-run; \
+	    count=$$((count + 1)); \
+	done; \
+	if [ $$count -eq 0 ]; then echo "dry-run: SKIPPED, examples/configs holds no recipe"; \
+	else echo "dry-run: recipes that pass: $$count"; fi
+
+checks: lint types dry-run  ## lint, types and dry-run
+
+demo: install  ## the whole way from a corpus to an exported small model (under 10 minutes on 2 cores)
+	@bash examples/demo.sh
+
+bench: install  ## what pruning costs, as fractions of a training step
+	@$(BIN)/python tools/bench.py $(ARGS)
+
+clean:  ## remove build outputs, demo outputs and caches; .venv stays
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find megatron_prune tests $(wildcard tools examples) -name __pycache__ -type d -prune -exec rm -rf {} +

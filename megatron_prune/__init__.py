@@ -1,0 +1,21 @@
+"""megatron_prune: prune a Llama while it keeps training, on megatron-core.
+
+The rooms, in the order in which data flows (none imports a later one):
+
+    config       what to run: frozen dataclasses, strict YAML, Megatron's flag names
+    runtime      the device and the process groups: CUDA/NCCL or CPU/gloo
+    model        what can shrink: Architecture, ShardLayout, param_axes (THE table), layers
+    optimizer    megatron-core's DDP and optimizer, and a view of what each rank owns
+    saliency     what a unit costs: criteria, Fisher, group scores, sharded reducer
+    pruning      which group, when: selector, schedule, history
+    resharding   apply it everywhere: retire, compact, coordinator
+    data         tokenizers, preprocessing, blends
+    checkpoint   live units only, loadable on any layout
+    training     the loop
+    huggingface  Hugging Face folders in and out
+    evaluation   perplexity
+    launch       a configuration becomes a running job
+    testing      gloo ranks on CPU and the dense oracle
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,28 @@
+"""Checkpoints: live units only, in canonical order, so that any layout loads what any layout saved.
+
+    save_checkpoint, save_weights, AsyncSaver   write (`save`)
+    read_header                                 what to build the model with, before there is one (`header`)
+    load_checkpoint                             fill the model (`load`)
+    CheckpointReader                            one tensor at a time, in a single process (`reader`)
+
+Below them: `pieces` (where a rank's tensors lie in the canonical ones: pure), `tensors` (what a rank saves and loads),
+`storage` (megatron-core's torch_dist format), `files` (names, checksums, publishing, keeping), `rng`.
+"""
+
+from megatron_prune.checkpoint.files import CheckpointSaveError, Retention
+from megatron_prune.checkpoint.header import Header, read_header
+from megatron_prune.checkpoint.load import load_checkpoint
+from megatron_prune.checkpoint.reader import CheckpointReader
+from megatron_prune.checkpoint.save import AsyncSaver, save_checkpoint, save_weights
+
+__all__ = [
+    "AsyncSaver",
+    "CheckpointReader",
+    "CheckpointSaveError",
+    "Header",
+    "Retention",
+    "load_checkpoint",
+    "read_header",
+    "save_checkpoint",
+    "save_weights",
+]

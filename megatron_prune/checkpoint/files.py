@@ -1,0 +1,285 @@
+"""The folder of a run's checkpoints: names, checksums, publishing, keeping and deleting.
+
+    DIR/iter_0000100/                        one complete checkpoint
+    DIR/iter_0000100.tmp-1a2b3c4d/           one being written (or left by a run that died); readers never look at it
+    DIR/latest_checkpointed_iteration.txt    number of the newest complete one
+
+    resolve           directory and step -> folder, or a UserError that says what is there
+    Digest, digest    size and CRC-32 of a file
+    write_manifest    checksums.json: the digests of all other files
+    damages           what is wrong with a folder, file by file
+    publish           rename the finished folder into place, then move `latest` on
+    Retention         which older checkpoints stay
+
+Both renames are atomic and everything is flushed to the disk before them, so a reader finds either the old state or the
+new. Nothing here communicates: one rank calls what changes the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune.errors import UserError
+
+LATEST = "latest_checkpointed_iteration.txt"
+MANIFEST = "checksums.json"
+_STEP_FOLDER = re.compile(r"iter_(\d{7,})")
+_REPLACED = ".replaced"
+_CHUNK = 4 << 20
+
+
+class CheckpointSaveError(OSError):
+    """A checkpoint could not be written (disk full, no permission, ...); raised on all ranks, older ones stay."""
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def step_name(iteration: int) -> str:
+    """`iter_0000100`."""
+    return f"iter_{iteration:07d}"
+
+
+def steps(directory: Path) -> list[int]:
+    """Iterations that have a checkpoint folder in `directory`, ascending (complete by construction, maybe damaged)."""
+    if not directory.is_dir():
+        return []
+    names = {entry.name.removesuffix(_REPLACED) for entry in directory.iterdir() if entry.is_dir()}
+    return sorted(int(match[1]) for match in map(_STEP_FOLDER.fullmatch, names) if match)
+
+
+def step_folder(directory: Path, iteration: int) -> Path:
+    """The folder of `iteration`; the one it was about to replace, should a crash have struck between two renames."""
+    folder = directory / step_name(iteration)
+    replaced = folder.with_name(folder.name + _REPLACED)
+    return replaced if replaced.is_dir() and not folder.is_dir() else folder
+
+
+def resolve(directory: Path, step: int | None = None) -> tuple[int, Path]:
+    """(iteration, folder) of the checkpoint to load.
+
+    Args:
+        directory: the run's folder, or one `iter_...` folder itself.
+        step: iteration; None: the one that `latest_checkpointed_iteration.txt` names.
+
+    Raises:
+        UserError: there is none; the message says which are there.
+    """
+    own = _STEP_FOLDER.fullmatch(directory.name)
+    if own and directory.is_dir():
+        if step not in (None, int(own[1])):
+            raise UserError(f"{directory} is the checkpoint of iteration {int(own[1])}, not {step}: name its parent")
+        return int(own[1]), directory
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such folder; give the folder that was saved to")
+    if step is None:
+        step = _latest(directory)
+    folder = step_folder(directory, step)
+    if not folder.is_dir():
+        raise UserError(f"{directory}: no checkpoint of iteration {step}; {_offer(directory, step)}")
+    return step, folder
+
+
+def _latest(directory: Path) -> int:
+    path = directory / LATEST
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, so no complete checkpoint; {_offer(directory, None)}") from None
+    if not re.fullmatch(rb"\d+\n?", text):
+        raise UserError(f"{path}: not an iteration number; {_offer(directory, None)}")
+    return int(text)
+
+
+def _offer(directory: Path, but: int | None) -> str:
+    """What else could be loaded: the newest undamaged checkpoint, verified now."""
+    for step in reversed(steps(directory)):
+        if step != but and not damages(step_folder(directory, step)):
+            return f"the newest good checkpoint is of iteration {step}: load it with --ckpt-step {step}"
+    return "there is no other good checkpoint"
+
+
+def refuse_damaged(directory: Path, iteration: int, complaints: Iterable[str]) -> None:
+    """Raise UserError for the first complaint, with the newest good checkpoint beside it; nothing if there is none."""
+    for complaint in complaints:
+        raise UserError(f"damaged checkpoint: {complaint}; {_offer(directory, iteration)}")
+
+
+# Checksums ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Digest:
+    """Size in bytes and CRC-32 of a file; the sum finds every flipped bit and every burst of up to 32."""
+
+    size: int
+    crc32: int
+
+
+def digest(path: Path) -> Digest:
+    """Read `path` and sum it up."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return Digest(size, crc)
+
+
+def write_manifest(folder: Path, digests: Mapping[str, Digest]) -> None:
+    """Write checksums.json; it carries a sum over itself as well."""
+    _write(folder / MANIFEST, _manifest_text({name: [d.size, d.crc32] for name, d in sorted(digests.items())}))
+
+
+def _manifest_text(files: dict[str, list[int]]) -> bytes:
+    own = zlib.crc32(json.dumps(files).encode())
+    return (json.dumps({"files (bytes, CRC-32)": files, "crc32 of this list": own}, indent=1) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Digest]:
+    """Inverse of `write_manifest`. Raises ValueError when it is damaged, FileNotFoundError when it is not there."""
+    text = (folder / MANIFEST).read_bytes()
+    try:
+        files = json.loads(text)["files (bytes, CRC-32)"]
+        is_sound = _manifest_text(files) == text
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"not a list of checksums ({error})") from error
+    if not is_sound:
+        raise ValueError("does not match its own sum")
+    return {name: Digest(*values) for name, values in files.items()}
+
+
+def damages(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Complaints `PATH: what` about the files of a checkpoint folder; an empty list when all is as it was written.
+
+    Args:
+        names: read only these (all that checksums.json lists when None).
+    """
+    try:
+        manifest = read_manifest(folder)
+    except FileNotFoundError:
+        return [f"{folder / MANIFEST}: missing"]
+    except (ValueError, OSError) as error:
+        return [f"{folder / MANIFEST}: {error}"]
+    return [c for name in (manifest if names is None else names) if (c := _damage(folder / name, manifest.get(name)))]
+
+
+def _damage(path: Path, expected: Digest | None) -> str | None:
+    if expected is None:
+        return f"{path}: not in {MANIFEST}"
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"{path}: {size} bytes, {expected.size} were written"
+        found = digest(path)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None if found == expected else f"{path}: its content is not what was written"
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def begin(directory: Path, iteration: int) -> Path:
+    """Make a fresh folder to write into, after clearing what runs that died have left. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for entry in directory.glob("iter_*.tmp-*"):
+        shutil.rmtree(entry, ignore_errors=True)
+    for entry in directory.glob(f"iter_*{_REPLACED}"):
+        _settle(entry)
+    folder = directory / f"{step_name(iteration)}.tmp-{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
+
+
+def _settle(replaced: Path) -> None:
+    """After a crash between two renames: the old checkpoint goes back to its place, or goes where there is a new."""
+    place = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+    if place.is_dir():
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        replaced.rename(place)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, Digest]:
+    """Write and flush small files; their digests."""
+    for name, content in files.items():
+        _write(folder / name, content)
+    return {name: Digest(len(content), zlib.crc32(content)) for name, content in files.items()}
+
+
+def publish(folder: Path, directory: Path, iteration: int) -> Path:
+    """Rename the finished `folder` to its name and move `latest` on to it. Raises OSError."""
+    _sync_folder(folder)
+    final = directory / step_name(iteration)
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        final.rename(replaced)
+    folder.rename(final)
+    _sync_folder(directory)
+    temporary = directory / f"{LATEST}.tmp"
+    try:
+        _write(temporary, f"{iteration}\n".encode())
+        temporary.replace(directory / LATEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries (names) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Keeping --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a newer one is complete.
+
+    Args:
+        keep_last: this many of the newest (None: all; with `interval`: one).
+        interval: and all at multiples of this iteration (Megatron's `save_retain_interval`).
+    """
+
+    keep_last: int | None = None
+    interval: int | None = None
+
+    def superseded(self, present: Sequence[int], newest: int) -> list[int]:
+        """Iterations to delete now that `newest` is complete; later ones, of a future given up, are left alone."""
+        if self.keep_last is None and self.interval is None:
+            return []
+        older = sorted(step for step in present if step < newest)
+        old = older[: max(len(older) - (self.keep_last or 1) + 1, 0)]
+        return [step for step in old if not self.interval or step % self.interval]
+
+    def apply(self, directory: Path, newest: int) -> list[int]:
+        """Delete them; each is renamed first, so that nobody loads half of one. Raises OSError."""
+        doomed = self.superseded(steps(directory), newest)
+        for step in doomed:
+            folder = step_folder(directory, step)
+            away = directory / f"{step_name(step)}.tmp-deleted"
+            folder.rename(away)
+            shutil.rmtree(away)
+        return doomed

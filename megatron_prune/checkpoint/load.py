@@ -1,0 +1,87 @@
+"""Bring a model to the state of a checkpoint, whatever layout either has.
+
+load_checkpoint   weights, optimizer, random generators; returns the run's state
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint.files import damages, read_manifest, refuse_damaged, resolve
+from megatron_prune.checkpoint.header import Header, read_header
+from megatron_prune.checkpoint.pieces import spread
+from megatron_prune.checkpoint.rng import restore_rng
+from megatron_prune.checkpoint.tensors import load_moments, load_weights
+from megatron_prune.errors import UserError
+from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.runtime.mesh import Mesh, agree, broadcast_object
+
+
+@torch.no_grad()
+def load_checkpoint(
+    model: ShardedModel, directory: str | Path, step: int | None = None, *, load_optim: bool = True
+) -> dict[str, Any]:
+    """Load into `model`, which must have been built with the checkpoint's architecture (see `read_header`); collective.
+
+    Every file is verified first, a share by each rank. Bit for bit what was saved when the layout is the saved one;
+    random generators are restored when the mesh is the same.
+
+    Args:
+        directory: the folder that was saved to. step: iteration; None: the newest complete one.
+        load_optim: False leaves the optimizer as new (and the random generators as they are).
+
+    Returns:
+        The `state` given to `save_checkpoint`.
+
+    Raises:
+        UserError: on all ranks: no such checkpoint, a damaged file (the newest good checkpoint is named), or another
+            architecture.
+    """
+    header = verified_header(model.mesh, directory, step)
+    if header.architecture != model.layout.architecture:
+        raise UserError(f"{header.path}: the model was built with another architecture than the one stored there")
+    load_weights(model, header.path, header.facts)
+    if load_optim:
+        load_moments(model, header.path, header.facts)
+        mesh = model.mesh
+        if header.facts.mesh == (mesh.tp_size, mesh.pp_size, mesh.dp_size) and len(header.rng) == mesh.world_size:
+            restore_rng(header.rng[mesh.rank])
+    return header.state
+
+
+def verified_header(mesh: Mesh, directory: str | Path, step: int | None) -> Header:
+    """The header, after all files have been verified by all ranks together. Raises UserError on all ranks."""
+    directory = Path(directory)
+    iteration, folder = _on_first_rank(mesh, lambda: resolve(directory, step))
+    complaints = damages(folder, _share(mesh, folder))
+    found = next((c for reported in agree(mesh, complaints) for c in reported), None)
+    if found is not None:
+        _on_first_rank(mesh, lambda: refuse_damaged(folder.parent, iteration, [found]))
+    return read_header(folder)
+
+
+def _share(mesh: Mesh, folder: Path) -> list[str]:
+    """The files that this rank verifies; none where the list itself is damaged, which all ranks then report."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError):
+        return []
+    readers = spread([d.size for d in manifest.values()], mesh.world_size)
+    return [name for name, reader in zip(manifest, readers, strict=True) if reader == mesh.rank]
+
+
+def _on_first_rank(mesh: Mesh, act: Any) -> Any:
+    """What `act` returns on rank 0, on all ranks; a UserError there is raised on all."""
+    result, error = None, None
+    if mesh.rank == 0:
+        try:
+            result = act()
+        except UserError as raised:
+            error = str(raised)
+    result, error = broadcast_object(mesh, (result, error))
+    if error is not None:
+        raise UserError(error)
+    return result

@@ -1,0 +1,147 @@
+"""Where a rank's tensors lie in the canonical ones: pure arithmetic, no communication.
+
+    Piece    a rectangle of a flat local range and the place of its live elements in the canonical tensor
+    pieces   a flat range of a local parameter -> its pieces
+    spread   deal items of given sizes over ranks
+
+A *canonical* tensor is a Hugging Face tensor that holds live units only, in ascending original id. Slots hold a layer's
+live units in that same order, first within a rank and then over tensor-parallel ranks, so the live elements of any
+contiguous range of slots are contiguous in the canonical tensor. Hence every rectangle of every range that a rank owns,
+whatever the sharding, is one rectangle of the canonical tensor: nothing is gathered to save or to load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.layout import EMPTY, ShardLayout
+from megatron_prune.model.param_axes import Dim, ParamAxes, expand, live_ids, slot_ids
+from megatron_prune.optimizer.owned import blocks
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Live elements of one rectangle.
+
+    Args:
+        hf_name: the canonical tensor.
+        global_shape: its shape; `offset` and `shape` are the place of this piece in it (one or two dims).
+        start, height, width: the rectangle is `flat[start : start + height * width].view(height, width)`.
+        rows, columns: positions of the live elements inside the rectangle, int64, ascending.
+    """
+
+    hf_name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    height: int
+    width: int
+    rows: np.ndarray
+    columns: np.ndarray
+
+    def view(self, flat: Tensor) -> Tensor | None:
+        """The live elements as a view of `flat` in `shape`, or None where empty slots lie between them."""
+        if not (_is_range(self.rows) and _is_range(self.columns)):
+            return None
+        return self.read(flat)
+
+    def read(self, flat: Tensor) -> Tensor:
+        """The live elements of `flat`, in `shape` (a view where that is possible)."""
+        block = self._block(flat)
+        for dim, live in enumerate((self.rows, self.columns)):
+            if _is_range(live):
+                block = block.narrow(dim, int(live[0]), len(live))
+            else:
+                block = block.index_select(dim, torch.from_numpy(live).to(flat.device))
+        return block if len(self.shape) == 2 else block[:, 0]
+
+    def write(self, flat: Tensor, values: Tensor) -> None:
+        """Put `values` of `shape` at the live elements of `flat`; others stay as they are."""
+        rows, columns = (torch.from_numpy(live).to(flat.device) for live in (self.rows, self.columns))
+        values = values.to(device=flat.device, dtype=flat.dtype).view(len(rows), len(columns))
+        self._block(flat)[rows[:, None], columns] = values
+
+    def _block(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.start + self.height * self.width].view(self.height, self.width)
+
+
+def _is_range(positions: np.ndarray) -> bool:
+    return int(positions[-1] - positions[0]) + 1 == len(positions)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One dim of one part on one rank: the live elements among the stored ones, and where they start canonically."""
+
+    is_live: np.ndarray
+    first: int
+    total: int
+
+    @classmethod
+    def of(cls, dim: Dim, row: ParamAxes, layout: ShardLayout, rank: int) -> _Axis:
+        below = range(rank) if dim.is_sharded else ()
+        first = sum(int((slot_ids(dim, layout, row.layer, r) != EMPTY).sum()) for r in below) * dim.size
+        ids = expand(slot_ids(dim, layout, row.layer, rank), dim.size)
+        return cls(ids != EMPTY, first, _live_elements(dim, layout.architecture, row.layer))
+
+    def live(self, start: int, stop: int) -> tuple[np.ndarray, int]:
+        """(live positions counted from `start`, canonical position of the first) of the stored range [start, stop)."""
+        return np.flatnonzero(self.is_live[start:stop]), self.first + int(self.is_live[:start].sum())
+
+
+_ONE_COLUMN = _Axis(np.ones(1, dtype=bool), 0, 1)  # a vector is a matrix of one column
+
+
+def _live_elements(dim: Dim, architecture: Architecture, layer: int) -> int:
+    return len(live_ids(dim, architecture, layer)) * dim.size
+
+
+def pieces(row: ParamAxes, layout: ShardLayout, rank: int, start: int, end: int) -> Iterator[Piece]:
+    """Cut the flat range [start, end) of parameter `row` on tensor-parallel `rank` into pieces.
+
+    The range's own flat tensor has length end - start. Rectangles without a live element give no piece.
+    """
+    parts = [
+        (part, first, last, [_Axis.of(dim, row, layout, rank) for dim in part.dims])
+        for part, first, last in row.part_rows(layout, rank)
+    ]
+    for offset, _, rows, columns in blocks(start, end, row.local_shape(layout, rank)):
+        width = columns.stop - columns.start
+        for part, first, last, axes in parts:
+            top, bottom = max(rows.start, first), min(rows.stop, last)
+            if top >= bottom:
+                continue
+            column_axis = axes[1] if len(axes) == 2 else _ONE_COLUMN
+            live_rows, row_offset = axes[0].live(top - first, bottom - first)
+            live_columns, column_offset = column_axis.live(columns.start, columns.stop)
+            if not len(live_rows) or not len(live_columns):
+                continue
+            dims = len(axes)
+            yield Piece(
+                hf_name=part.hf_name,
+                global_shape=tuple(axis.total for axis in axes),
+                offset=(row_offset, column_offset)[:dims],
+                shape=(len(live_rows), len(live_columns))[:dims],
+                start=offset + (top - rows.start) * width,
+                height=bottom - top,
+                width=width,
+                rows=live_rows,
+                columns=live_columns,
+            )
+
+
+def spread(sizes: Sequence[int], ranks: int) -> list[int]:
+    """A rank for each item: the largest first, each to the rank with the least so far (ties: the lowest rank)."""
+    loads = [0] * ranks
+    chosen = [0] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        chosen[item] = min(range(ranks), key=lambda r: (loads[r], r))
+        loads[chosen[item]] += sizes[item]
+    return chosen

@@ -1,0 +1,97 @@
+"""Read a checkpoint in one process, without torch.distributed: conversion, inspection, evaluation.
+
+CheckpointReader   header, names, and one canonical tensor at a time
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
+from torch import Tensor
+from torch.distributed import checkpoint
+
+from megatron_prune.checkpoint.files import damages, refuse_damaged
+from megatron_prune.checkpoint.header import Header, read_header
+from megatron_prune.checkpoint.storage import quiet
+from megatron_prune.checkpoint.tensors import MAIN, optimizer_key, weight_key
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import Architecture
+
+_WEIGHTS = weight_key("")
+
+
+class CheckpointReader:
+    """A checkpoint opened for reading.
+
+    Args:
+        directory: the folder that was saved to, or one `iter_...` folder in it.
+        step: iteration; None: the newest complete one.
+        verify: sum up all files first (about a second per gigabyte); False: only the header's.
+
+    Raises:
+        UserError: there is no such checkpoint, or a file is damaged; names the newest good one.
+    """
+
+    def __init__(self, directory: str | Path, step: int | None = None, *, verify: bool = True) -> None:
+        self.header: Header = read_header(directory, step)
+        if verify:
+            refuse_damaged(self.path.parent, self.header.iteration, damages(self.path))
+        self._reader = CachedMetadataFileSystemReader(str(self.path))
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder."""
+        return self.header.path
+
+    @property
+    def architecture(self) -> Architecture:
+        """Live units of the stored model."""
+        return self.header.architecture
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The run's state (configuration text, tokens, history, ...) and `iteration`."""
+        return {**self.header.state, "iteration": self.header.iteration}
+
+    @cached_property
+    def _stored(self) -> dict[str, Any]:
+        refuse_damaged(self.path.parent, self.header.iteration, damages(self.path, [".metadata"]))
+        return self._reader.read_metadata().state_dict_metadata
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Hugging Face names of the stored weights."""
+        return [key.removeprefix(_WEIGHTS) for key in self._stored if key.startswith(_WEIGHTS)]
+
+    def read(self, hf_name: str) -> Tensor:
+        """The model weight `hf_name`: live units only, canonical order, the stored dtype, on the host.
+
+        Raises:
+            UserError: there is no such tensor.
+        """
+        return self._read(weight_key(hf_name))
+
+    def read_optimizer(self, kind: str, hf_name: str) -> Tensor:
+        """Optimizer state of `hf_name`, fp32 [live shape]; kind `exp_avg`, `exp_avg_sq` or `main`.
+
+        `main` of an fp32 checkpoint is the weight itself.
+
+        Raises:
+            UserError: there is no such tensor.
+        """
+        if kind == MAIN and MAIN not in self.header.facts.optimizer:
+            return self.read(hf_name).float()
+        return self._read(optimizer_key(kind, hf_name))
+
+    def _read(self, key: str) -> Tensor:
+        if key not in self._stored:
+            raise UserError(f"{self.path}: holds no tensor {key!r}")
+        entry = self._stored[key]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with quiet():
+            checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+        return tensor

@@ -1,0 +1,32 @@
+"""States of the random generators of a process, so that a resumed run draws what the first would have drawn."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+
+def capture_rng() -> dict[str, Any]:
+    """Copies of the states of python, numpy, torch, the device, and megatron-core's tracker."""
+    # The global generator is the one that libraries draw from, so it is the one to keep.
+    kind, key, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, np.array(key), *rest),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+    }
+
+
+def restore_rng(states: dict[str, Any]) -> None:
+    """Inverse of `capture_rng`."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["tracker"])

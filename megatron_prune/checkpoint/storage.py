@@ -1,0 +1,262 @@
+"""megatron-core's torch_dist format, written by threads and summed up on the way to the disk.
+
+    Source            one rectangle to be written: key, place in the canonical tensor, where its values come from
+    plan_save         all ranks agree on who writes what -> SaveTask
+    SaveTask          write (this rank's files; may run in a thread) and finish (collective)
+    read_into         fill tensors from a checkpoint (collective)
+
+Planning, the file format, the metadata and all loading are megatron-core's (`TorchDistSaveShardedStrategy` and
+`TorchDistLoadShardedStrategy` over `torch.distributed.checkpoint`). What differs from megatron-core's own writer:
+
+- a tensor is taken from the device when its turn comes (several sources of one rank need not exist at once), or all are
+  staged in host memory first when the write is to run beside the training;
+- threads instead of forked processes and a spawned queue server: writing releases the interpreter's lock, starts in no
+  time, and a rank that is killed leaves no process behind;
+- checksums are taken of the bytes as they go to the file, not of what is read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, _split_by_size_and_type
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
+from torch.utils.serialization import config
+
+from megatron_prune.checkpoint.files import Digest
+
+THREADS = 2  # that write, hence files, per rank (megatron-core's number)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A rectangle of a canonical tensor that this rank writes.
+
+    Args:
+        key: name of the stored tensor.
+        global_shape, offset, shape: the tensor's shape, and this rectangle's place in it.
+        read: gives the values, in `shape` and `dtype`, on any device; called once.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def sharded_tensor(self) -> ShardedTensor:
+        """megatron-core's description of it; the values are looked up when they are written."""
+        stand_in = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return irregular(self.key, stand_in, self.global_shape, self.offset)
+
+
+def irregular(key: str, data: Tensor, global_shape: tuple[int, ...], offset: tuple[int, ...]) -> ShardedTensor:
+    """A megatron-core ShardedTensor that is no cell of a regular grid; `data` gives shape, dtype, maybe the values."""
+    return ShardedTensor(
+        key=key,
+        data=data,
+        dtype=data.dtype,
+        local_shape=tuple(data.shape),
+        global_shape=global_shape,
+        global_offset=offset,
+        axis_fragmentations=None,
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the remarks of torch and megatron-core about their own deprecated calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _SummingStream:
+    """A file that keeps the CRC-32 of what was written to it (in order; nothing seeks)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size, self.crc32 = 0, 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`. Raises OSError and keeps it: torch's archive writer hides what went wrong below it."""
+        view = memoryview(data).cast("B")
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._file.flush()
+
+
+class _Writer(FileSystemWriterAsync):
+    """megatron-core's writer with other means: this rank's write items go to files in threads."""
+
+    def __init__(self, folder: Path, sources: Sequence[Source], stage: bool) -> None:
+        super().__init__(str(folder), thread_count=THREADS)
+        self.results_queue: queue.Queue[Any] = queue.Queue()  # the base class reads the results out of it
+        self.write_buckets: list[tuple[Path, str, list[tuple[Any, Callable[[], Tensor]]]]] = []
+        self.digests: dict[str, Digest] = {}
+        self.error: OSError | None = None
+        self._readers = {(source.key, torch.Size(source.offset)): source.read for source in sources}
+        self._folder, self._stage = folder, stage
+
+    def prepare_write_data(self, plan: Any, planner: Any) -> None:
+        """Deal this rank's items to files, balanced by size; staged, their values are copied to host memory now."""
+        for items in filter(None, _split_by_size_and_type(self.thread_count, plan.items)):
+            name = f"{plan.storage_data.prefix}{len(self.write_buckets)}{DEFAULT_SUFFIX}"
+            values = [(item, self._readers[item.index.fqn, item.index.offset]) for item in items]
+            if self._stage:
+                values = [(item, _constant(_to_host(read(), copy=True))) for item, read in values]
+            self.write_buckets.append((self._folder / name, name, values))
+
+    def write(self) -> None:
+        """Write and flush this rank's files. Raises OSError."""
+        if not self.write_buckets:
+            self.results_queue.put({})
+            return
+        with ThreadPoolExecutor(len(self.write_buckets), thread_name_prefix="checkpoint") as pool:
+            results = list(pool.map(self._write_file, self.write_buckets))
+        self.results_queue.put(dict(enumerate(results)))
+        self._readers.clear()
+
+    def _write_file(self, bucket: tuple[Path, str, list[tuple[Any, Callable[[], Tensor]]]]) -> list[Any]:
+        path, name, values = bucket
+        transforms, results = _StorageWriterTransforms(), []
+        # The archive format has sums of its own, which cost as much as ours and would find nothing more.
+        without_sums = config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
+        with without_sums, path.open("wb", buffering=1 << 20) as file:
+            stream: Any = _SummingStream(file)
+            while values:
+                item, read = values.pop()
+                try:
+                    results.append(
+                        _write_item(transforms, stream, _to_host(read()), item, name, SerializationFormat.TORCH_SAVE)
+                    )
+                except RuntimeError as error:
+                    raise stream.error or error from error
+            stream.flush()
+            os.fsync(file.fileno())
+        self.digests[name] = Digest(stream.size, stream.crc32)
+        return results
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Write `.metadata` (one rank); a failure is kept in `error`, since other ranks wait for this one next."""
+        del metadata.all_local_plans  # only of use where the next save has the same shapes
+        try:
+            super().finish(metadata, results)
+        except OSError as error:
+            self.error = error
+
+
+def _constant(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value
+
+
+def _to_host(tensor: Tensor, copy: bool = False) -> Tensor:
+    """Contiguous in host memory, with a storage of just its size (the format stores whole storages)."""
+    host = tensor.detach().to("cpu")
+    is_own = host.data_ptr() != tensor.data_ptr()
+    is_whole = host.is_contiguous() and host.untyped_storage().nbytes() == host.numel() * host.itemsize
+    if is_whole and (is_own or not copy):
+        return host
+    return torch.empty(host.shape, dtype=host.dtype).copy_(host)
+
+
+@dataclass
+class SaveTask:
+    """A planned save of this rank: `write` first (local), then `finish` (on all ranks, once all have written)."""
+
+    _writer: _Writer
+    _plan: tuple[Any, Any, Any]
+
+    def write(self) -> None:
+        """Write and flush this rank's files. Raises OSError."""
+        self._writer.write()
+
+    @property
+    def digests(self) -> dict[str, Digest]:
+        """Of the files that `write` has written."""
+        return self._writer.digests
+
+    def finish(self) -> None:
+        """Collect all ranks' results and write `.metadata`. Raises OSError, on the first rank only."""
+        save_state_dict_async_finalize(*self._plan)
+        if self._writer.error is not None:
+            raise self._writer.error
+
+
+def plan_save(folder: Path, sources: Sequence[Source], stage: bool) -> SaveTask:
+    """Exchange plans (collective); the first rank checks that each tensor is covered exactly once.
+
+    Args:
+        folder: an empty folder that all ranks see.
+        stage: copy all values to host memory now, so that `write` may run while training goes on.
+    """
+    state = {str(number): source.sharded_tensor() for number, source in enumerate(sources)}
+    grouped, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
+    writer = _Writer(folder, sources, stage)
+    with quiet():
+        plan, *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(grouped, False),
+            writer,
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+    return SaveTask(writer, plan)
+
+
+def read_into(folder: Path, targets: Sequence[ShardedTensor]) -> list[Tensor]:
+    """Load `targets` (collective; a rank may have none); memory is allocated on the host for those without `data`.
+
+    Returns:
+        The filled tensors, in order; those given as `data` are filled in place, in their own dtype.
+    """
+    state = {str(number): target for number, target in enumerate(targets)}
+    with quiet():
+        loaded = TorchDistLoadShardedStrategy().load(state, folder)
+    return [loaded[str(number)] for number in range(len(targets))]

@@ -1,0 +1,53 @@
+"""What to run: frozen dataclasses, one per section, filled from strict YAML and Megatron's flag names.
+
+    schema.py        every section but pruning, and `Config` that holds them all: read this one first
+    pruning.py       the sections `pruning` and `continued`
+    options.py       a dataclass field -> `Option` (flag, type, limits, help): the only reader of the field metadata
+    values.py        strict conversion of a YAML value or of flag words into an option's type
+    yaml_file.py     YAML -> `Config`, `Config` -> YAML (plain, or documented with a comment above each field)
+    command_line.py  argv -> `Command` (the config and the few flags that are not part of it), and the --help text
+    validation.py    limits of single fields, refused features, and what fields must say about each other
+
+To add an option, add one field to one section: its flag, help, YAML, limits and error messages follow from it.
+"""
+
+from megatron_prune.config.command_line import Command, help_text, load_config, parse_command
+from megatron_prune.config.pruning import ContinuedConfig, GroupCost, PruningConfig, Quantum, RoundWidths
+from megatron_prune.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from megatron_prune.config.validation import check_fields, data_parallel_size, validate
+from megatron_prune.config.yaml_file import dump, read_file, read_yaml
+
+__all__ = [
+    "CheckpointConfig",
+    "Command",
+    "Config",
+    "ContinuedConfig",
+    "DataConfig",
+    "GroupCost",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PruningConfig",
+    "Quantum",
+    "RoundWidths",
+    "TrainingConfig",
+    "check_fields",
+    "data_parallel_size",
+    "dump",
+    "help_text",
+    "load_config",
+    "parse_command",
+    "read_file",
+    "read_yaml",
+    "validate",
+]

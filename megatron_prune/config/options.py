@@ -1,0 +1,183 @@
+"""From dataclass fields to options: what a field is called, which flag sets it, what it accepts, what it means.
+
+`option(...)` declares a field of a section (default, help, limits); `options_of(cls, section)` reads such fields back
+as `Option`s, and `all_options(cls)` those of every section of a config class. Nothing else reads the field metadata.
+
+Types a field may have: bool, int, float, str, Literal[...] of strings, tuple[Literal[...], ...] (a list of choices),
+each of them `| None`, or another frozen dataclass of options (a mapping of named parts, such as {head: 1, ffn: 1}).
+"""
+
+import dataclasses
+import functools
+import types
+import typing
+from typing import Any, Literal
+
+_NOUNS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+}
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a field accepts beyond its type.
+
+    Arguments:
+        at_least: least value allowed.
+        above: values must be greater than this.
+        below: values must be less than this.
+        count: a number of tokens, parameters or elements: 469M, 1.1B and 5K are accepted beside 469e6.
+        several_words: the flag takes several words and joins them with spaces (a data blend, as in Megatron).
+        refused: the reason why any value but the default is refused; None for what works.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    count: bool = False
+    several_words: bool = False
+    refused: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One field of the configuration as the YAML file, the command line and the messages see it.
+
+    Arguments:
+        section: name of the section that holds the field.
+        name: the field's name, which is its YAML key.
+        flag: the one flag that sets it; for a switch, the flag that makes it true.
+        off_flag: for a switch, the flag that makes it false; else None.
+        kind: bool, int, float, str, tuple (a list of choices), or the dataclass of a mapping's parts.
+        choices: the texts allowed, for a Literal or a list of them; else empty.
+        optional: whether null is allowed.
+        default: the field's default.
+        help: one sentence.
+        rules: limits and spellings.
+    """
+
+    section: str
+    name: str
+    flag: str
+    off_flag: str | None
+    kind: type
+    choices: tuple[str, ...]
+    optional: bool
+    default: Any
+    help: str
+    rules: Rules
+
+    @property
+    def key(self) -> str:
+        """`section.name`, the field's full name in messages."""
+        return f"{self.section}.{self.name}"
+
+    @property
+    def parts(self) -> "tuple[Option, ...]":
+        """The parts of a mapping option (each an `Option` that no flag of its own sets); else empty."""
+        return options_of(self.kind, self.key) if dataclasses.is_dataclass(self.kind) else ()
+
+    @property
+    def meaning(self) -> str:
+        """The help, with that of a mapping's parts."""
+        parts = ", ".join(f"{part.name}: {part.help}" for part in self.parts)
+        return f"{self.help} ({parts})" if parts else self.help
+
+    @property
+    def expected(self) -> str:
+        """What the option accepts, as a phrase for messages: "a whole number or null"."""
+        if self.parts:
+            noun = "a mapping with the keys " + ", ".join(part.name for part in self.parts)
+        elif self.choices:
+            several = "a list of " if self.kind is tuple else "one of "
+            noun = (several if len(self.choices) > 1 else "") + ", ".join(self.choices)
+        else:
+            noun = _NOUNS[self.kind] + (" such as 469e6 or 469M" if self.rules.count else "")
+        return noun + (" or null" if self.optional else "")
+
+    @property
+    def metavar(self) -> str:
+        """What follows the flag in the help: "N", "constant|linear", "head=N ffn=N"; empty for a switch."""
+        if self.kind is bool:
+            return ""
+        if self.parts:
+            return " ".join(f"{part.name}={part.metavar}" for part in self.parts)
+        if self.choices:
+            return " ".join(self.choices) if self.kind is tuple else "|".join(self.choices)
+        return _METAVARS[self.kind]
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    count: bool = False,
+    several_words: bool = False,
+    refused: str | None = None,
+) -> Any:
+    """Declare a field of a section; see `Rules` for the keyword arguments."""
+    rules = Rules(at_least, above, below, count, several_words, refused)
+    return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
+
+
+@functools.cache
+def options_of(cls: type, section: str) -> tuple[Option, ...]:
+    """The options that the fields of the dataclass `cls` declare, in the order of the fields."""
+    hints = typing.get_type_hints(cls)
+    prefix = getattr(cls, "flag_prefix", "")
+    return tuple(_read_field(field, hints[field.name], section, prefix) for field in dataclasses.fields(cls))
+
+
+@functools.cache
+def all_options(cls: type) -> tuple[Option, ...]:
+    """The options of every section of the config class `cls`, section after section."""
+    return tuple(found for name, section in sections_of(cls).items() for found in options_of(section, name))
+
+
+@functools.cache
+def sections_of(cls: type) -> dict[str, type]:
+    """Section name -> dataclass, for the config class `cls`, in order."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _read_field(field: "dataclasses.Field[Any]", hint: Any, section: str, prefix: str) -> Option:
+    hint, optional = _without_none(hint)
+    kind, choices = hint, ()
+    if typing.get_origin(hint) is tuple:
+        kind, choices = tuple, typing.get_args(typing.get_args(hint)[0])
+    elif typing.get_origin(hint) is Literal:
+        kind, choices = str, typing.get_args(hint)
+    assert kind in (*_NOUNS, tuple) or dataclasses.is_dataclass(kind), f"{section}.{field.name}: type {hint}"
+    word = prefix + field.name.replace("_", "-")
+    off_flag = None
+    if kind is bool:
+        off_flag = "--" + (word.removeprefix("no-") if word.startswith("no-") else f"no-{word}")
+    return Option(
+        section=section,
+        name=field.name,
+        flag=f"--{word}",
+        off_flag=off_flag,
+        kind=kind,
+        choices=choices,
+        optional=optional,
+        default=field.default,
+        help=field.metadata["help"],
+        rules=field.metadata["rules"],
+    )
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """Split `X | None` into (X, True), and leave any other type as (X, False)."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint, False
+    rest = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    assert len(rest) == 1, f"a field has one type, perhaps with None: {hint}"
+    return rest[0], True

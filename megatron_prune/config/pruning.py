@@ -1,0 +1,135 @@
+"""What to prune, how fast and by which score (`pruning`), and what comes after the target (`continued`).
+
+The defaults of `pruning` are what measured best on a small real model (whole KV heads as the unit, scores per removed
+parameter, smoothed over steps, one pruning step after each gradient step); the settings of the paper (EfficientLLM,
+arXiv 2502.06663) are in its recipes under `examples/configs/`.
+
+Kinds of groups: `head` removes one query head (or, by `gqa`, a whole KV head) in every layer, `ffn` one channel of the
+FFN's intermediate activation in every layer, `stem` one channel of the residual stream (hidden size) everywhere.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_prune.config.options import option
+from megatron_prune.config.values import one_line
+from megatron_prune.errors import UserError
+
+DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
+
+
+def parse_ratio(text: str) -> tuple[int, int]:
+    """(pruning steps, gradient steps) of a ratio such as "1:9". Raises UserError unless both are whole numbers >= 1."""
+    match = re.fullmatch(r"([1-9][0-9]{0,5}):([1-9][0-9]{0,5})", text)
+    if match is None:
+        raise UserError(
+            "pruning.ratio (--prune-ratio): expected pruning steps : gradient steps, such as 4:1 or 1:9, got "
+            f'"{one_line(text)}"'
+        )
+    return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """How many pruning steps one group of each kind consumes."""
+
+    head: int | None = option(None, "pruning steps per head group; null: the model's kv_channels", at_least=1)
+    ffn: int = option(1, "pruning steps per FFN channel group", at_least=1)
+    stem: int = option(1, "pruning steps per stem channel", at_least=1)
+
+    def resolved(self, kv_channels: int) -> dict[str, int]:
+        """Group kind -> pruning steps, for a model with heads of `kv_channels` columns."""
+        return {"head": kv_channels if self.head is None else self.head, "ffn": self.ffn, "stem": self.stem}
+
+
+@dataclass(frozen=True)
+class Quantum:
+    """Multiples to which each rank rounds its *stored* widths up; they change memory and speed, never the results."""
+
+    head: int = option(1, "query heads per rank", at_least=1)
+    ffn: int = option(1, "FFN channels per rank (64 or 128 keep GEMM shapes aligned on GPUs)", at_least=1)
+    stem: int = option(1, "stem channels", at_least=1)
+
+
+@dataclass(frozen=True)
+class RoundWidths:
+    """Multiples to which the *live* widths are brought at the end of pruning, by removing the least salient rest."""
+
+    ffn: int = option(1, "ffn_hidden_size becomes a multiple of this", at_least=1)
+    hidden: int = option(1, "hidden_size becomes a multiple of this", at_least=1)
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """Which groups leave, when, and by which score. All flags of this section begin with --prune-."""
+
+    flag_prefix: ClassVar[str] = "prune-"
+
+    target_params: int | None = option(
+        None,
+        "pruning ends at the first step with no more parameters than this; null: no pruning",
+        at_least=1,
+        count=True,
+    )
+    ratio: str = option("1:1", "pruning steps : gradient steps, such as 4:1 or 1:9")
+    first_prune_iter: int = option(0, "iteration from which gradient steps count toward pruning steps", at_least=0)
+    types: tuple[Literal["head", "ffn", "stem"], ...] = option(
+        ("head", "ffn", "stem"), "kinds of groups that may be removed"
+    )
+    metric: str = option(
+        "taylor_mix", "element-wise saliency criterion by its registered name, such as taylor_first or magnitude"
+    )
+    fisher: Literal["microbatch", "adam", "batch"] = option(
+        "microbatch",
+        "source of squared gradients: each micro-batch's own gradient, Adam's second moment, or the reduced gradient",
+    )
+    fisher_unit: Literal["sequence", "token"] = option(
+        "sequence", "what one sample of the Fisher information is (with fisher: microbatch)"
+    )
+    head_score: Literal["per_column", "sum"] = option(
+        "per_column", "score of a head: its sum divided by the columns it owns, or the plain sum"
+    )
+    normalize: Literal["none", "per_parameter"] = option(
+        "per_parameter", "divide a group's score by the parameters it removes, or compare the scores as they are"
+    )
+    saliency_momentum: float = option(
+        0.9, "exponential smoothing of unit scores over pruning steps; 0: none", at_least=0, below=1
+    )
+    gqa: Literal["kv_group", "uniform", "cluster"] = option(
+        "kv_group",
+        "unit of a head group under grouped-query attention: a KV head with all its queries, one query head of each KV "
+        "head together, or single query heads (the paper's cluster attention)",
+    )
+    group_cost: GroupCost = option(GroupCost(), "pruning steps that one group of each kind consumes")
+    finish: Literal["exact", "first"] = option(
+        "exact",
+        "exact: avoid groups that would end more than 0.5 percent below the target; first: always the least salient",
+    )
+    min_heads: int = option(1, "query heads that every layer keeps", at_least=1)
+    min_ffn: int = option(1, "FFN channels that every layer keeps", at_least=1)
+    min_hidden: int = option(1, "stem channels that remain", at_least=1)
+    quantum: Quantum = option(Quantum(), "stored widths per rank are rounded up to multiples of these")
+    round_widths: RoundWidths = option(RoundWidths(), "live widths become multiples of these at the end of pruning")
+    replay: str | None = option(None, "a pruning_history.jsonl whose removals are repeated instead of scored")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this run removes anything at all."""
+        return self.target_params is not None or self.replay is not None
+
+    @property
+    def ratio_steps(self) -> tuple[int, int]:
+        """(pruning steps, gradient steps) of one cycle; see `parse_ratio`."""
+        return parse_ratio(self.ratio)
+
+
+@dataclass(frozen=True)
+class ContinuedConfig:
+    """Training of the small model, counted from the step that reached the target, with a schedule of its own."""
+
+    continue_tokens: int = option(0, "tokens to train after reaching the target; 0: stop there", at_least=0, count=True)
+    continue_lr: float | None = option(None, "peak learning rate; null: optimizer.lr", above=0)
+    continue_min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
+    continue_lr_warmup_iters: int = option(0, "iterations of linear warm-up", at_least=0)
+    continue_lr_decay_style: DecayStyle = option("cosine", "shape of the decay over continue_tokens")

@@ -1,0 +1,193 @@
+"""What a configuration must fulfil before anything is built: pure checks, each a UserError that says how to mend it.
+
+`check_fields` looks at each field alone (limits, refused features) and needs nothing else; `validate` also looks at
+fields together and at the number of processes. What only the model can tell (layers per stage, widths against floors)
+is checked where the model is known.
+"""
+
+from typing import Any
+
+from megatron_prune.config.options import Option, all_options
+from megatron_prune.config.pruning import parse_ratio
+from megatron_prune.config.schema import Config
+from megatron_prune.config.values import one_line
+from megatron_prune.errors import UserError
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Check a config for a run of `world_size` processes. Raises UserError for the first thing that is wrong."""
+    assert world_size >= 1, world_size
+    check_fields(config)
+    _check_inputs(config)
+    _check_layout(config, world_size)
+    _check_batch(config, world_size)
+    _check_recompute(config)
+    _check_schedule(config)
+    _check_pruning(config)
+    _check_checkpoint(config)
+
+
+def check_fields(config: Config) -> None:
+    """Check each field's own limits, and refuse features that are not built. Raises UserError."""
+    for option in all_options(Config):
+        check_option(option, getattr(getattr(config, option.section), option.name), f"{option.key} ({option.flag})")
+    _check_split(config.data.split)
+    parse_ratio(config.pruning.ratio)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Copies of the model that `world_size` processes hold. Raises UserError when they do not come out even."""
+    parallel = config.parallel
+    size = parallel.model_parallel_size
+    if world_size % size == 0:
+        return world_size // size
+    lower = world_size // size * size
+    fitting = f"{lower} or {lower + size}" if lower else str(size)
+    divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+    raise UserError(
+        f"parallel: {world_size} processes do not divide into tensor_model_parallel_size "
+        f"{parallel.tensor_model_parallel_size} x pipeline_model_parallel_size {parallel.pipeline_model_parallel_size} "
+        f"= {size}; start {fitting} processes, or make that product one of {divisors}"
+    )
+
+
+def check_option(option: Option, value: Any, where: str) -> None:
+    """Check one value against its option's limits; `where` names it in messages. Raises UserError."""
+    rules = option.rules
+    if rules.refused is not None and value != option.default:
+        shown = "null" if option.default is None else str(option.default).lower()
+        raise UserError(f"{where}: {rules.refused}; leave it at {shown}")
+    for part in option.parts:
+        check_option(part, getattr(value, part.name), f"{where}: {part.name}")
+    if value is None:
+        return
+    if rules.at_least is not None and value < rules.at_least:
+        raise UserError(f"{where} must be at least {rules.at_least:g}, got {value}")
+    if rules.above is not None and value <= rules.above:
+        raise UserError(f"{where} must be above {rules.above:g}, got {value}")
+    if rules.below is not None and value >= rules.below:
+        raise UserError(f"{where} must be below {rules.below:g}, got {value}")
+
+
+def _check_inputs(config: Config) -> None:
+    if config.model.hf_model is None and config.checkpoint.load is None:
+        raise UserError(
+            "model.hf_model (--hf-model) is not set: give the source model's folder, or checkpoint.load (--load)"
+        )
+    if config.model.init == "random" and config.model.hf_model is None:
+        raise UserError("model.init: random needs model.hf_model (--hf-model), whose config.json gives the shape")
+    if config.data.data_path is None:
+        raise UserError("data.data_path (--data-path) is not set: give the prefix of a .bin/.idx data set, or a blend")
+    validation_share = float(config.data.split.split(",")[1])
+    if config.training.eval_interval and config.data.valid_data_path is None and validation_share == 0:
+        raise UserError("training.eval_interval needs validation data: valid_data_path, or a share of it in data.split")
+
+
+def _check_split(split: str) -> None:
+    try:
+        parts = [float(part) for part in split.split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or not all(0 <= part < float("inf") for part in parts) or parts[0] == 0:
+        raise UserError(
+            "data.split (--split): expected three proportions (training, validation, test) such as 969,30,1, with "
+            f'some training, got "{one_line(split)}"'
+        )
+
+
+def _check_layout(config: Config, world_size: int) -> None:
+    parallel, tp = config.parallel, config.parallel.tensor_model_parallel_size
+    data_parallel_size(config, world_size)
+    if parallel.splits_sequences and config.data.seq_length % tp:
+        lower = config.data.seq_length // tp * tp
+        raise UserError(
+            f"data.seq_length {config.data.seq_length} is not a multiple of tensor_model_parallel_size {tp}, as "
+            f"sequence_parallel needs; use {f'{lower} or ' if lower else ''}{lower + tp}, or --no-sequence-parallel"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise UserError(
+            "parallel.overlap_param_gather (--overlap-param-gather) also needs --use-distributed-optimizer and "
+            "--overlap-grad-reduce"
+        )
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        if getattr(parallel, name) is not None and parallel.pipeline_model_parallel_size == 1:
+            raise UserError(f"parallel.{name} needs pipeline_model_parallel_size above 1")
+
+
+def _check_batch(config: Config, world_size: int) -> None:
+    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    copies = data_parallel_size(config, world_size)
+    if batch % (micro * copies) == 0:
+        return
+    lower = batch // (micro * copies) * micro * copies
+    fitting = f"{lower} or {lower + micro * copies}" if lower else str(micro * copies)
+    raise UserError(
+        f"training.global_batch_size {batch} is not a multiple of micro_batch_size {micro} x data-parallel size "
+        f"{copies} ({world_size} processes / {config.parallel.model_parallel_size} per model) = {micro * copies}; "
+        f"use {fitting}, or another micro_batch_size"
+    )
+
+
+def _check_recompute(config: Config) -> None:
+    model = config.model
+    details = (model.recompute_method, model.recompute_num_layers)
+    if model.recompute_granularity == "full" and None in details:
+        raise UserError("model.recompute_granularity: full also needs recompute_method and recompute_num_layers")
+    if model.recompute_granularity != "full" and details != (None, None):
+        raise UserError("model.recompute_method and recompute_num_layers only go with recompute_granularity: full")
+
+
+def _check_schedule(config: Config) -> None:
+    optimizer, continued = config.optimizer, config.continued
+    decay_iters = optimizer.lr_decay_iters or config.training.train_iters
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"optimizer.min_lr {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}")
+    if optimizer.lr_warmup_iters >= decay_iters:
+        raise UserError(
+            f"optimizer.lr_warmup_iters {optimizer.lr_warmup_iters} must be below {decay_iters}, where the decay ends "
+            "(lr_decay_iters, else train_iters)"
+        )
+    if optimizer.lr_decay_style == "WSD" and not 1 <= (optimizer.lr_wsd_decay_iters or 0) <= decay_iters:
+        raise UserError(
+            f"optimizer.lr_decay_style: WSD needs lr_wsd_decay_iters between 1 and {decay_iters}, got "
+            f"{optimizer.lr_wsd_decay_iters or 'null'}"
+        )
+    if continued.continue_tokens == 0:
+        return
+    peak = optimizer.lr if continued.continue_lr is None else continued.continue_lr
+    if continued.continue_min_lr > peak:
+        raise UserError(f"continued.continue_min_lr {continued.continue_min_lr:g} is above the peak rate {peak:g}")
+    if continued.continue_lr_warmup_iters >= config.continue_iters:
+        raise UserError(
+            f"continued.continue_lr_warmup_iters {continued.continue_lr_warmup_iters} must be below the "
+            f"{config.continue_iters} iterations that continue_tokens {continued.continue_tokens} make"
+        )
+
+
+def _check_pruning(config: Config) -> None:
+    pruning = config.pruning
+    if pruning.enabled and pruning.first_prune_iter >= config.training.train_iters:
+        raise UserError(
+            f"pruning.first_prune_iter {pruning.first_prune_iter} must be below training.train_iters "
+            f"{config.training.train_iters}, which ends the pruning phase"
+        )
+    if config.continued.continue_tokens and not pruning.enabled:
+        raise UserError(
+            "continued.continue_tokens (--continue-tokens) counts from reaching pruning.target_params, which is not "
+            "set; use training.train_iters for plain training"
+        )
+
+
+def _check_checkpoint(config: Config) -> None:
+    checkpoint = config.checkpoint
+    needed = {
+        "save": ("save_interval", "save_retain_interval", "keep_last", "async_save"),
+        "load": ("ckpt_step", "finetune", "no_load_optim"),
+    }
+    for folder, names in needed.items():
+        given = [name for name in names if getattr(checkpoint, name) not in (None, False)]
+        if given and getattr(checkpoint, folder) is None:
+            raise UserError(f"checkpoint.{given[0]} needs checkpoint.{folder} (--{folder}), which is not set")
+    interval, retain = checkpoint.save_interval, checkpoint.save_retain_interval
+    if retain is not None and (interval is None or retain % interval):
+        raise UserError(f"checkpoint.save_retain_interval {retain} must be a multiple of save_interval {interval}")

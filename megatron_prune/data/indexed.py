@@ -1,0 +1,212 @@
+"""The three files of a data set with prefix P, and whether they are whole.
+
+    P.bin   token ids, document after document, nothing between (megatron-core's indexed data set)
+    P.idx   its index: header, one int32 length and one int64 byte offset per sequence, the documents' borders as int64
+    P.json  what preprocessing knows about it (`Metadata`); absent from data sets that Megatron-LM's own tool made
+
+`inspect` reads a data set's header and compares the sizes, so that a missing or truncated file is a clear error before
+training starts. This module knows the layout of the .idx file; writing and reading tokens is megatron-core's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prune.errors import UserError
+
+METADATA_FORMAT = "megatron_prune data 1"
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of the documents' borders
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_PEEK_BYTES = 4 << 20  # of a .bin without metadata, searched for its largest id
+_EDGE_BYTES = 64 << 10  # at both ends of an .idx, taken into the fingerprint
+
+
+def bin_path(prefix: str) -> Path:
+    """The file of token ids."""
+    return Path(prefix + ".bin")
+
+
+def idx_path(prefix: str) -> Path:
+    """The index. It is written last: where it stands, the data set is whole."""
+    return Path(prefix + ".idx")
+
+
+def metadata_path(prefix: str) -> Path:
+    """The file of `Metadata`."""
+    return Path(prefix + ".json")
+
+
+def token_dtype(vocab_size: int) -> type[np.integer[Any]]:
+    """The type ids are stored as: uint16 where all of them fit, else int32 (the rule of megatron-core's GPT data)."""
+    return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What preprocessing did and found.
+
+    Attributes:
+        tokenizer_type, tokenizer_path, tokenizer_fingerprint, vocab_size: the tokenizer.
+        documents, tokens: in the data set; tokens count bos and eod.
+        empty_documents: without a token, left out.
+        max_token_id: the largest id in the data set.
+        text_bytes: UTF-8 bytes of all documents' text.
+        dtype: numpy's name of the type ids are stored as.
+        prepend_bos, append_eod, document_separator, json_key, inputs: the options preprocessing ran with.
+    """
+
+    tokenizer_type: str
+    tokenizer_path: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    documents: int
+    tokens: int
+    empty_documents: int
+    max_token_id: int
+    text_bytes: int
+    dtype: str
+    prepend_bos: bool
+    append_eod: bool
+    document_separator: str
+    json_key: str
+    inputs: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The content of a metadata file."""
+        return json.dumps({"format": METADATA_FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+
+def holds_metadata(prefix: str) -> bool:
+    """Whether `P.json` is a metadata file, of this version or not; False where it is absent or someone else's."""
+    return _metadata_content(prefix) is not None
+
+
+def read_metadata(prefix: str) -> Metadata | None:
+    """The metadata of a data set; None where there is no such file, or another program's.
+
+    Raises:
+        UserError: the file says it is metadata but lacks some of it.
+    """
+    content = _metadata_content(prefix)
+    if content is None:
+        return None
+    names = {field.name for field in dataclasses.fields(Metadata)}
+    if set(content) != names:
+        different = ", ".join(sorted(names.symmetric_difference(content)))
+        raise UserError(
+            f"{metadata_path(prefix)}: fields are missing or unknown ({different}); preprocess the data again"
+        )
+    return Metadata(**{**content, "inputs": tuple(content["inputs"])})
+
+
+def _metadata_content(prefix: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(metadata_path(prefix).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent, or a JSON-lines corpus of the same name
+        return None
+    if not isinstance(content, dict) or content.pop("format", None) != METADATA_FORMAT:
+        return None
+    return content
+
+
+@dataclass(frozen=True)
+class IndexedData:
+    """A data set on disk whose files are whole.
+
+    Attributes:
+        prefix: path without .bin and .idx.
+        sequences: number of sequences; preprocessing makes one of every document, and GPT data sets are split by them.
+        tokens: number of ids.
+        dtype: the type ids are stored as.
+        metadata: what preprocessing wrote down, None for another tool's data set.
+    """
+
+    prefix: str
+    sequences: int
+    tokens: int
+    dtype: np.dtype[Any]
+    metadata: Metadata | None
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[sequences] int32, tokens of every sequence, mapped from the .idx."""
+        return np.memmap(idx_path(self.prefix), np.int32, mode="r", offset=_HEADER.size, shape=(self.sequences,))
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id; without metadata, the largest among the first 4 MiB."""
+        if self.metadata is not None:
+            return self.metadata.max_token_id
+        count = min(self.tokens, _PEEK_BYTES // self.dtype.itemsize)
+        return int(np.fromfile(bin_path(self.prefix), self.dtype, count).max())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 over sizes and both ends of the index: changes when the data is made anew."""
+        size = idx_path(self.prefix).stat().st_size
+        digest = hashlib.sha256(f"{size} {self.tokens} {self.dtype.name}".encode())
+        with open(idx_path(self.prefix), "rb") as stream:
+            digest.update(stream.read(_EDGE_BYTES))
+            stream.seek(max(0, size - _EDGE_BYTES), os.SEEK_SET)
+            digest.update(stream.read())
+        return digest.hexdigest()
+
+
+def inspect(prefix: str) -> IndexedData:
+    """Read the header of a data set and check that its files are whole.
+
+    Raises:
+        UserError: a file is missing, is no indexed data set, is truncated, or is longer than the index says; or the
+            data set holds no token.
+    """
+    for suffix in (".bin", ".idx"):
+        if prefix.endswith(suffix) and idx_path(prefix[: -len(suffix)]).is_file():
+            raise UserError(f"{prefix}: give the prefix without {suffix}")
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise UserError(f"{path}: does not exist; make it with tools/preprocess_data.py --output-prefix {prefix}")
+    index = idx_path(prefix)
+    with open(index, "rb") as stream:
+        header = stream.read(_HEADER.size)
+        if header[: len(_MAGIC)] != _MAGIC[: len(header)] or not header:
+            raise UserError(f"{index}: is no index of megatron-core's data sets")
+        if len(header) < _HEADER.size:
+            raise UserError(f"{index}: is truncated; preprocess the data again")
+        _, version, code, sequences, borders = _HEADER.unpack(header)
+        if version != 1 or code not in _DTYPES:
+            raise UserError(f"{index}: version {version} with element type {code} is not supported")
+        dtype = np.dtype(_DTYPES[code])
+        tokens = _checked_tokens(stream, prefix, sequences, borders, dtype.itemsize)
+    return IndexedData(prefix, sequences, tokens, dtype, read_metadata(prefix))
+
+
+def _checked_tokens(stream: Any, prefix: str, sequences: int, borders: int, itemsize: int) -> int:
+    """Compare both files' sizes with what the index says; returns the number of tokens."""
+    index, data = idx_path(prefix), bin_path(prefix)
+    if index.stat().st_size < _HEADER.size + sequences * (4 + 8) + borders * 8:
+        raise UserError(f"{index}: is truncated; preprocess the data again")
+    if sequences == 0:
+        raise UserError(f"{prefix}: the data set holds no documents")
+    stream.seek(_HEADER.size + (sequences - 1) * 4)
+    (last_length,) = struct.unpack("<i", stream.read(4))
+    stream.seek(_HEADER.size + sequences * 4 + (sequences - 1) * 8)
+    (last_offset,) = struct.unpack("<q", stream.read(8))
+    expected, actual = last_offset + last_length * itemsize, data.stat().st_size
+    if actual < expected:
+        raise UserError(f"{data}: is truncated: {actual} of {expected} bytes; copy it or preprocess the data again")
+    if actual > expected:
+        raise UserError(f"{data}: does not belong to {index.name}: {actual} bytes instead of {expected}")
+    if expected == 0:
+        raise UserError(f"{prefix}: the data set holds no tokens")
+    return expected // itemsize

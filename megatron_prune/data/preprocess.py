@@ -1,0 +1,311 @@
+"""Documents -> token ids -> an indexed data set `P.bin`, `P.idx` with its facts in `P.json`.
+
+    preprocess   the whole job: read, encode with any number of processes, write, put in place
+    Options, Progress, Summary   what goes in, what is reported on the way, what comes out
+
+The output is the same byte for byte whatever the number of processes: documents are cut into chunks by the one process
+that reads, and chunks are written in the order they were read. Only a few chunks per process are alive at a time, so
+memory does not grow with the input. Files are written beside their place under temporary names and renamed when all is
+done, the index last: where `P.idx` stands, the data set is whole.
+
+Workers are spawned and load the tokenizer only; scripts that call `preprocess` with more than one of them need an
+`if __name__ == "__main__"` guard.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prune.data.documents import Document, check_inputs, read_documents
+from megatron_prune.data.indexed import Metadata, bin_path, holds_metadata, idx_path, metadata_path, token_dtype
+from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_prune.errors import UserError
+
+_CHUNK_CHARACTERS = 1 << 18
+_CHUNK_DOCUMENTS = 1024
+_CHUNKS_PER_WORKER = 4  # in flight: enough to keep every worker busy, few enough to bound memory
+
+
+@dataclass(frozen=True)
+class Options:
+    """How documents become tokens.
+
+    Attributes:
+        tokenizer_model, tokenizer_type: see `build_tokenizer`.
+        append_eod: end every document with the end-of-document id.
+        prepend_bos: begin every document with the begin-of-sequence id.
+        document_separator, json_key: see `read_documents`.
+        workers: processes that encode; 1 encodes in the calling process.
+        overwrite: replace a data set that stands at the output prefix.
+    """
+
+    tokenizer_model: str
+    tokenizer_type: str | None = None
+    append_eod: bool = False
+    prepend_bos: bool = False
+    document_separator: str = "blank-line"
+    json_key: str = "text"
+    workers: int = 1
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the job is: `disk_bytes` of `total_bytes` of the input files, as they lie on disk, are encoded."""
+
+    documents: int
+    tokens: int
+    disk_bytes: int
+    total_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written: the data set's facts, the size of its `.bin` in bytes, and the time it took."""
+
+    metadata: Metadata
+    bin_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Encoded documents: all ids [sum of lengths], and each document's length; 0 for one without a token."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    text_bytes: int
+    disk_bytes: int
+
+
+@dataclass
+class _Totals:
+    """Running sums, under the names of `Metadata`."""
+
+    documents: int = 0
+    tokens: int = 0
+    empty_documents: int = 0
+    max_token_id: int = 0
+    text_bytes: int = 0
+
+    def count(self, chunk: _Chunk) -> None:
+        empty = chunk.lengths.count(0)
+        self.documents += len(chunk.lengths) - empty
+        self.tokens += chunk.tokens.size
+        self.empty_documents += empty
+        self.max_token_id = max(self.max_token_id, int(chunk.tokens.max(initial=0)))
+        self.text_bytes += chunk.text_bytes
+
+
+def preprocess(
+    inputs: Sequence[str],
+    output_prefix: str,
+    options: Options,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Summary:
+    """Write the data set `output_prefix`.{bin,idx,json} from text and JSON-lines files.
+
+    Documents without a token are left out and counted.
+
+    Args:
+        inputs: files, see `documents`.
+        output_prefix: path without a suffix; its folder is made where it is missing.
+        options: how documents become tokens.
+        on_progress: called after every chunk.
+
+    Raises:
+        UserError: a wrong option or file; an output that already stands there, without `overwrite`; no document in
+            the input. Nothing is left under the output's names then.
+    """
+    if options.workers < 1:
+        raise UserError(f"--workers: expected at least 1, got {options.workers}")
+    total_bytes = check_inputs(inputs)
+    tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model)
+    if options.prepend_bos and tokenizer.bos is None:
+        raise UserError(f"--prepend-bos: the tokenizer {tokenizer.path} has no begin-of-sequence id")
+    documents = read_documents(inputs, options.document_separator, options.json_key)
+    dtype = token_dtype(tokenizer.vocab_size)
+    with _output(output_prefix, inputs, options.overwrite) as files:
+        builder = _indexed_dataset_builder(str(files.bin), dtype)
+        started = time.monotonic()
+        totals = _Totals()
+        try:
+            for chunk in _encode_all(documents, tokenizer, options):
+                _add(builder, chunk)
+                totals.count(chunk)
+                seconds = time.monotonic() - started
+                on_progress(Progress(totals.documents, totals.tokens, chunk.disk_bytes, total_bytes, seconds))
+            if totals.documents == 0:
+                raise UserError(f"--input: no text in {', '.join(inputs)}")
+            builder.finalize(str(files.idx))
+        finally:
+            builder.data_file.close()
+        metadata = Metadata(
+            tokenizer_type=tokenizer.kind,
+            tokenizer_path=tokenizer.path,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            **vars(totals),
+            dtype=np.dtype(dtype).name,
+            prepend_bos=options.prepend_bos,
+            append_eod=options.append_eod,
+            document_separator=options.document_separator,
+            json_key=options.json_key,
+            inputs=tuple(inputs),
+        )
+        files.metadata.write_text(metadata.to_json(), encoding="utf-8")
+    return Summary(metadata, bin_path(output_prefix).stat().st_size, time.monotonic() - started)
+
+
+# Encoding -------------------------------------------------------------------------------------------------------------
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
+    """Group documents into (texts, bytes read from disk when the last was complete)."""
+    texts: list[str] = []
+    characters = 0
+    disk_bytes = 0
+    for document in documents:
+        texts.append(document.text)
+        characters += len(document.text)
+        disk_bytes = document.disk_bytes
+        if characters >= _CHUNK_CHARACTERS or len(texts) >= _CHUNK_DOCUMENTS:
+            yield texts, disk_bytes
+            texts, characters = [], 0
+    if texts:
+        yield texts, disk_bytes
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], disk_bytes: int, append_eod: bool, prepend_bos: bool) -> _Chunk:
+    ids: list[int] = []
+    lengths = []
+    for text in texts:
+        before = len(ids)
+        encoded = tokenizer.tokenize(text)
+        if encoded:
+            if prepend_bos and tokenizer.bos is not None:
+                ids.append(tokenizer.bos)
+            ids.extend(encoded)
+            if append_eod:
+                ids.append(tokenizer.eod)
+        lengths.append(len(ids) - before)
+    tokens = np.array(ids, dtype=token_dtype(tokenizer.vocab_size))
+    return _Chunk(tokens, lengths, sum(len(text.encode()) for text in texts), disk_bytes)
+
+
+@functools.cache
+def _tokenizer_of_worker(tokenizer_type: str, tokenizer_model: str) -> Tokenizer:
+    """Built once per worker process."""
+    return build_tokenizer(tokenizer_type, tokenizer_model)
+
+
+def _encode_in_worker(
+    kind: str, path: str, texts: list[str], disk_bytes: int, append_eod: bool, prepend_bos: bool
+) -> _Chunk:
+    return _encode(_tokenizer_of_worker(kind, path), texts, disk_bytes, append_eod, prepend_bos)
+
+
+def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, options: Options) -> Iterator[_Chunk]:
+    """Encode all chunks, in the order they were read, with a bounded number of them in flight."""
+    extra = (options.append_eod, options.prepend_bos)
+    if options.workers == 1:
+        for texts, disk_bytes in _chunks(documents):
+            yield _encode(tokenizer, texts, disk_bytes, *extra)
+        return
+    context = multiprocessing.get_context("spawn")
+    pending: deque[Future[_Chunk]] = deque()
+    # An interrupt is the parent's to handle; it reaches the whole process group.
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(options.workers, context, initializer=signal.signal, initargs=ignore_interrupt)
+    try:
+        for texts, disk_bytes in _chunks(documents):
+            pending.append(pool.submit(_encode_in_worker, tokenizer.kind, tokenizer.path, texts, disk_bytes, *extra))
+            if len(pending) >= options.workers * _CHUNKS_PER_WORKER:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _add(builder: Any, chunk: _Chunk) -> None:
+    """Append every document of a chunk that has a token."""
+    end = 0
+    for length in chunk.lengths:
+        start, end = end, end + length
+        if length:
+            builder.add_document(chunk.tokens[start:end], [length])
+
+
+def _indexed_dataset_builder(path: str, dtype: type[np.integer[Any]]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core announces absent accelerators, which nobody needs here
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    return IndexedDatasetBuilder(path, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Files:
+    bin: Path
+    idx: Path
+    metadata: Path
+
+
+@contextmanager
+def _output(prefix: str, inputs: Sequence[str], overwrite: bool) -> Iterator[_Files]:
+    """Temporary files beside the three output files; put in place at the end, removed if anything goes wrong."""
+    final = _Files(bin_path(prefix), idx_path(prefix), metadata_path(prefix))
+    _check_output(prefix, final, inputs, overwrite)
+    ending = f".tmp{os.getpid()}"
+    files = _Files(Path(f"{final.bin}{ending}"), Path(f"{final.idx}{ending}"), Path(f"{final.metadata}{ending}"))
+    try:
+        final.bin.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-prefix {prefix}: its folder cannot be made: {error.strerror}") from error
+    try:
+        yield files
+        _check_output(prefix, final, inputs, overwrite)  # another run may have finished meanwhile
+        final.idx.unlink(missing_ok=True)  # from here to the last line nothing can be taken for a whole data set
+        files.bin.replace(final.bin)
+        files.metadata.replace(final.metadata)
+        files.idx.replace(final.idx)
+    except OSError as error:
+        raise UserError(f"--output-prefix {prefix}: cannot be written: {error.strerror or error}") from error
+    finally:
+        for path in (files.bin, files.metadata, files.idx):
+            path.unlink(missing_ok=True)
+
+
+def _check_output(prefix: str, final: _Files, inputs: Sequence[str], overwrite: bool) -> None:
+    if Path(prefix).is_dir() or prefix.endswith(("/", os.sep)):
+        raise UserError(f"--output-prefix {prefix}: is a folder; add a name, which becomes NAME.bin and NAME.idx")
+    if prefix.endswith((".bin", ".idx")):
+        raise UserError(f"--output-prefix {prefix}: give it without {prefix[-4:]}")
+    for path in (final.bin, final.idx, final.metadata):
+        if not path.exists():
+            continue
+        if any(path.samefile(source) for source in inputs):
+            raise UserError(f"--output-prefix {prefix}: {path} is an input file; choose another prefix")
+        if path == final.metadata and not holds_metadata(prefix):
+            raise UserError(f"--output-prefix {prefix}: {path} is no data set's; choose another prefix")
+        if not overwrite:
+            raise UserError(f"--output-prefix {prefix}: {path} exists; choose another prefix or give --overwrite")

@@ -1,0 +1,14 @@
+"""Errors meant for the person who launched the run.
+
+`UserError` is raised for every mistake a user can mend: a wrong option, file or layout. Its message is one line that
+names the field or file and says what to do; entry points print it on one rank, without a traceback, and exit with 2.
+Anything else that escapes is a defect and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for; the message is one line and says how to mend it."""
+
+
+class DisagreementError(RuntimeError):
+    """Ranks hold different decisions or layouts; raised before any weight is touched, naming the ranks that differ."""

@@ -1,0 +1,299 @@
+"""`config.json` in both directions: what a Hugging Face folder says the model is, and what we say ours is.
+
+    read_shape     folder -> LlamaShape; everything this project does not compute is refused by the field's name
+    read_source    folder -> what a `LlamaShape` leaves out and an export wants back (special ids, generation settings)
+    model_class    Architecture -> the stock class that takes its shape
+    config_json    Architecture -> the `config.json` of the exported model
+
+Read are the spellings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). Written is the one of
+transformers 4, which 5 reads too; `transformers_version` says 5.0.0, because transformers 4.57 and 5 take a Mistral
+configuration of an older version for one with a broken tokenizer, and warn.
+
+Of the stock classes `LlamaForCausalLM` is written where hidden is a multiple of heads. transformers 5 refuses a Llama
+for which it is not; `MistralForCausalLM` without a sliding window is the same computation and takes any shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import Architecture, LlamaShape
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# The oldest transformers that computes an export: before, Mistral took no rope_scaling and Qwen2 no head_dim.
+OLDEST_TRANSFORMERS = {"llama": "4.45", "mistral": "4.48", "qwen2": "4.48", "qwen3": "4.51"}
+WRITTEN_FOR = "5.0.0"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_ROPE_IGNORED = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# Defaults that transformers would fill in silently and that differ between its classes; null stays null.
+_LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "num_key_value_heads": None}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        UserError: there is no such file, or it is no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: invalid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no JSON object")
+    return content
+
+
+class _Fields:
+    """Typed reading of one `config.json`; every complaint names the file and the field."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.config, self.where = config, where
+
+    def refuse(self, field: str, complaint: str) -> UserError:
+        return UserError(f"{self.where}: {field}: {complaint}")
+
+    def get(self, field: str, default: Any = None) -> Any:
+        """The field, or the default where it is missing or null."""
+        value = self.config.get(field)
+        return default if value is None else value
+
+    def whole(self, field: str, default: int | None = None) -> int:
+        value = self.get(field, default)
+        if value is None:
+            raise self.refuse(field, "is missing; a positive whole number is needed")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.refuse(field, f"{value!r} is no positive whole number")
+        return value
+
+    def number(self, field: str, default: float) -> float:
+        value = self.get(field, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.refuse(field, f"{value!r} is no positive number")
+        return float(value)
+
+    def switch(self, field: str, default: bool = False) -> bool:
+        value = self.get(field, default)
+        if not isinstance(value, bool):
+            raise self.refuse(field, f"{value!r} is neither true nor false")
+        return value
+
+
+def read_shape(folder: str | Path) -> LlamaShape:
+    """The source model's shape from `config.json` in `folder`.
+
+    Raises:
+        UserError: no such file, a field is missing or senseless, or the model is of a kind not computed here.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file}: does not exist; name the folder of a Hugging Face model")
+    return shape_from_config(read_json(file), str(file))
+
+
+def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> LlamaShape:
+    """`read_shape` for a `config.json` already read; `where` begins every complaint."""
+    fields = _Fields(config, where)
+    model_type = fields.get("model_type")
+    if model_type not in CLASSES:
+        supported = ", ".join(CLASSES)
+        raise fields.refuse("model_type", f"{model_type!r} is not supported ({supported} are)")
+    _refuse_unsupported(fields, model_type)
+    defaults: dict[str, Any] = _LLAMA_DEFAULTS if model_type == "llama" else {}
+    heads = fields.whole("num_attention_heads")
+    if "num_key_value_heads" not in config and "num_key_value_heads" not in defaults:
+        raise fields.refuse("num_key_value_heads", f"is missing; for {model_type} it has no sensible default")
+    kv_heads = fields.whole("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise fields.refuse("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads ({heads})")
+    context = fields.whole("max_position_embeddings", defaults.get("max_position_embeddings"))
+    _check_window(fields, model_type, context)
+    theta, scaling = _rope(fields, context)
+    return LlamaShape(
+        num_layers=fields.whole("num_hidden_layers"),
+        hidden_size=fields.whole("hidden_size"),
+        ffn_hidden_size=fields.whole("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=kv_heads,
+        kv_channels=_head_dim(fields, model_type),
+        vocab_size=fields.whole("vocab_size"),
+        max_position_embeddings=context,
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+        rotary_base=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=fields.switch("tie_word_embeddings"),
+        add_qkv_bias=model_type == "qwen2",
+        qk_layernorm=model_type == "qwen3",
+        model_type=model_type,
+    )
+
+
+def _refuse_unsupported(fields: _Fields, model_type: str) -> None:
+    if fields.get("quantization_config") is not None:
+        raise fields.refuse("quantization_config", "quantized weights cannot be trained; take the unquantized model")
+    for field in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if fields.get(field):
+            raise fields.refuse(field, "mixtures of experts are not supported")
+    activation = fields.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise fields.refuse("hidden_act", f"{activation!r} is not supported (silu is)")
+    if fields.switch("mlp_bias"):
+        raise fields.refuse("mlp_bias", "biases of the feed-forward layer are not supported")
+    if model_type != "qwen2" and fields.switch("attention_bias"):
+        raise fields.refuse("attention_bias", "a bias on the attention output is not supported")
+    kinds = {str(kind) for kind in fields.get("layer_types", [])}
+    if kinds - {"full_attention"}:
+        raise fields.refuse("layer_types", f"{', '.join(sorted(kinds))}: only full_attention is supported")
+
+
+def _check_window(fields: _Fields, model_type: str, context: int) -> None:
+    """Refuse attention that does not reach back over the whole context."""
+    window = fields.get("sliding_window")
+    if model_type == "mistral" and "sliding_window" not in fields.config:
+        window = 4096  # the default of transformers' MistralConfig
+    if model_type.startswith("qwen") and not fields.switch("use_sliding_window"):
+        return
+    if model_type != "llama" and window is not None and fields.whole("sliding_window", window) < context:
+        raise fields.refuse(
+            "sliding_window",
+            f"{window} is less than max_position_embeddings ({context}), and windowed attention is not supported; set "
+            f"it to null, and max_position_embeddings to at most {window} so that the model stays the same",
+        )
+
+
+def _head_dim(fields: _Fields, model_type: str) -> int:
+    hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    if fields.get("head_dim") is None:
+        if model_type == "qwen3":
+            raise fields.refuse("head_dim", "is missing; Qwen3 states it, since it is not hidden_size / heads")
+        if hidden % heads:
+            raise fields.refuse(
+                "head_dim", f"is missing, and hidden_size ({hidden}) / num_attention_heads ({heads}) is not whole"
+            )
+    head_dim = fields.whole("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise fields.refuse("head_dim", f"{head_dim} is odd; rotary embeddings turn pairs of channels")
+    return head_dim
+
+
+def _rope(fields: _Fields, context: int) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling in transformers 4's form or None); `rope_scaling` beats the newer field, as in transformers 5."""
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = fields.get(name, {})
+    if not isinstance(rope, dict):
+        raise fields.refuse(name, f"{rope!r} is no JSON object")
+    thetas = {fields.number("rope_theta", 10000.0)} if "rope_theta" in fields.config else set()
+    for section in ("rope_scaling", "rope_parameters"):
+        inner = fields.get(section, {})
+        if isinstance(inner, dict) and inner.get("rope_theta") is not None:
+            thetas.add(_Fields(inner, f"{fields.where}: {section}").number("rope_theta", 10000.0))
+    if len(thetas) > 1:
+        raise fields.refuse("rope_theta", f"stated more than once and differently: {sorted(thetas)}")
+    for partial in (fields.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
+        if partial not in (None, 1, 1.0):
+            raise fields.refuse("partial_rotary_factor", f"{partial} is not supported (1.0 is: all channels turn)")
+    theta = thetas.pop() if thetas else 10000.0
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in _ROPE_NUMBERS:
+        raise fields.refuse(name, f"rope_type {kind!r} is not supported (default, linear, llama3 are)")
+    unknown = sorted(set(rope) - set(_ROPE_NUMBERS[kind]) - _ROPE_IGNORED)
+    if unknown:
+        raise fields.refuse(name, f"{', '.join(unknown)}: unknown for rope_type {kind!r}")
+    inner_fields = _Fields({"original_max_position_embeddings": context} | rope, f"{fields.where}: {name}")
+    scaling: dict[str, Any] = {"rope_type": kind}
+    for number in _ROPE_NUMBERS[kind]:
+        if inner_fields.get(number) is None:
+            raise inner_fields.refuse(number, f"is missing; rope_type {kind!r} needs it")
+        is_length = number == "original_max_position_embeddings"
+        scaling[number] = inner_fields.whole(number) if is_length else inner_fields.number(number, 1.0)
+    return theta, scaling
+
+
+def read_source(folder: str | Path) -> dict[str, Any]:
+    """What an export wants back and `LlamaShape` does not hold, as a JSON object for the checkpoint's meta.
+
+    Returns:
+        `name` (the folder's own name, no path), `special_ids` (those of `SPECIAL_IDS` that are set), `dtype` (as stated
+        in `config.json`, or None), `generation_config` (its content, {} where the file is missing).
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    return {
+        "name": folder.resolve().name,
+        "special_ids": {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None},
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "generation_config": generation,
+    }
+
+
+def model_class(architecture: Architecture) -> str:
+    """`model_type` of the stock class that takes this shape."""
+    kind = architecture.shape.model_type
+    if kind == "llama" and architecture.hidden_size % architecture.num_attention_heads:
+        return "mistral"
+    return kind
+
+
+def config_json(
+    architecture: Architecture,
+    dtype: str,
+    num_key_value_heads: int,
+    special_ids: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The `config.json` of the exported model; nothing about its shape is left to a default.
+
+    Args:
+        dtype: torch's name of the stored dtype, e.g. `bfloat16`.
+        num_key_value_heads: stored KV heads of every layer (see `kv_policy`).
+        special_ids: values for `SPECIAL_IDS`; null where absent.
+    """
+    shape, kind = architecture.shape, model_class(architecture)
+    config: dict[str, Any] = {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": shape.kv_channels,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rms_norm_eps": shape.norm_epsilon,
+        "rope_theta": shape.rotary_base,
+        "rope_scaling": shape.rope_scaling,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "transformers_version": WRITTEN_FOR,
+    }
+    if kind == "llama":
+        config |= {"attention_bias": False, "mlp_bias": False}
+    elif kind == "mistral":
+        config["sliding_window"] = None
+    else:
+        config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": shape.num_layers}
+        config |= {"attention_bias": False} if kind == "qwen3" else {}
+    return config | {name: (special_ids or {}).get(name) for name in SPECIAL_IDS}

@@ -1,0 +1,199 @@
+"""Write an architecture and its weights as a folder that stock `transformers` loads without any code of its own.
+
+    export     weights (streamed), config, generation config, tokenizer, model card
+    Exported   what was written
+
+Everything is written into a folder beside the wanted one and renamed at the end: what is there is whole.
+Memory: about the largest tensor, a few times while KV heads are repeated or the dtype changes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.config import CLASSES, SPECIAL_IDS, WRITTEN_FOR, config_json
+from megatron_prune.huggingface.kv_policy import AUTO, KvPlan
+from megatron_prune.huggingface.model_card import CardFacts, model_card
+from megatron_prune.huggingface.shards import DTYPES, Entry, dtype_name, parse_size, plan_shards, write_shards
+from megatron_prune.huggingface.tokenizer import copy_tokenizer, export_tokenizer
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.param_axes import ParamTable, Part
+
+logger = logging.getLogger(__name__)
+
+Reader = Callable[[str], Tensor]
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: the folder, its weight files, the stock class, the KV policy in force, dtype and sizes."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    class_name: str
+    plan: KvPlan
+    dtype: torch.dtype
+    stored_parameters: int
+
+
+def export(
+    read: Reader,
+    architecture: Architecture,
+    save_dir: str | Path,
+    *,
+    dtype: str | None = None,
+    kv_policy: str = AUTO,
+    tokenizer_model: str | None = None,
+    tokenizer_type: str | None = None,
+    max_shard_size: str = "5GB",
+    source: Mapping[str, Any] | None = None,
+    facts: CardFacts | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Export a model; `save_dir` must not hold anything yet.
+
+    Args:
+        read: Hugging Face name -> the LIVE tensor, units in original-id order; each is asked for once, in model order.
+        dtype: one of `shards.DTYPES`; None keeps that of the embedding.
+        kv_policy: see `kv_policy`.
+        tokenizer_model, tokenizer_type: the tokenizer trained with, as `build_tokenizer` takes them; None writes none.
+        max_shard_size: e.g. `5GB`, of tensor data per file.
+        source: what `config.read_source` said of the source model.
+        facts: for the model card.
+        overwrite: replace a folder that holds a model.
+
+    Raises:
+        UserError: an option is wrong or not exact, the folder is in the way or cannot be written, the tokenizer does
+            not fit, or a weight does not fit into float16. Nothing is left behind.
+    """
+    target = Path(save_dir).resolve()
+    _check_target(target, overwrite)
+    max_bytes = parse_size(max_shard_size)
+    plan = KvPlan.choose(architecture, kv_policy)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: unknown; use {', '.join(DTYPES)}")
+    tokenizer = build_tokenizer(tokenizer_type, tokenizer_model) if tokenizer_model else None
+    if tokenizer is not None and tokenizer.vocab_size > architecture.shape.vocab_size:
+        raise UserError(
+            f"--tokenizer-model {tokenizer_model}: has {tokenizer.vocab_size} ids, more than the model's vocabulary of "
+            f"{architecture.shape.vocab_size}; name the tokenizer it was trained with"
+        )
+    stored = DTYPES[dtype] if dtype else read(EMBEDDING).dtype
+    staged = target.parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        staged.mkdir(parents=True)
+        files, parameters = _write_weights(staged, read, architecture, plan, stored, max_bytes)
+        config = _write_settings(staged, architecture, plan, stored, tokenizer, source or {})
+        if tokenizer is not None:
+            _write_tokenizer(staged, tokenizer, architecture.shape.max_position_embeddings)
+        card = model_card(architecture, plan, dtype_name(stored), parameters, facts or CardFacts())
+        (staged / "README.md").write_text(card, encoding="utf-8")
+        _put_in_place(staged, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    names = tuple(target / file.name for file in files)
+    return Exported(target, names, CLASSES[config["model_type"]], plan, stored, parameters)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"--save {target}: is a file; name a folder that does not exist yet")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"--save {target}: is not empty; name another folder, or replace it with --overwrite")
+    if not (target / "config.json").is_file():
+        raise UserError(f"--save {target}: --overwrite replaces only a folder that holds a model (config.json)")
+
+
+def _write_weights(
+    folder: Path, read: Reader, architecture: Architecture, plan: KvPlan, dtype: torch.dtype, max_bytes: int
+) -> tuple[list[Path], int]:
+    """Stream all tensors; returns the files and how many parameters they hold."""
+    table = ParamTable.build(architecture.shape)
+    live = table.hf_shapes(architecture)
+    where: dict[str, tuple[Part, int]] = {part.hf_name: (part, row.layer) for row in table.rows for part in row.parts}
+    entries = [Entry(name, plan.stored_shape(part, live[name])) for name, (part, _) in where.items()]
+
+    def fetch(name: str) -> Tensor:
+        part, layer = where[name]
+        tensor = read(name)
+        assert tuple(tensor.shape) == live[name], f"{name}: {tuple(tensor.shape)} instead of {live[name]}"
+        result = plan.apply(part, layer, tensor).to(dtype)
+        if dtype == torch.float16 and not result.isfinite().all():
+            raise UserError(f"--dtype float16: {name} holds values beyond its range (65,504); use bfloat16 or float32")
+        return result
+
+    files = write_shards(folder, plan_shards(entries, dtype, max_bytes), dtype, fetch)
+    return files, sum(entry.elements for entry in entries)
+
+
+def _write_settings(
+    folder: Path,
+    architecture: Architecture,
+    plan: KvPlan,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    source: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write config.json and generation_config.json; returns the former."""
+    ids = _special_ids(source, tokenizer, architecture.shape.vocab_size)
+    config = config_json(architecture, dtype_name(dtype), plan.num_key_value_heads, ids)
+    generation = ids | (source.get("generation_config") or {}) | {"transformers_version": WRITTEN_FOR}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def _special_ids(source: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, Any]:
+    """Begin, end and padding ids: the source model's, else the tokenizer's; none that is outside the vocabulary."""
+    ids = dict(source.get("special_ids") or {})
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod} | ids
+    found: dict[str, Any] = {}
+    for name in SPECIAL_IDS:
+        value = ids.get(name)
+        each = value if isinstance(value, list) else [value]
+        if all(isinstance(one, int) and 0 <= one < vocab_size for one in each) and each:
+            found[name] = value
+    return found
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    """Tokenizer files; after config.json, which has a say in the class that transformers picks."""
+    path = Path(tokenizer.path)
+    if tokenizer.kind == SENTENCEPIECE:
+        export_tokenizer(path / "tokenizer.model" if path.is_dir() else path, folder, max_length)
+    else:
+        copy_tokenizer(path if path.is_dir() else path.parent, folder)
+
+
+def _put_in_place(staged: Path, target: Path) -> None:
+    """Rename; an older model in the place is removed only once the new one stands there."""
+    old = staged.with_suffix(".replaced")
+    if target.exists():
+        target.rename(old)
+    try:
+        staged.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

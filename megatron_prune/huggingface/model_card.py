@@ -1,0 +1,141 @@
+"""The README.md of an exported model: what it is, what was pruned away, how it was trained.
+
+    CardFacts    what the training run knows and the architecture does not
+    model_card   Architecture + facts -> Markdown with the metadata block that model hubs read
+
+Everything in it comes from the run; what is unknown is left out. No path of the machine is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import megatron_prune
+from megatron_prune.huggingface.config import CLASSES, OLDEST_TRANSFORMERS, model_class
+from megatron_prune.huggingface.kv_policy import EXPAND, KvPlan
+from megatron_prune.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a run tells about itself; None or empty: unknown.
+
+    Args:
+        source_name: name of the source model (no path).
+        iteration: optimizer steps taken.
+        tokens: training tokens consumed, the pruning phase included.
+        pruning_tokens: those consumed until the last group was removed.
+        removed: groups removed, by kind.
+        losses: what is known of them, e.g. {"validation loss": 1.95}, in nats per token.
+        settings: how it was made: option name -> value, as given to the run.
+    """
+
+    source_name: str | None = None
+    iteration: int | None = None
+    tokens: int | None = None
+    pruning_tokens: int | None = None
+    removed: Mapping[str, int] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def model_card(architecture: Architecture, plan: KvPlan, dtype: str, stored_parameters: int, facts: CardFacts) -> str:
+    """The text of README.md.
+
+    Args:
+        dtype: name of the stored dtype.
+        stored_parameters: parameters in the exported files, repeated KV heads included.
+    """
+    full = Architecture.full(architecture.shape)
+    is_pruned = architecture.parameters != full.parameters
+    title = f"{facts.source_name} pruned" if is_pruned and facts.source_name else facts.source_name or "A Llama model"
+    shape, kind = architecture.shape, model_class(architecture)
+    tags = ["megatron-prune", *(["pruned"] if is_pruned else [])]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    lines += [*(f"- {tag}" for tag in tags), "---", "", f"# {title}", "", _opening(architecture, full, facts), ""]
+    lines += ["## Architecture", "", *_widths(architecture, full), ""]
+    lines += [
+        f"Class: `{CLASSES[kind]}`, {shape.num_layers} layers, head dimension {shape.kv_channels}, vocabulary "
+        f"{shape.vocab_size:,}, context {shape.max_position_embeddings:,}, "
+        f"{'tied' if shape.tie_word_embeddings else 'separate'} embeddings; weights in {dtype}.",
+        "",
+        *_notes(architecture, plan, kind, stored_parameters),
+    ]
+    lines += _training(facts)
+    lines += ["## Use", "", f"Needs transformers {OLDEST_TRANSFORMERS[kind]} or newer, and no code of its own.", ""]
+    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    ]
+    return "\n".join([*lines, "```", ""])
+
+
+def _opening(architecture: Architecture, full: Architecture, facts: CardFacts) -> str:
+    size = f"{architecture.parameters:,} parameters"
+    source = facts.source_name or "the source model"
+    how = f"megatron_prune {megatron_prune.__version__}"
+    if architecture.parameters == full.parameters:
+        return f"{size}; exported unpruned with {how}."
+    share = architecture.parameters / full.parameters
+    return (
+        f"{size}, {share:.1%} of the {full.parameters:,} of {source}. It was pruned while it kept training "
+        f"(pruning-aware pretraining, EfficientLLM, arXiv 2502.06663) with {how}."
+    )
+
+
+def _widths(architecture: Architecture, full: Architecture) -> list[str]:
+    def kv(of: Architecture) -> str:
+        counts = sorted({len(of.kv_heads(layer)) for layer in range(of.shape.num_layers)})
+        return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+    rows = [
+        ("parameters", f"{full.parameters:,}", f"{architecture.parameters:,}"),
+        ("query heads of a layer", str(full.num_attention_heads), str(architecture.num_attention_heads)),
+        ("KV heads of a layer", kv(full), kv(architecture)),
+        ("FFN channels of a layer", str(full.ffn_hidden_size), str(architecture.ffn_hidden_size)),
+        ("hidden size", str(full.hidden_size), str(architecture.hidden_size)),
+    ]
+    return ["| | source | this model |", "| --- | ---: | ---: |", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+
+
+def _notes(architecture: Architecture, plan: KvPlan, kind: str, stored_parameters: int) -> list[str]:
+    notes = []
+    if plan.policy == EXPAND and stored_parameters != architecture.parameters:
+        notes.append(
+            "KV heads are stored once for each query head that uses them, since the number of query heads per KV head "
+            f"varies and stock classes know one number: {stored_parameters:,} stored parameters."
+        )
+    if kind != architecture.shape.model_type:
+        notes.append(
+            "`MistralForCausalLM` without a sliding window computes what `LlamaForCausalLM` does, and accepts a hidden "
+            "size that is no multiple of the number of heads."
+        )
+    return [line for note in notes for line in (note, "")]
+
+
+def _training(facts: CardFacts) -> list[str]:
+    rows: list[tuple[str, str]] = []
+    if facts.iteration is not None:
+        rows.append(("optimizer steps", f"{facts.iteration:,}"))
+    if facts.tokens is not None:
+        rows.append(("training tokens", f"{facts.tokens:,}"))
+    if facts.pruning_tokens is not None:
+        rows.append(("of these until the last removal", f"{facts.pruning_tokens:,}"))
+    rows += [(f"{kind} groups removed", f"{count:,}") for kind, count in facts.removed.items()]
+    rows += [(f"{name} (nats per token)", f"{value:.4f}") for name, value in facts.losses.items()]
+    lines = ["## Training", ""] if rows or facts.settings else []
+    if rows:
+        lines += ["| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in rows), ""]
+    if facts.settings:
+        lines += ["Settings:", "", "```", *(f"{name}: {_shown(value)}" for name, value in facts.settings.items())]
+        lines += ["```", ""]
+    return lines
+
+
+def _shown(value: Any) -> str:
+    """A setting as text, in JSON's spelling unless it is text already."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,90 @@
+"""What a checkpoint's meta tells about where the model comes from: for the model card, the tokenizer, the special ids.
+
+    run_facts      meta -> CardFacts
+    tokenizer_of   meta -> (kind, path) of the tokenizer that was trained with
+    source_of      meta -> what `config.read_source` said of the source model
+
+Read are the keys `config` (YAML text of the run), `iteration`, `consumed_tokens`, `history`, `stages`, `source`,
+`tokenizer_model` and `tokenizer_type`, all optional: an export needs none of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from megatron_prune.huggingface.config import read_source
+from megatron_prune.huggingface.model_card import CardFacts
+
+_TOLD = {
+    "pruning": None,
+    "continued": None,
+    "optimizer": None,
+    "training": ("micro_batch_size", "global_batch_size", "seed", "bf16"),
+    "data": ("data_path", "seq_length"),
+}
+_STAGES = {
+    "source": "validation loss of the source model",
+    "pruned": "validation loss on reaching the target size",
+    "final": "validation loss",
+}
+
+
+def run_facts(meta: Mapping[str, Any]) -> CardFacts:
+    """The model card's facts, as far as `meta` has them."""
+    history = meta.get("history") or []
+    stages = meta.get("stages") or {}
+    losses = {
+        words: float(stages[stage]["validation_loss"])
+        for stage, words in _STAGES.items()
+        if (stages.get(stage) or {}).get("validation_loss") is not None
+    }
+    tokens = meta.get("consumed_tokens", meta.get("tokens"))
+    return CardFacts(
+        source_name=source_of(meta).get("name"),
+        iteration=meta.get("iteration") or None,
+        tokens=tokens or None,
+        pruning_tokens=history[-1].get("tokens") if history else None,
+        removed=dict(Counter(str(removal["kind"]) for removal in history)),
+        losses=losses,
+        settings=_settings(_config(meta)),
+    )
+
+
+def tokenizer_of(meta: Mapping[str, Any]) -> tuple[str | None, str] | None:
+    """(kind or None, path) of the tokenizer, or None where none is recorded."""
+    if meta.get("tokenizer_model"):
+        return meta.get("tokenizer_type"), str(meta["tokenizer_model"])
+    config = _config(meta)
+    data = config.get("data") or {}
+    path = data.get("tokenizer_model") or (config.get("model") or {}).get("hf_model")
+    return (data.get("tokenizer_type"), str(path)) if path else None
+
+
+def source_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The source model's facts: as recorded, else read from its folder if that is still there, else {}."""
+    if meta.get("source"):
+        return dict(meta["source"])
+    folder = (_config(meta).get("model") or {}).get("hf_model")
+    return read_source(folder) if folder and (Path(folder) / "config.json").is_file() else {}
+
+
+def _config(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's configuration as plain mappings; an older version's is read as well."""
+    content = yaml.safe_load(meta.get("config") or "{}")
+    return content if isinstance(content, dict) else {}
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that say how the model was made and are set to something; paths without their folders."""
+    told: dict[str, Any] = {}
+    for section, names in _TOLD.items():
+        for name, value in (config.get(section) or {}).items():
+            if value is None or (names is not None and name not in names):
+                continue
+            told[name] = " ".join(PurePath(word).name for word in value.split()) if isinstance(value, str) else value
+    return told

@@ -1,0 +1,182 @@
+"""What a SentencePiece `.model` file says: its pieces and the options its tokenization depends on.
+
+`read_model` reads the file (a protocol buffer, `ModelProto` of SentencePiece's sentencepiece_model.proto) into a
+`SentencePieceModel`. The few fields wanted are read by hand: the generated protobuf modules that sentencepiece and
+transformers each carry may disagree about the schema, and two of them in one process is an error.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_prune.errors import UserError
+
+SPACE = "\u2581"
+"""SentencePiece's sign for a space in pieces and in normalized text: LOWER ONE EIGHTH BLOCK."""
+
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+
+class Kind(enum.IntEnum):
+    """What a piece is; the numbers are the file's."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Piece(NamedTuple):
+    """One entry of the vocabulary; its id is its position. `score` is the file's float32."""
+
+    text: str
+    score: float
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """A tokenizer model: pieces in order of their ids, and the options that act when text is encoded or decoded.
+
+    `charsmap` is the compiled normalization table (empty: identity), `normalizer_name` the rule it was built from, for
+    messages. `unk_surface` is what an unknown piece decodes to. `bos`, `eos` and `pad` are the texts of these control
+    pieces, None where the model has none.
+    """
+
+    pieces: tuple[Piece, ...]
+    model_type: str
+    byte_fallback: bool
+    treat_whitespace_as_suffix: bool
+    unk_surface: str
+    bos: str | None
+    eos: str | None
+    pad: str | None
+    normalizer_name: str
+    charsmap: bytes
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+    escape_whitespaces: bool
+    has_denormalizer: bool
+
+    def texts(self, *kinds: Kind) -> list[str]:
+        """Texts of the pieces of these kinds, in order of their ids."""
+        return [piece.text for piece in self.pieces if piece.kind in kinds]
+
+    @property
+    def reserved(self) -> list[str]:
+        """Texts of the pieces that no text is ever encoded to by its characters: unknown, control and byte pieces."""
+        return self.texts(Kind.UNKNOWN, Kind.CONTROL, Kind.BYTE)
+
+    @property
+    def unknown(self) -> str:
+        """The text of the unknown piece; SentencePiece demands exactly one."""
+        return self.texts(Kind.UNKNOWN)[0]
+
+
+def read_model(path: Path) -> SentencePieceModel:
+    """Read a SentencePiece `.model` file.
+
+    Raises UserError if the file is missing or is no SentencePiece model.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the tokenizer model ({error.strerror})") from error
+    try:
+        model = _model(data)
+    except (ValueError, IndexError, KeyError, struct.error) as error:
+        raise UserError(f"{path}: no SentencePiece model ({error})") from error
+    unknown = len(model.texts(Kind.UNKNOWN))
+    if unknown != 1:
+        raise UserError(f"{path}: no SentencePiece model ({unknown} unknown pieces instead of 1)")
+    return model
+
+
+def _model(data: bytes) -> SentencePieceModel:
+    """Parse `ModelProto`; the numbers are the schema's field numbers."""
+    pieces = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    denormalizer: dict[int, int | bytes] = {}
+    for number, value in _fields(data):
+        if number == 1:
+            pieces.append(_piece(_as_bytes(value)))
+        elif number == 2:
+            trainer.update(_fields(_as_bytes(value)))
+        elif number == 3:
+            normalizer.update(_fields(_as_bytes(value)))
+        elif number == 5:
+            denormalizer.update(_fields(_as_bytes(value)))
+    control = {piece.text for piece in pieces if piece.kind == Kind.CONTROL}
+    named = {46: "<s>", 47: "</s>", 48: "<pad>"}
+    texts = {number: _as_bytes(trainer.get(number, text.encode())).decode() for number, text in named.items()}
+    bos, eos, pad = (text if text in control else None for text in texts.values())
+    return SentencePieceModel(
+        pieces=tuple(pieces),
+        model_type=MODEL_TYPES[int(trainer.get(3, 1))],
+        byte_fallback=bool(trainer.get(35, 0)),
+        treat_whitespace_as_suffix=bool(trainer.get(24, 0)),
+        unk_surface=_as_bytes(trainer.get(44, " \u2047 ".encode())).decode(),
+        bos=bos,
+        eos=eos,
+        pad=pad,
+        normalizer_name=_as_bytes(normalizer.get(1, b"")).decode(),
+        charsmap=_as_bytes(normalizer.get(2, b"")),
+        add_dummy_prefix=bool(normalizer.get(3, 1)),
+        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        escape_whitespaces=bool(normalizer.get(5, 1)),
+        has_denormalizer=bool(denormalizer.get(2, b"")),
+    )
+
+
+def _piece(data: bytes) -> Piece:
+    fields = dict(_fields(data))
+    (score,) = struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))
+    return Piece(_as_bytes(fields[1]).decode(), score, Kind(int(fields.get(3, 1))))
+
+
+def _as_bytes(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a field has another type than the schema's")
+    return value
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (field number, value) of one protocol buffer message: varints as int, all else as the bytes it takes."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        wire_type = tag & 7
+        if wire_type == 0:
+            value, position = _varint(data, position)
+            yield tag >> 3, value
+            continue
+        if wire_type == 2:
+            size, position = _varint(data, position)
+        elif wire_type in (1, 5):
+            size = 8 if wire_type == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire_type} at byte {position}")
+        if position + size > len(data):
+            raise ValueError("it ends in the middle of a field")
+        yield tag >> 3, data[position : position + size]
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The variable-length integer at `position`, and the position after it."""
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7

@@ -1,0 +1,272 @@
+"""Reading a Hugging Face folder's weights, one tensor in memory at a time.
+
+    FolderWeights   name -> tensor, over safetensors or legacy .bin files, one or many
+    live_view       a reader of source-shaped tensors -> a reader of an architecture's live tensors
+
+Opening a folder reads names, shapes and dtypes of all its files and none of the numbers; so a shard that is missing or
+cut off is found at once. Legacy files are pickles, of which nothing but tensors is accepted (`weights_only`).
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.config import read_json
+from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.llama import take
+from megatron_prune.model.param_axes import ParamTable, expand, live_ids
+
+logger = logging.getLogger(__name__)
+
+Reader = Callable[[str], Tensor]
+FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_LISTED = 10
+EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is and what it is, known without reading it; `dtype` is torch's, or the file's own word for it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+    @property
+    def is_float(self) -> bool:
+        """True for the dtypes that weights may have (and that can be trained)."""
+        return self.dtype in FLOATS
+
+
+class FolderWeights:
+    """Callable `hf_name -> Tensor` (CPU, in the stored dtype) over the weight files of `folder`.
+
+    Looked for, in this order: `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`,
+    `pytorch_model.bin.index.json`.
+
+    Attributes:
+        stored: every tensor of the folder by its name.
+
+    Raises:
+        UserError: no weights, a file is missing, cut off or of another format, or index and files disagree.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._unmapped: tuple[Path, dict[str, Tensor]] | None = None
+        files, listed = _weight_files(self.folder)
+        self.stored: dict[str, Stored] = {}
+        for file in files:
+            for name, stored in self._contents(file).items():
+                if name in self.stored:
+                    raise UserError(f"{file}: {name} is also in {self.stored[name].file.name}")
+                self.stored[name] = stored
+        for name, file in listed.items():
+            if name not in self.stored or self.stored[name].file != file:
+                raise UserError(f"{file}: {name} is not in it, though the index says so; download the folder again")
+
+    def __call__(self, hf_name: str) -> Tensor:
+        """The tensor of that name, perhaps mapped from its file: not to be written to."""
+        stored = self.stored[hf_name]
+        if stored.file.suffix != ".safetensors":
+            return self._legacy(stored.file)[hf_name].detach()
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            # Opened anew each time: an open file keeps the pages mapped that were read from it.
+            with safe_open(str(stored.file), framework="pt") as tensors:
+                return tensors.get_tensor(hf_name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{stored.file}: cannot read {hf_name}: {error}") from error
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(_bytes(stored) for stored in self.stored.values())
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of the largest tensor: what reading one by one has in memory."""
+        return max(_bytes(stored) for stored in self.stored.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds every weight exactly: the common one, or float32 where there are several."""
+        found = {stored.dtype for stored in self.stored.values() if isinstance(stored.dtype, torch.dtype)} & FLOATS
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def check(self, shape: LlamaShape) -> None:
+        """Account for every tensor: all that `shape` needs are there, in its shape and a dtype of `FLOATS`; no other.
+
+        Known leftovers pass: rotary frequencies of old exports, and a tied `lm_head.weight` equal to the embedding.
+
+        Raises:
+            UserError: one line that lists what is missing, unused, mis-shaped or of another dtype.
+        """
+        expected = ParamTable.build(shape).hf_shapes(Architecture.full(shape))
+        missing = sorted(set(expected) - set(self.stored))
+        unused = sorted(name for name in set(self.stored) - set(expected) if not self._is_leftover(name, shape))
+        wrong = [
+            f"{name} {list(self.stored[name].shape)} instead of {list(size)}"
+            for name, size in expected.items()
+            if name in self.stored and self.stored[name].shape != size
+        ]
+        not_float = [
+            f"{name} {str(self.stored[name].dtype).removeprefix('torch.')}"
+            for name in expected
+            if name in self.stored and not self.stored[name].is_float
+        ]
+        complaints = [
+            f"{kind}: {_listing(names)}"
+            for kind, names in (
+                ("missing", missing),
+                ("unused", unused),
+                ("wrong shape", wrong),
+                ("dtype not supported", not_float),
+            )
+            if names
+        ]
+        if HEAD_WEIGHT in missing:
+            complaints.append("(tie_word_embeddings is false in config.json, so an output layer of its own is needed)")
+        if complaints:
+            raise UserError(f"{self.folder}: weights do not fit config.json: {'; '.join(complaints)}")
+
+    def _is_leftover(self, name: str, shape: LlamaShape) -> bool:
+        if name.endswith("rotary_emb.inv_freq"):
+            return True
+        if name != HEAD_WEIGHT or not shape.tie_word_embeddings or EMBEDDING not in self.stored:
+            return False
+        if self.stored[name].shape != self.stored[EMBEDDING].shape or not torch.equal(self(name), self(EMBEDDING)):
+            raise UserError(
+                f"{self.folder}: {HEAD_WEIGHT} differs from {EMBEDDING}, though config.json has tie_word_embeddings "
+                "true; set it to false if the model has an output layer of its own, or remove the tensor"
+            )
+        return True
+
+    def _contents(self, file: Path) -> dict[str, Stored]:
+        if file.suffix == ".safetensors":
+            return _safetensors_contents(file)
+        tensors = self._legacy(file)
+        return {name: Stored(file, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+    def _legacy(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of a .bin file, mapped from it anew; only a file that cannot be mapped is kept, the last one."""
+        if self._unmapped is not None and self._unmapped[0] == file:
+            return self._unmapped[1]
+        self._unmapped = None
+        tensors, is_mapped = _load_legacy(file)
+        if not is_mapped:
+            self._unmapped = (file, tensors)
+        return tensors
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """(files that hold weights, what an index says is where)."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; name the folder of a Hugging Face model")
+    for single in _SINGLE:
+        if (folder / single).is_file():
+            return [folder / single], {}
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return _indexed_files(folder, index)
+    raise UserError(f"{folder}: holds no weights; looked for {' and '.join(_SINGLE)} and their .index.json")
+
+
+def _indexed_files(folder: Path, index: Path) -> tuple[list[Path], dict[str, Path]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: {file!r} is no name of a file in this folder")
+    files = sorted({folder / file for file in weight_map.values()})
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise UserError(f"{folder}: files named in {index.name} are missing: {_listing(absent)}")
+    return files, {name: folder / file for name, file in weight_map.items()}
+
+
+def _safetensors_contents(file: Path) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            found = {}
+            for name in tensors.keys():  # noqa: SIM118 (the file is no dict)
+                piece = tensors.get_slice(name)
+                dtype = piece.get_dtype()
+                found[name] = Stored(file, tuple(piece.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype))
+            return found
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: is cut off, damaged or no safetensors file: {error}") from error
+
+
+def _load_legacy(file: Path) -> tuple[dict[str, Tensor], bool]:
+    """(all tensors of the file, whether they are mapped from it rather than read into memory)."""
+    is_mapped = True
+    arguments: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            content = torch.load(file, mmap=True, **arguments)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            logger.info("%s: written by a torch before 1.6, cannot be mapped and is read as a whole", file.name)
+            content, is_mapped = torch.load(file, **arguments), False
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file}: holds more than tensors, or is no torch file; only plain weights are read") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{file}: is cut off, damaged or no torch file: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(f"{file}: is no table of tensors; only plain weights (a state dict) are read")
+    return content, is_mapped
+
+
+def _bytes(stored: Stored) -> int:
+    size = stored.dtype.itemsize if isinstance(stored.dtype, torch.dtype) else 1
+    for length in stored.shape:
+        size *= length
+    return size
+
+
+def _listing(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def live_view(read: Reader, architecture: Architecture) -> Reader:
+    """Reader of the live tensors of `architecture`, from one of tensors in the source's shape."""
+    where = {part.hf_name: (part, row.layer) for row in ParamTable.build(architecture.shape).rows for part in row.parts}
+
+    def read_live(hf_name: str) -> Tensor:
+        part, layer = where[hf_name]
+        ids = [expand(live_ids(dim, architecture, layer), dim.size) for dim in part.dims]
+        return take(read(hf_name), ids)
+
+    return read_live

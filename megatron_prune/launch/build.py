@@ -1,0 +1,145 @@
+"""Put a run together: mesh -> model -> data -> trainer, from checked inputs.
+
+    build_model      this rank's ShardedModel, weights in place
+    build_datasets   training and validation data, sized for the longest the run can take
+    build_trainer    all of it, resumed where the checkpoint says
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from megatron.core import tensor_parallel
+
+from megatron_prune.checkpoint import Retention, load_checkpoint, save_checkpoint
+from megatron_prune.config import Config, dump
+from megatron_prune.data import datasets as data
+from megatron_prune.launch.inputs import Inputs
+from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
+from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel
+from megatron_prune.pruning.history import HistoryWriter
+from megatron_prune.runtime.mesh import Mesh
+from megatron_prune.training.metrics import Reporter
+from megatron_prune.training.state import RunState
+from megatron_prune.training.trainer import Datasets, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def quanta(config: Config) -> Quanta:
+    """Rounding of stored widths."""
+    stored = config.pruning.quantum
+    return Quanta(stored.head, stored.ffn, stored.stem, config.model.make_vocab_size_divisible_by)
+
+
+def model_options(config: Config) -> ModelOptions:
+    """How the model computes."""
+    return ModelOptions(
+        seq_length=config.data.seq_length,
+        dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        sequence_parallel=config.parallel.splits_sequences,
+        recompute_granularity=config.model.recompute_granularity,
+        recompute_method=config.model.recompute_method,
+        recompute_num_layers=config.model.recompute_num_layers,
+        num_layers_in_first_pipeline_stage=config.parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=config.parallel.num_layers_in_last_pipeline_stage,
+    )
+
+
+def optimizer_options(config: Config) -> OptimizerOptions:
+    """How weights are stepped."""
+    optimizer, parallel = config.optimizer, config.parallel
+    return OptimizerOptions(
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        ddp_bucket_size=parallel.ddp_bucket_size,
+    )
+
+
+def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> ShardedModel:
+    """This rank's part of the model, with the source's weights or the checkpoint's weights and optimizer state."""
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    shape, options = inputs.architecture.shape, model_options(config)
+    if inputs.header is not None:
+        layout = inputs.header.layout(mesh.tp_size, quanta(config))
+    else:
+        layout = ShardLayout.pack(inputs.architecture, mesh.tp_size, quanta(config))
+    table = ParamTable.build(shape)
+    llama = build_llama(shape, layout, mesh, options)
+    if inputs.read is not None:
+        load_parameters(llama, table, layout, mesh, inputs.read)
+    model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
+    if inputs.header is not None:
+        checkpoint = config.checkpoint
+        restores = inputs.resumes and not checkpoint.finetune and not checkpoint.no_load_optim
+        assert checkpoint.load is not None
+        load_checkpoint(model, checkpoint.load, checkpoint.ckpt_step, load_optim=restores)
+    return model
+
+
+def build_datasets(config: Config, inputs: Inputs) -> Datasets:
+    """megatron-core's data sets. The training set holds what the longest possible run reads."""
+    batch = config.training.global_batch_size
+    tail = config.continue_iters if config.pruning.enabled else 0
+    train_samples = (config.training.train_iters + tail) * batch
+    valid_samples = config.training.eval_iters * batch if config.training.eval_interval else 0
+    common = {
+        "tokenizer": inputs.tokenizer,
+        "seq_length": config.data.seq_length,
+        "seed": config.training.seed,
+        "cache_path": config.data.data_cache_path,
+        "eod_mask_loss": config.data.eod_mask_loss,
+    }
+    if inputs.valid is not None:
+        train, _, _ = data.build_datasets(inputs.train, samples=(train_samples, 0, 0), split="1,0,0", **common)
+        _, valid, _ = data.build_datasets(inputs.valid, samples=(0, valid_samples, 0), split="0,1,0", **common)
+        return Datasets(train, valid)
+    train, valid, _ = data.build_datasets(
+        inputs.train, samples=(train_samples, valid_samples, 0), split=config.data.split, **common
+    )
+    return Datasets(train, valid)
+
+
+def build_trainer(config: Config, inputs: Inputs, mesh: Mesh) -> Trainer:
+    """The trainer, at the point where the run starts or goes on."""
+    model = build_model(config, inputs, mesh)
+    state = RunState()
+    if inputs.resumes and not config.checkpoint.finetune:
+        assert inputs.header is not None
+        state = RunState.from_state(_run_state(inputs.header.state), inputs.architecture)
+    directory = Path(config.checkpoint.save) if config.checkpoint.save else None
+    is_writer = mesh.rank == 0
+    reporter = Reporter(config, mesh.world_size, directory, is_active=is_writer)
+    history = HistoryWriter(directory, state.history) if directory is not None and is_writer else None
+    save = None
+    if directory is not None:
+        extras = {
+            "config": dump(config),
+            "tokenizer_model": inputs.tokenizer.path,
+            "tokenizer_type": inputs.tokenizer.kind,
+            "source": inputs.source_facts,
+        }
+        retain = Retention(config.checkpoint.keep_last, config.checkpoint.save_retain_interval)
+
+        def save(state: RunState) -> None:
+            path = save_checkpoint(model, directory, state.iteration, {**state.to_state(), **extras}, retain=retain)
+            reporter.message(f" saved checkpoint {path}")
+
+    return Trainer(config, model, build_datasets(config, inputs), state, reporter, save, history)
+
+
+def _run_state(values: dict[str, object]) -> dict[str, object]:
+    fields = RunState.__dataclass_fields__
+    return {name: value for name, value in values.items() if name in fields}

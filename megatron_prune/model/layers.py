@@ -1,0 +1,160 @@
+"""Layers that stay exact while some of their slots are empty.
+
+    RMSNorm                divides by the live width, not the stored one
+    CoreAttention          scaled_dot_product_attention; grouped when clusters are uniform, else K and V gathered per query
+    PrunableSelfAttention  [q | k | v] projection, RoPE, core attention with a live mask, output projection
+
+Tensor names: S sequence, B batch, N query slots, K KV slots, D kv_channels, H stored stem.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_prune.model.layout import EMPTY
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square norm over the live channels of a partly empty stem.
+
+    Empty channels are zero, so sum(x^2) is right and only the divisor differs:
+    x / sqrt(sum/live + eps) = sqrt(live/stored) x / sqrt(sum/stored + eps live/stored), one fused kernel either way.
+    The arithmetic is fp32 whatever the input dtype.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+        self.live_width = hidden_size
+        # Under sequence parallelism each rank sees part of the sequence: megatron-core sums the gradients it finds marked.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        """Normed activations in the input's dtype and shape."""
+        stored = x_SBH.shape[-1]
+        ratio = self.live_width / stored
+        weight = self.weight.float() if ratio == 1.0 else self.weight.float() * ratio**0.5
+        return F.rms_norm(x_SBH.float(), (stored,), weight, self.eps * ratio).to(x_SBH.dtype)
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal attention over query slots that map to KV slots; empty query slots beside a live KV head are silenced."""
+
+    kv_index: Tensor | None
+    live_mask: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kv_index", None, persistent=False)
+        self.register_buffer("live_mask", None, persistent=False)
+
+    def set_slots(self, heads: np.ndarray, kv_heads: np.ndarray, kv_index: np.ndarray, device: torch.device) -> None:
+        """Take over one rank's slots of one layer (int32 arrays [N], [K], [N])."""
+        queries, keys = len(heads), len(kv_heads)
+        live = heads != EMPTY
+        grouped = np.arange(queries) // max(queries // keys, 1)
+        is_uniform = queries % keys == 0 and np.array_equal(kv_index[live], grouped[live])
+        self.kv_index = None if is_uniform else torch.from_numpy(kv_index.astype(np.int64)).to(device)
+        # An empty query attends uniformly over live values: its W_o columns, though zero, would get a gradient and grow.
+        needs_mask = bool(np.any(~live & (kv_heads[kv_index] != EMPTY)))
+        self.live_mask = torch.from_numpy(live.astype(np.float32)).to(device) if needs_mask else None
+
+    def forward(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
+        """Attention output [S, B, N * D]."""
+        if self.kv_index is not None:
+            k_SBKD, v_SBKD = k_SBKD.index_select(2, self.kv_index), v_SBKD.index_select(2, self.kv_index)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBKD, v_SBKD))
+        grouped = k.shape[1] != q.shape[1]
+        out_BNSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        if self.live_mask is not None:
+            out_BNSD = out_BNSD * self.live_mask.to(out_BNSD.dtype)[:, None, None]
+        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+
+class PrunableSelfAttention(MegatronModule):
+    """Self-attention whose query and KV slots may be any numbers per rank, laid out [q | k | v].
+
+    megatron-core's own SelfAttention wants a regular grid of query groups; clusters of unequal size have none.
+    The stored slot counts per rank come from the config (`num_attention_heads`, `num_query_groups` over TP).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        eps: float = 1e-5,
+        **_unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.pg_collection = pg_collection
+        query, kv = config.num_attention_heads, config.num_query_groups
+        assert query is not None and kv is not None and config.kv_channels is not None
+        self.linear_qkv = ColumnParallelLinear(
+            config.hidden_size,
+            (query + 2 * kv) * config.kv_channels,
+            config=config,
+            init_method=config.init_method,
+            bias=config.add_qkv_bias,
+            gather_output=False,
+            tp_group=pg_collection.tp,
+        )
+        self.core_attention = CoreAttention()
+        self.q_layernorm = RMSNorm(config, config.kv_channels, eps) if config.qk_layernorm else None
+        self.k_layernorm = RMSNorm(config, config.kv_channels, eps) if config.qk_layernorm else None
+        for norm in filter(None, (self.q_layernorm, self.k_layernorm)):
+            # Its input is split over heads, not over the sequence; megatron-core sums these two over TP by their names.
+            norm.weight.sequence_parallel = False  # type: ignore[attr-defined]
+        self.linear_proj = RowParallelLinear(
+            query * config.kv_channels,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=pg_collection.tp,
+        )
+        selective = config.recompute_granularity == "selective" and "core_attn" in (config.recompute_modules or [])
+        self.recomputes_core = selective
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor | None = None, **_unused: Any
+    ) -> tuple[Tensor, None]:
+        """Attention output [S, B, H] (scattered over the sequence under sequence parallelism) and no bias."""
+        del attention_mask  # causal by construction
+        mixed, _ = self.linear_qkv(hidden_states)
+        query, kv, d = self.slots
+        q, k, v = mixed.split([query * d, kv * d, kv * d], dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if rotary_pos_emb is not None:
+            rotary = {"config": self.config, "cp_group": self.pg_collection.cp}
+            q, k = (apply_rotary_pos_emb(t, rotary_pos_emb, **rotary) for t in (q, k))
+        if self.recomputes_core and self.training:
+            context = tensor_parallel.checkpoint(self.core_attention, False, q, k, v)
+        else:
+            context = self.core_attention(q, k, v)
+        return self.linear_proj(context)
+
+    @property
+    def slots(self) -> tuple[int, int, int]:
+        """(query slots, KV slots, kv_channels) stored on this rank."""
+        d = self.config.kv_channels
+        assert d is not None
+        query = self.linear_proj.weight.shape[1] // d
+        return query, (self.linear_qkv.weight.shape[0] // d - query) // 2, d

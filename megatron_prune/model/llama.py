@@ -1,0 +1,298 @@
+"""Build a Llama on megatron-core at the stored widths of a layout, and keep it in step with the layout.
+
+transformer_config   LlamaShape + layout + run options -> megatron-core's TransformerConfig
+build_llama          this rank's pipeline stage as a `PrunableLlama` (megatron-core's GPTModel with our layer spec)
+bind_layout          after slots changed: live widths, masks and KV maps of every layer
+named_rows           each local parameter with its row of THE table
+load_parameters      fill the stage from any source of canonical tensors
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, LlamaShape
+from megatron_prune.model.layers import PrunableSelfAttention, RMSNorm
+from megatron_prune.model.layout import EMPTY, ShardLayout
+from megatron_prune.model.param_axes import ParamAxes, ParamTable
+from megatron_prune.runtime.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model is run (not what it is): dtype, sequence parallelism, recomputation, pipeline split."""
+
+    seq_length: int
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+
+
+def stored_sizes(layout: ShardLayout) -> dict[str, int]:
+    """megatron-core's config fields that follow the stored widths (all ranks' slots together)."""
+    return {
+        "num_attention_heads": layout.width(HEAD) * layout.tp,
+        "num_query_groups": layout.width(KV_HEAD) * layout.tp,
+        "ffn_hidden_size": layout.width(FFN) * layout.tp,
+        "hidden_size": layout.width(STEM),
+    }
+
+
+def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: ModelOptions) -> TransformerConfig:
+    """megatron-core's configuration at the stored widths.
+
+    Raises:
+        UserError: the layers do not split over the pipeline stages.
+    """
+    uneven = options.num_layers_in_first_pipeline_stage or options.num_layers_in_last_pipeline_stage
+    if shape.num_layers % mesh.pp_size and not uneven:
+        raise UserError(
+            f"pipeline_model_parallel_size: {shape.num_layers} layers do not divide by {mesh.pp_size} stages; set "
+            "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage"
+        )
+    try:
+        return TransformerConfig(
+            num_layers=shape.num_layers,
+            **stored_sizes(layout),
+            kv_channels=shape.kv_channels,
+            layernorm_epsilon=shape.norm_epsilon,
+            add_qkv_bias=shape.add_qkv_bias,
+            qk_layernorm=shape.qk_layernorm,
+            tensor_model_parallel_size=mesh.tp_size,
+            pipeline_model_parallel_size=mesh.pp_size,
+            sequence_parallel=options.sequence_parallel and mesh.tp_size > 1,
+            num_layers_in_first_pipeline_stage=options.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=options.num_layers_in_last_pipeline_stage,
+            recompute_granularity=options.recompute_granularity,
+            recompute_method=options.recompute_method,
+            recompute_num_layers=options.recompute_num_layers,
+            params_dtype=options.dtype,
+            pipeline_dtype=options.dtype,
+            bf16=options.dtype == torch.bfloat16,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            normalization="RMSNorm",
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            perform_initialization=False,  # weights always come from a source: see load_parameters
+            use_cpu_initialization=mesh.device.kind == "cpu",
+            bias_activation_fusion=mesh.device.kind == "cuda",
+            masked_softmax_fusion=False,
+            bias_dropout_fusion=False,
+            gradient_accumulation_fusion=False,  # the micro-batch's own gradient must exist for the Fisher estimate
+            apply_rope_fusion=False,
+            persist_layer_norm=False,
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"model and parallel options do not fit together: {error}") from error
+
+
+class PrunableLlama(GPTModel):
+    """megatron-core's GPTModel whose padded vocabulary rows get logits of -inf.
+
+    Zero rows would otherwise take part in the softmax and shift the loss.
+    """
+
+    def __init__(self, *args: Any, live_vocab: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.live_vocab = live_vocab
+        if self.post_process:
+            self.output_layer.register_forward_hook(self._silence_padding)
+
+    def _silence_padding(self, _module: torch.nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> None:
+        logits, _ = output
+        if self.live_vocab < logits.shape[-1]:
+            logits[..., self.live_vocab :] = float("-inf")
+
+
+def build_llama(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: ModelOptions) -> PrunableLlama:
+    """This rank's pipeline stage, on the mesh's device, with undefined weights (see `load_parameters`)."""
+    config = transformer_config(shape, layout, mesh, options)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = PrunableLlama(
+        config,
+        _block_spec(config, shape),
+        vocab_size=layout.width(VOCAB) * layout.tp,
+        max_sequence_length=options.seq_length,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+        parallel_output=True,
+        pg_collection=groups,
+        live_vocab=int((layout.vocab[mesh.tp_rank] != EMPTY).sum()),
+    ).to(mesh.device.device)
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(mesh.device.device)
+    _mark_sharding(model, ParamTable.build(shape))
+    bind_layout(model, layout, mesh)
+    return model
+
+
+def _mark_sharding(model: PrunableLlama, table: ParamTable) -> None:
+    """Tell megatron-core's gradient norm which parameters are pieces and which are copies over tensor-parallel ranks."""
+    for _, parameter, row in named_rows(model, table):
+        parameter.tensor_model_parallel = row.is_sharded  # type: ignore[attr-defined]
+
+
+def _block_spec(config: TransformerConfig, shape: LlamaShape) -> TransformerBlockSubmodules:
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=PrunableSelfAttention, params={"eps": shape.norm_epsilon}),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                params={"ffn_hidden_size": config.ffn_hidden_size},
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def inverse_frequencies(shape: LlamaShape) -> Tensor:
+    """fp32 [kv_channels / 2] rotary frequencies, with `linear` or `llama3` scaling as Hugging Face applies it.
+
+    Raises:
+        UserError: another kind of `rope_scaling`.
+    """
+    exponents = torch.arange(0, shape.kv_channels, 2, dtype=torch.int64).float() / shape.kv_channels
+    frequencies = 1.0 / (shape.rotary_base**exponents)
+    scaling = shape.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return frequencies
+    factor = float(scaling["factor"])
+    if kind == "linear":
+        return frequencies / factor
+    if kind != "llama3":
+        raise UserError(f"config.json: rope_scaling type {kind!r} is not supported (default, linear, llama3 are)")
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    context = float(scaling["original_max_position_embeddings"])
+    wavelengths = 2 * math.pi / frequencies
+    # 0 where the wavelength exceeds context / low (scaled fully), 1 where it is below context / high (kept).
+    blend = ((context / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / factor + blend * frequencies
+
+
+def inner_model(model: torch.nn.Module) -> PrunableLlama:
+    """The `PrunableLlama` inside megatron-core's DDP and Float16 wrappers."""
+    while not isinstance(model, PrunableLlama):
+        model = model.module
+        assert isinstance(model, torch.nn.Module)
+    return model
+
+
+def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh) -> None:
+    """Make the model compute with `layout`: live norm widths, head masks, KV maps, and the config's stored sizes."""
+    llama = inner_model(model)
+    for name, value in stored_sizes(layout).items():
+        setattr(llama.config, name, value)
+    live = layout.architecture.hidden_size
+    for layer in llama.decoder.layers:
+        index, rank = layer.layer_number - 1, mesh.tp_rank
+        layer.input_layernorm.live_width = layer.pre_mlp_layernorm.live_width = live
+        layer.self_attention.core_attention.set_slots(
+            layout.heads[index, rank], layout.kv_heads[index, rank], layout.kv_index[index, rank], mesh.device.device
+        )
+    if llama.decoder.final_layernorm is not None:
+        llama.decoder.final_layernorm.live_width = live
+    if llama.post_process:  # megatron-core checks a tied weight against it
+        llama.output_layer.input_size = layout.width(STEM)
+
+
+def named_rows(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[str, torch.nn.Parameter, ParamAxes]]:
+    """(name, parameter, row) of each local parameter, in model order; layers are numbered over all stages.
+
+    The second copy of a tied embedding (last stage of a pipeline) comes under its own name `output_layer.weight` with the
+    embedding's row.
+    """
+    for _, name, parameter, row in _local_rows(inner_model(model), table):
+        yield name, parameter, row
+
+
+def _local_rows(llama: PrunableLlama, table: ParamTable) -> Iterator[tuple[str, str, torch.nn.Parameter, ParamAxes]]:
+    """(name inside this stage, name in the whole model, parameter, row)."""
+    numbers = {i: layer.layer_number - 1 for i, layer in enumerate(llama.decoder.layers)}
+    rows = {row.name: row for row in table.rows}
+    for local_name, parameter in list(llama.named_parameters()):
+        name = local_name
+        if name.startswith("decoder.layers."):
+            head, local, rest = name[: len("decoder.layers")], *name[len("decoder.layers.") :].split(".", 1)
+            name = f"{head}.{numbers[int(local)]}.{rest}"
+        yield local_name, name, parameter, rows[name] if name in rows else table.row(name)
+
+
+def replace_parameters(model: torch.nn.Module, table: ParamTable, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Put a new parameter, with data `change(name, old data)`, in the place of each one and empty the old.
+
+    New objects, because autograd remembers the shape a parameter had. Marks that megatron-core left on a parameter are
+    kept, links into a DDP or optimizer are not.
+    """
+    llama = inner_model(model)
+    links = {"main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad"}
+    for local_name, name, old, _ in _local_rows(llama, table):
+        new = torch.nn.Parameter(change(name, old.data), requires_grad=old.requires_grad)
+        for mark, value in vars(old).items():
+            if mark not in links:
+                setattr(new, mark, value)
+        path, _, attribute = local_name.rpartition(".")
+        setattr(llama.get_submodule(path), attribute, new)
+        for link in links & set(vars(old)):
+            delattr(old, link)
+        old.grad, old.data = None, old.data.new_empty(0)
+
+
+def load_parameters(
+    model: torch.nn.Module, table: ParamTable, layout: ShardLayout, mesh: Mesh, read: Callable[[str], Tensor]
+) -> None:
+    """Fill this rank's shards from full source tensors, one tensor in memory at a time.
+
+    Args:
+        read: Hugging Face name -> the source tensor in the source's shape (any float dtype); empty slots become zero.
+    """
+    with torch.no_grad():
+        for _, parameter, row in named_rows(model, table):
+            for part, start, end in row.part_rows(layout, mesh.tp_rank):
+                piece = ParamAxes(row.name, row.layer, (part,))
+                ids = [piece.element_ids(dim, layout, mesh.tp_rank) for dim in range(len(part.dims))]
+                parameter[start:end].copy_(take(read(part.hf_name), ids))
+
+
+def take(source: Tensor, ids: list[np.ndarray]) -> Tensor:
+    """The elements `ids` (per dim; -1 gives zeros) of `source`."""
+    result = source
+    for dim, wanted in enumerate(ids):
+        if np.array_equal(wanted, np.arange(result.shape[dim])):
+            continue
+        result = result.index_select(dim, torch.from_numpy(np.maximum(wanted, 0)).to(result.device))
+        empty = np.flatnonzero(wanted == EMPTY)
+        if len(empty):
+            result.index_fill_(dim, torch.from_numpy(empty).to(result.device), 0)
+    return result

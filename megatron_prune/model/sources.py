@@ -1,0 +1,37 @@
+"""Where initial weights come from, besides a Hugging Face folder: a seeded random initialisation.
+
+Every tensor is drawn by its own canonical name and seed, so that all layouts start from the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.param_axes import ParamTable
+
+
+class RandomWeights:
+    """Callable `hf_name -> fp32 tensor`: normal(0, std), output projections scaled by 1/sqrt(2 layers), norms one.
+
+    The scaling of the residual outputs is GPT-2's (Radford et al. 2019), Megatron's default.
+    """
+
+    def __init__(self, shape: LlamaShape, seed: int, std: float = 0.02) -> None:
+        table = ParamTable.build(shape)
+        self._shapes = table.hf_shapes(Architecture.full(shape))
+        self._outputs = {part.hf_name for row in table.rows if row.is_output for part in row.parts}
+        self._seed, self._std, self._layers = seed, std, shape.num_layers
+
+    def __call__(self, hf_name: str) -> Tensor:
+        """The full source tensor of that name."""
+        size = self._shapes[hf_name]
+        if len(size) == 1:
+            return torch.zeros(size) if hf_name.endswith(".bias") else torch.ones(size)
+        digest = hashlib.sha256(f"{self._seed}/{hf_name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        std = self._std / (2 * self._layers) ** 0.5 if hf_name in self._outputs else self._std
+        return torch.empty(size).normal_(0.0, std, generator=generator)

@@ -1,0 +1,152 @@
+"""What of the optimizer this rank owns, the same view for every optimizer megatron-core builds.
+
+    OwnedShard      a flat range of one local parameter with its main weight, gradient and Adam moments
+    owned_shards    all of them
+    blocks          a flat range of a matrix as up to three rectangles
+    adam_step / set_adam_step
+
+Without the distributed optimizer a rank owns its parameters whole. With it, ownership is by flat ranges of a buffer that
+cross parameter borders: a rank may own the middle of a row, or nothing of a parameter at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_prune.model.llama import named_rows
+from megatron_prune.model.param_axes import ParamAxes
+from megatron_prune.optimizer.build import ShardedModel
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OwnedShard:
+    """Flat range [start, end) of a local parameter, as this rank's optimizer steps it.
+
+    Args:
+        name: Megatron's parameter name (see `named_rows`).
+        parameter: the whole local model weight.
+        row: its row of the table.
+        main: flat main weight of the range; a view of `parameter` where there is no separate fp32 copy.
+        key: the optimizer's own tensor, under which its state is kept.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    row: ParamAxes
+    start: int
+    end: int
+    main: Tensor
+    key: Tensor
+    state: dict[str, Tensor]
+
+    @property
+    def has_separate_main(self) -> bool:
+        """True when the main weight is an fp32 copy (bf16 training), False when it is the model weight itself."""
+        return self.parameter.dtype != torch.float32
+
+    @property
+    def grad(self) -> Tensor:
+        """Flat reduced gradient of the range (valid between gradient reduction and the next zero_grad)."""
+        return self.parameter.main_grad.view(-1)[self.start : self.end]  # type: ignore[attr-defined]
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Flat Adam moments of the range; empty before the first step."""
+        return {name: self.state[name].view(-1) for name in MOMENTS if name in self.state}
+
+    def blocks(self) -> Iterator[tuple[int, int, slice, slice]]:
+        """See `blocks`, for this range."""
+        return blocks(self.start, self.end, tuple(self.parameter.shape))
+
+    def zero(self, tensors: list[Tensor], gone: tuple[np.ndarray, ...]) -> None:
+        """Zero, in flat `tensors` over this range, the element positions `gone` (per dim of the parameter)."""
+        if not tensors or not any(len(positions) for positions in gone):
+            return
+        for offset, length, rows, columns in self.blocks():
+            for dim, span in enumerate((rows, columns)[: len(gone)]):
+                hits = gone[dim][(gone[dim] >= span.start) & (gone[dim] < span.stop)] - span.start
+                if not len(hits):
+                    continue
+                index = torch.from_numpy(hits).to(self.key.device)
+                for tensor in tensors:
+                    block = tensor[offset : offset + length].view(rows.stop - rows.start, columns.stop - columns.start)
+                    block.index_fill_(dim, index, 0)
+
+
+def blocks(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[int, int, slice, slice]]:
+    """Cut the flat range [start, end) of a row-major matrix into rectangles.
+
+    Yields:
+        (offset, length, rows, columns): `range_tensor[offset : offset + length]` is the rectangle, row-major. A vector
+        counts as a matrix of one column.
+    """
+    columns = shape[1] if len(shape) > 1 else 1
+    position = start
+    while position < end:
+        row, column = divmod(position, columns)
+        if column or end - position < columns:
+            stop = min(end, (row + 1) * columns)
+            span = (slice(row, row + 1), slice(column, column + stop - position))
+        else:
+            rows = (end - position) // columns
+            stop = position + rows * columns
+            span = (slice(row, row + rows), slice(0, columns))
+        yield position - start, stop - position, *span
+        position = stop
+
+
+def owned_shards(model: ShardedModel) -> Iterator[OwnedShard]:
+    """What this rank's optimizer steps, in model order; a parameter of which it owns nothing is left out."""
+    (inner,) = model.optimizer.chained_optimizers
+    for name, parameter, row in named_rows(model.module, model.table):
+        start, end = 0, parameter.numel()
+        if isinstance(inner, DistributedOptimizer):
+            if parameter not in inner.model_param_group_index_map:
+                continue
+            group, order = inner.model_param_group_index_map[parameter]
+            key = inner.optimizer.param_groups[group]["params"][order]
+            span = inner._get_model_param_range_map(parameter)["param"]
+            start, end = span.start, span.end
+        else:
+            key = getattr(parameter, "main_param", None)
+            key = parameter if key is None else key
+        yield OwnedShard(name, parameter, row, start, end, key.data.view(-1), key, inner.optimizer.state[key])
+
+
+def adam_step(model: ShardedModel) -> int:
+    """Adam steps taken so far (bias correction), agreed over all ranks; 0 before the first."""
+    (inner,) = model.optimizer.chained_optimizers
+    steps = [int(group["step"]) for group in inner.optimizer.param_groups if "step" in group]
+    steps += [int(state["step"]) for state in inner.optimizer.state.values() if "step" in state]
+    latest = torch.tensor([max(steps, default=0)], dtype=torch.int64, device=model.mesh.device.device)
+    dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=model.mesh.world)
+    return int(latest)
+
+
+def set_adam_step(model: ShardedModel, step: int) -> None:
+    """Continue the bias correction at `step`; call after the moments were set. Does nothing for step 0."""
+    if step == 0:
+        return
+    (inner,) = model.optimizer.chained_optimizers
+    if isinstance(inner.optimizer, torch.optim.AdamW):
+        for shard in owned_shards(model):
+            shard.state["step"] = torch.tensor(float(step), dtype=torch.float32, device=shard.key.device)
+    else:  # TransformerEngine's and apex's FusedAdam count per group
+        for group in inner.optimizer.param_groups:
+            group["step"] = step
+
+
+def set_moments(shard: OwnedShard, moments: dict[str, Tensor]) -> None:
+    """Give `shard` its Adam moments (flat fp32 tensors of its length)."""
+    for name, value in moments.items():
+        assert value.numel() == shard.end - shard.start
+        shard.state[name] = value.reshape(shard.key.shape).contiguous()

@@ -1,0 +1,92 @@
+"""The record of what was removed: one JSON line per group, flushed at once, readable again for analysis and replay.
+
+Removal          one line
+HistoryWriter    appends lines to pruning_history.jsonl (one rank only)
+read_history     lines -> list of Removal
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import Group
+
+FILE_NAME = "pruning_history.jsonl"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One removed group.
+
+    Args:
+        iteration: iteration after whose optimizer step it left (from 1). tokens: consumed until then.
+        kind, units: see `Group`.
+        scores: the saliencies it was chosen by, per kind. margin: gap to the runner-up, relative (null: no alternative).
+        parameters: live parameters after it; the three widths after it follow.
+    """
+
+    iteration: int
+    tokens: int
+    kind: str
+    units: tuple[tuple[int, ...], ...]
+    scores: dict[str, float]
+    margin: float | None
+    parameters: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    hidden_size: int
+
+    @property
+    def group(self) -> Group:
+        """The removed group."""
+        return Group(self.kind, self.units)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Removal:
+        """Inverse of `to_json`."""
+        return cls(**{**data, "units": tuple(tuple(int(i) for i in units) for units in data["units"])})
+
+
+class HistoryWriter:
+    """Appends removals to `directory`/pruning_history.jsonl; on resume, lines after the checkpoint are cut off first."""
+
+    def __init__(self, directory: Path, so_far: list[Removal]) -> None:
+        self.path = directory / FILE_NAME
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(removal) for removal in so_far))
+        temporary.replace(self.path)
+        self._file: IO[str] = self.path.open("a")
+
+    def append(self, removal: Removal) -> None:
+        """Write one line and flush it."""
+        self._file.write(_line(removal))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(removal: Removal) -> str:
+    return json.dumps(removal.to_json()) + "\n"
+
+
+def read_history(path: Path) -> list[Removal]:
+    """All removals of a pruning_history.jsonl. Raises UserError naming file and line where one is not readable."""
+    removals = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            removals.append(Removal.from_json(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}:{number}: not a line of a pruning history ({error})") from error
+    return removals

@@ -1,0 +1,72 @@
+"""From a decision to a smaller model on every rank: prepare, commit, verify.
+
+    prepare          rank 0's decision goes to all ranks; all compare (decision, layout) before a weight is touched
+    commit           retire the group
+    compact_if_due   compact when a quantum of some kind is free (or when forced, at the end of pruning)
+
+Ranks that disagree raise `DisagreementError` naming who differs; nothing has been changed then. The decision is made once
+and broadcast, never recomputed per rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+
+from megatron_prune.errors import DisagreementError
+from megatron_prune.model.architecture import Group
+from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.pruning.selector import Decision
+from megatron_prune.resharding.compact import compact
+from megatron_prune.resharding.retire import retire
+from megatron_prune.resharding.verify import verify
+from megatron_prune.runtime.mesh import agree, broadcast_object
+
+logger = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Applies removals to `model` on all ranks.
+
+    Args:
+        check_invariants: after every change, look at every element of every empty slot (slow, for debugging).
+    """
+
+    def __init__(self, model: ShardedModel, check_invariants: bool = False) -> None:
+        self.model, self.check_invariants = model, check_invariants
+        self.compactions = 0
+
+    def prepare(self, decision: Decision | None) -> Decision | None:
+        """Rank 0's `decision` on every rank, agreed on together with the layout it refers to.
+
+        Raises:
+            DisagreementError: ranks hold different layouts or received different decisions.
+        """
+        agreed = broadcast_object(self.model.mesh, decision)
+        text = f"{agreed!r} on layout {self.model.layout.fingerprint()}"
+        marks = agree(self.model.mesh, hashlib.sha256(text.encode()).hexdigest()[:16])
+        (common, _), *others = Counter(marks).most_common()
+        if others:
+            different = [rank for rank, mark in enumerate(marks) if mark != common]
+            raise DisagreementError(
+                f"ranks {different} disagree with the other {len(marks) - len(different)} on what to remove or on the "
+                "layout; no weight was touched: resume from the last checkpoint and report this"
+            )
+        return agreed
+
+    def commit(self, group: Group) -> None:
+        """Retire `group` everywhere; weights must be in step over DP (`ShardedModel.force_param_sync`)."""
+        retire(self.model, group)
+        if self.check_invariants:
+            verify(self.model, thorough=True)
+
+    def compact_if_due(self, force: bool = False) -> bool:
+        """Compact when that frees a quantum, or when `force`d; returns whether it did."""
+        layout = self.model.layout
+        if not (force or layout.is_due) or layout.fingerprint() == layout.compacted().fingerprint():
+            return False
+        compact(self.model)
+        self.compactions += 1
+        verify(self.model, thorough=self.check_invariants)
+        return True

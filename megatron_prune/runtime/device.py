@@ -1,0 +1,120 @@
+"""The device runtime: the same megatron-core on CUDA/NCCL and on CPU/gloo.
+
+megatron-core asks for device "cuda" in many places. Where no CUDA device is used, `redirect_cuda_to_cpu` answers these
+requests with the CPU: tensor factories through a torch function mode, and the handful of `torch.cuda` functions that
+megatron-core calls. It is process-wide, installed once by `choose_device`, and this module is the only one that knows.
+Where CUDA is there, nothing is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_prune.errors import UserError
+
+
+@dataclass(frozen=True)
+class DeviceRuntime:
+    """What the run computes on: `kind` is `cuda` or `cpu`, `backend` the collective library that goes with it."""
+
+    kind: str
+    backend: str
+    device: torch.device
+
+    def synchronize(self) -> None:
+        """Wait for queued work, so that a wall clock means something."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Highest allocated device memory (CUDA), or resident memory of the process now (CPU)."""
+        if self.kind == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def choose_device(requested: str = "auto") -> DeviceRuntime:
+    """Pick the device for this process and prepare megatron-core for it.
+
+    Args:
+        requested: `auto` (CUDA when there is one), `cuda` or `cpu`.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or there are fewer devices than local ranks.
+    """
+    has_cuda = torch.cuda.is_available()
+    if requested == "cuda" and not has_cuda:
+        raise UserError("--device cuda: no CUDA device is visible here; use --device cpu or auto")
+    if requested == "cpu" or not has_cuda:
+        redirect_cuda_to_cpu()
+        return DeviceRuntime("cpu", "gloo", torch.device("cpu"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"--nproc-per-node: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible)"
+        )
+    torch.cuda.set_device(local_rank)
+    return DeviceRuntime("cuda", "nccl", torch.device("cuda", local_rank))
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Answers `device="cuda"` with the CPU and calls CPU tensor types by their CUDA names, as megatron-core expects."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and "cuda" in str(device):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace("torch.", "torch.cuda.")
+        return result
+
+
+class _NoStream:
+    """Stands in for a CUDA stream: the CPU computes in order. A class, because libraries annotate with the name."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        super().__init__()
+
+    def wait_stream(self, _stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+def redirect_cuda_to_cpu() -> None:
+    """Install the redirection once per process (a second call does nothing)."""
+    if getattr(torch.cuda, "_redirected_to_cpu", False):
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    replacements: dict[str, Any] = {
+        "current_device": lambda: "cpu",
+        "synchronize": lambda *_, **__: None,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "default_stream": lambda *_: _NoStream(),
+        "current_stream": lambda *_: _NoStream(),
+        "Stream": _NoStream,
+        "stream": lambda _: contextlib.nullcontext(),
+        "_redirected_to_cpu": True,
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _CpuForCuda().__enter__()

@@ -1,0 +1,227 @@
+"""The oracle's geometry: what each dim of each Hugging Face tensor stands for, which units live, counting, slicing.
+
+    Geometry       the source model's sizes, read from a Hugging Face `config.json`
+    LiveUnits      the units still alive, by their original ids
+    weight_table   name -> (layer, kind of each dim), e.g. q_proj.weight -> (head, stem): W is [out, in]
+    element_index  where the survivors of a dim stand before a removal
+    shrink         any dict {name: tensor} of one geometry, from one set of live units to a smaller one
+    count          parameters of a geometry with these live units
+
+A removal is `shrink(tensors, before, after)` for weights, moments and scores alike, and its cost is
+`count(before) - count(after)`: no kind of group needs a formula of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+
+HEAD, KV_HEAD, FFN, STEM, VOCAB, FIXED = "head", "kv_head", "ffn", "stem", "vocab", "fixed"
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the source model. `queries_per_kv` query heads in a row share one KV head; `head_dim` never changes.
+
+    `rope` holds `rope_theta` and, where the frequencies are scaled, `rope_type` and its parameters.
+    """
+
+    num_layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    epsilon: float
+    rope: Mapping[str, Any]
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads per KV head in the source model."""
+        return self.heads // self.kv_heads
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Geometry:
+        """Read a `config.json` in the notation of transformers 4 or 5.
+
+        Raises:
+            UserError: a model type, activation, bias or window that the oracle does not compute.
+        """
+        model_type = config.get("model_type", "llama")
+        if model_type not in MODEL_TYPES:
+            raise UserError(f"model_type: {model_type!r} is none of {', '.join(MODEL_TYPES)}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise UserError(f"hidden_act: {config['hidden_act']!r} is not silu")
+        if config.get("mlp_bias") or (config.get("attention_bias") and model_type != "qwen2"):
+            raise UserError(
+                "attention_bias, mlp_bias: biases are computed on Qwen2's q, k and v only; set both to false"
+            )
+        windowed = config.get("use_sliding_window", model_type == "mistral") and config.get("sliding_window")
+        if windowed:
+            raise UserError("sliding_window: only full attention is supported, set it to null")
+        heads = int(config["num_attention_heads"])
+        rope = {"rope_theta": config.get("rope_theta", 10000.0)}
+        rope.update(config.get("rope_scaling") or {})
+        rope.update(config.get("rope_parameters") or {})
+        return cls(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            ffn=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            vocab=int(config["vocab_size"]),
+            epsilon=float(config.get("rms_norm_eps", 1e-6)),
+            rope=rope,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=model_type == "qwen2",
+            qk_norm=model_type == "qwen3",
+        )
+
+
+@dataclass(frozen=True)
+class LiveUnits:
+    """Original ids of the units alive, ascending: query heads and FFN channels per layer, residual (stem) channels."""
+
+    heads: tuple[tuple[int, ...], ...]
+    ffn: tuple[tuple[int, ...], ...]
+    stem: tuple[int, ...]
+    queries_per_kv: int
+
+    @classmethod
+    def full(cls, geometry: Geometry) -> LiveUnits:
+        """All units of the source model."""
+        layers = geometry.num_layers
+        return cls(
+            heads=(tuple(range(geometry.heads)),) * layers,
+            ffn=(tuple(range(geometry.ffn)),) * layers,
+            stem=tuple(range(geometry.hidden)),
+            queries_per_kv=geometry.queries_per_kv,
+        )
+
+    def kv_heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads of `layer` that still have a live query head."""
+        return tuple(sorted({head // self.queries_per_kv for head in self.heads[layer]}))
+
+    def kv_index(self, layer: int) -> list[int]:
+        """For each live query head of `layer`, the position of its KV head among the live ones."""
+        position = {kv_head: index for index, kv_head in enumerate(self.kv_heads(layer))}
+        return [position[head // self.queries_per_kv] for head in self.heads[layer]]
+
+    def of(self, kind: str, layer: int) -> tuple[int, ...]:
+        """Live ids of a prunable kind in `layer` (the stem is the same in all layers)."""
+        if kind == STEM:
+            return self.stem
+        return {HEAD: self.heads, FFN: self.ffn}[kind][layer] if kind != KV_HEAD else self.kv_heads(layer)
+
+    def without(self, kind: str, units: tuple[tuple[int, ...], ...]) -> LiveUnits:
+        """What is left after a group: `units` holds one tuple per layer (`head`, `ffn`) or one tuple (`stem`)."""
+        if kind == STEM:
+            return dataclasses.replace(self, stem=_drop(self.stem, units[0]))
+        live = self.heads if kind == HEAD else self.ffn
+        left = tuple(_drop(ids, gone) for ids, gone in zip(live, units, strict=True))
+        assert len({len(ids) for ids in left}) == 1, "all layers must keep the same width"
+        return dataclasses.replace(self, heads=left) if kind == HEAD else dataclasses.replace(self, ffn=left)
+
+
+def _drop(live: tuple[int, ...], gone: tuple[int, ...]) -> tuple[int, ...]:
+    assert set(gone) <= set(live), f"units {sorted(set(gone) - set(live))} are not alive"
+    return tuple(unit for unit in live if unit not in gone)
+
+
+class WeightDims(NamedTuple):
+    """The layer a tensor belongs to (0 for those outside the layers) and the kind of units along each of its dims."""
+
+    layer: int
+    kinds: tuple[str, ...]
+
+
+def weight_table(geometry: Geometry) -> dict[str, WeightDims]:
+    """All tensors of the model by their Hugging Face names. Rows of heads are `head_dim` elements per unit."""
+    table = {
+        "model.embed_tokens.weight": WeightDims(0, (VOCAB, STEM)),
+        "model.norm.weight": WeightDims(0, (STEM,)),
+    }
+    if not geometry.tied:
+        table["lm_head.weight"] = WeightDims(0, (VOCAB, STEM))
+    kinds = {
+        "input_layernorm.weight": (STEM,),
+        "self_attn.q_proj.weight": (HEAD, STEM),
+        "self_attn.k_proj.weight": (KV_HEAD, STEM),
+        "self_attn.v_proj.weight": (KV_HEAD, STEM),
+        "self_attn.o_proj.weight": (STEM, HEAD),
+        "post_attention_layernorm.weight": (STEM,),
+        "mlp.gate_proj.weight": (FFN, STEM),
+        "mlp.up_proj.weight": (FFN, STEM),
+        "mlp.down_proj.weight": (STEM, FFN),
+    }
+    if geometry.qkv_bias:
+        kinds |= {"self_attn.q_proj.bias": (HEAD,), "self_attn.k_proj.bias": (KV_HEAD,)}
+        kinds |= {"self_attn.v_proj.bias": (KV_HEAD,)}
+    if geometry.qk_norm:
+        kinds |= {"self_attn.q_norm.weight": (FIXED,), "self_attn.k_norm.weight": (FIXED,)}
+    for layer in range(geometry.num_layers):
+        table |= {f"model.layers.{layer}.{name}": WeightDims(layer, dims) for name, dims in kinds.items()}
+    return table
+
+
+def output_projections(geometry: Geometry) -> list[str]:
+    """Names of the output layer group, on which saliency is computed: every layer's W_o and W_down."""
+    layers = range(geometry.num_layers)
+    return [f"model.layers.{n}.{name}.weight" for n in layers for name in ("self_attn.o_proj", "mlp.down_proj")]
+
+
+def weight_shapes(geometry: Geometry, live: LiveUnits) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor when these units live."""
+
+    def size(kind: str, layer: int) -> int:
+        if kind == VOCAB:
+            return geometry.vocab
+        if kind == FIXED:
+            return geometry.head_dim
+        per_unit = geometry.head_dim if kind in (HEAD, KV_HEAD) else 1
+        return len(live.of(kind, layer)) * per_unit
+
+    table = weight_table(geometry)
+    return {name: tuple(size(kind, layer) for kind in kinds) for name, (layer, kinds) in table.items()}
+
+
+def count(geometry: Geometry, live: LiveUnits) -> int:
+    """Parameters of the model with these live units; a tied embedding counts once."""
+    return sum(math.prod(shape) for shape in weight_shapes(geometry, live).values())
+
+
+def element_index(geometry: Geometry, kind: str, layer: int, before: LiveUnits, after: LiveUnits) -> Tensor:
+    """Positions, along a dim of `kind` that holds `before`, of the elements of the units in `after` (int64)."""
+    position = {unit: index for index, unit in enumerate(before.of(kind, layer))}
+    units = torch.tensor([position[unit] for unit in after.of(kind, layer)], dtype=torch.long)
+    if kind not in (HEAD, KV_HEAD):
+        return units
+    within_head = torch.arange(geometry.head_dim)
+    return (units[:, None] * geometry.head_dim + within_head).flatten()
+
+
+def shrink(geometry: Geometry, tensors: Mapping[str, Tensor], before: LiveUnits, after: LiveUnits) -> dict[str, Tensor]:
+    """Physically smaller copies of `tensors` (any of the model's names), holding only the units of `after`."""
+    table = weight_table(geometry)
+    result = {}
+    for name, tensor in tensors.items():
+        layer, kinds = table[name]
+        for dim, kind in enumerate(kinds):
+            if kind not in (VOCAB, FIXED):
+                tensor = tensor.index_select(dim, element_index(geometry, kind, layer, before, after))
+        result[name] = tensor
+    return result

@@ -1,0 +1,57 @@
+"""Where a run stands: everything besides weights and optimizer that an exact resume needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.pruning.history import Removal
+from megatron_prune.saliency.scores import UnitScores
+
+PRUNING, CONTINUED = "pruning", "continued"
+
+
+@dataclass
+class RunState:
+    """Mutable progress of a run; equal on all ranks.
+
+    Args:
+        iteration: finished iterations. consumed_samples, consumed_tokens: seen in training so far.
+        phase: `pruning` until the target is reached (also plain training), then `continued`.
+        phase_start: iteration after which the phase began; its learning rate counts from there.
+        credits: the pruning schedule's account.
+        smoothed: smoothed unit scores, or None before the first scoring.
+        history: all removals, in order.
+        skipped_iterations, nonfinite_in_a_row: steps not taken because a loss or gradient was not finite.
+        stages: measured facts by stage (`source`, `pruned`, `final`): parameters, widths, validation loss, tokens/s.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    phase: str = PRUNING
+    phase_start: int = 0
+    credits: float = 0.0
+    smoothed: UnitScores | None = None
+    history: list[Removal] = field(default_factory=list)
+    skipped_iterations: int = 0
+    nonfinite_in_a_row: int = 0
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain values and arrays for a checkpoint."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["history"] = [removal.to_json() for removal in self.history]
+        values["smoothed"] = None if self.smoothed is None else self.smoothed.to_state()
+        return values
+
+    @classmethod
+    def from_state(cls, values: dict[str, Any], architecture: Architecture) -> RunState:
+        """Inverse of `to_state`; `architecture` is the checkpoint's."""
+        values = dict(values)
+        values["history"] = [Removal.from_json(removal) for removal in values["history"]]
+        if values["smoothed"] is not None:
+            values["smoothed"] = UnitScores.from_state(architecture, values["smoothed"])
+        return cls(**values)

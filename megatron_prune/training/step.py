@@ -1,0 +1,79 @@
+"""One iteration's forward and backward passes, and evaluation, through megatron-core's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+def forward_backward(
+    model: ShardedModel, batches: Batches, num_microbatches: int, micro_batch_size: int, seq_length: int
+) -> float:
+    """Gradients of the mean loss over the global batch, reduced over ranks; returns that loss (nats per token)."""
+    model.ddp.zero_grad_buffer()
+    model.optimizer.zero_grad()
+    return _run(model, batches, num_microbatches, micro_batch_size, seq_length, forward_only=False)
+
+
+@torch.no_grad()
+def evaluate(
+    model: ShardedModel, batches: Batches, num_microbatches: int, micro_batch_size: int, seq_length: int
+) -> float:
+    """Mean loss over the global batch, nothing changed."""
+    model.ddp.eval()
+    loss = _run(model, batches, num_microbatches, micro_batch_size, seq_length, forward_only=True)
+    model.ddp.train()
+    return loss
+
+
+def _run(model: ShardedModel, batches: Batches, count: int, micro_batch: int, seq_length: int, **options: Any) -> float:
+    losses = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, model.mesh),
+        data_iterator=batches,
+        model=[model.ddp],
+        num_microbatches=count,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch,
+        **options,
+    )
+    return _mean_loss(losses, model.mesh)
+
+
+def _forward_step(mesh: Mesh, batches: Batches, model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = {name: value.to(mesh.device.device, non_blocking=True) for name, value in next(batches).items()}
+    positions = torch.arange(batch["tokens"].shape[1], device=mesh.device.device).unsqueeze(0)
+    output = model(batch["tokens"], positions, None, labels=batch["labels"])
+    return output, partial(_masked_mean, batch["loss_mask"])
+
+
+def _masked_mean(mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean over the positions that count. The schedule divides the loss in place, so the report is a copy."""
+    loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+    return loss, {"loss": loss.detach().clone()}
+
+
+def _mean_loss(losses: list[dict[str, Tensor]], mesh: Mesh) -> float:
+    """Mean over micro-batches and data-parallel ranks, known on every rank (only the last stage computed it)."""
+    total = torch.zeros(1, dtype=torch.float32, device=mesh.device.device)
+    if mesh.is_last_stage:
+        total += torch.stack([entry["loss"] for entry in losses]).mean()
+    all_reduce_sum(total, mesh.pp, mesh.dp)
+    return float(total) / mesh.dp_size
+
+
+def any_rank(flag: bool, mesh: Mesh) -> bool:
+    """True on every rank when `flag` is on any (a signal or a clock is seen by one rank first)."""
+    seen = torch.tensor([int(flag)], device=mesh.device.device)
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=mesh.world)
+    return bool(seen)

@@ -1,0 +1,264 @@
+"""The loop. The order of one pruning-aware iteration is `Trainer.iterate`; everything else is when to do what.
+
+1. forward and backward over the global batch, gradients reduced     (step.forward_backward)
+2. if a group is due: score the output layer group at (w_t, g_t)     (Pruner.score)
+3. optimizer step, unless something is not finite                    (optimizer.clip_and_step)
+4. every rank sees the stepped weights; decide, broadcast, retire    (Pruner.prune)
+5. compact when a quantum is free                                    (Coordinator.compact_if_due)
+6. log; evaluate, save and stop when due
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune.config import Config
+from megatron_prune.data.datasets import BatchStream
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.optimizer.build import ShardedModel, clip_and_step
+from megatron_prune.pruning.history import HistoryWriter, Removal
+from megatron_prune.resharding.coordinator import Coordinator
+from megatron_prune.training.learning_rate import build_scheduler, current_lr
+from megatron_prune.training.metrics import IterationReport, Reporter
+from megatron_prune.training.pruner import Pruner
+from megatron_prune.training.state import CONTINUED, PRUNING, RunState
+from megatron_prune.training.step import any_rank, evaluate, forward_backward
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """megatron-core data sets; `valid` may be None when nothing is evaluated."""
+
+    train: Any
+    valid: Any
+
+
+class Trainer:
+    """Trains, prunes and trains on.
+
+    Args:
+        save: called as `save(state)` when a checkpoint is due, or None. All ranks call it together.
+        history: where removals are recorded on this rank, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: ShardedModel,
+        datasets: Datasets,
+        state: RunState,
+        reporter: Reporter,
+        save: Callable[[RunState], None] | None = None,
+        history: HistoryWriter | None = None,
+    ) -> None:
+        self.config, self.model, self.datasets, self.state = config, model, datasets, state
+        self.reporter, self.save, self.history = reporter, save, history
+        self.coordinator = Coordinator(model, config.training.check_invariants)
+        self.pruner = Pruner(config, model, self.coordinator, state) if config.pruning.target_params else None
+        self.scheduler = build_scheduler(config, model, state)
+        training = config.training
+        self.num_microbatches = training.global_batch_size // (training.micro_batch_size * model.mesh.dp_size)
+        self.batches = self._stream(datasets.train, state.consumed_samples)
+        self._seconds: Counter[str] = Counter()
+        self._started = time.monotonic()
+
+    @property
+    def architecture(self) -> Architecture:
+        """Live widths now."""
+        return self.model.layout.architecture
+
+    # The run ---------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> bool:
+        """Run until the end or an exit condition; returns whether the run is finished."""
+        if self.config.training.eval_interval and "source" not in self.state.stages:
+            self._measure("source")
+        if self.state.phase == PRUNING and self._target_reached():
+            self._enter_continued()
+        last_saved = self.state.iteration
+        while not self._is_finished():
+            self.iterate()
+            if self._due(self.config.training.eval_interval):
+                self.reporter.evaluation(self.state.iteration, self._validation_loss()[0])
+            stop = self._should_stop()
+            if self.save and (stop or self._due(self.config.checkpoint.save_interval)):
+                self._save()
+                last_saved = self.state.iteration
+            if stop:
+                self.reporter.message(
+                    f"stopping at iteration {self.state.iteration}, as asked; --load goes on from here"
+                )
+                return False
+        if self.config.training.eval_interval:
+            self._measure("final")
+        if self.save and last_saved != self.state.iteration:
+            self._save()
+        if self.pruner and self.state.phase == PRUNING:
+            logger.warning(
+                "training.train_iters ended at %d parameters, above the target of %s; give more iterations or a faster ratio",
+                self.architecture.parameters,
+                self.config.pruning.target_params,
+            )
+        return True
+
+    def iterate(self) -> None:
+        """One iteration, in the order of the module's docstring."""
+        self._seconds.clear()
+        state, training = self.state, self.config.training
+        if self.pruner:
+            self.pruner.begin(self.num_microbatches)
+        learning_rate = current_lr(self.model)
+        with self._timed("forward-backward"):
+            loss = forward_backward(
+                self.model, self.batches, self.num_microbatches, training.micro_batch_size, self.config.data.seq_length
+            )
+        with self._timed("scoring"):
+            if self.pruner:
+                self.pruner.score()
+        with self._timed("optimizer"):
+            stepped, grad_norm = clip_and_step(self.model)
+        state.iteration += 1
+        state.consumed_samples += training.global_batch_size
+        state.consumed_tokens += self.config.tokens_per_iteration
+        self.scheduler.step(1)
+        self._count_nonfinite(stepped, loss)
+        with self._timed("retire"):
+            removed = self.pruner.prune(stepped) if self.pruner else []
+        self._record(removed)
+        reached = state.phase == PRUNING and bool(self.pruner) and self._target_reached()
+        with self._timed("compact"):
+            if self.coordinator.compact_if_due(force=reached):
+                self.scheduler.optimizer = self.model.optimizer
+        self._report(loss, grad_norm, learning_rate, removed)
+        if reached:
+            self._enter_continued()
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
+    def _target_reached(self) -> bool:
+        target = self.config.pruning.target_params
+        return target is not None and self.architecture.parameters <= target
+
+    def _enter_continued(self) -> None:
+        """The target is reached: from here on the small model trains on its own schedule."""
+        state = self.state
+        self.reporter.message(
+            f"target reached at iteration {state.iteration}: {self.architecture.parameters} parameters, "
+            f"{len(state.history)} groups removed"
+        )
+        state.phase, state.phase_start = CONTINUED, state.iteration
+        self.scheduler = build_scheduler(self.config, self.model, state)
+        if self.config.training.eval_interval and "pruned" not in state.stages:
+            self._measure("pruned")
+
+    def _is_finished(self) -> bool:
+        state = self.state
+        if state.phase == CONTINUED:
+            return state.iteration - state.phase_start >= self.config.continue_iters
+        return state.iteration >= self.config.training.train_iters
+
+    def _total_iterations(self) -> int:
+        if self.state.phase == CONTINUED:
+            return self.state.phase_start + self.config.continue_iters
+        return self.config.training.train_iters
+
+    def _due(self, interval: int | None) -> bool:
+        return bool(interval) and self.state.iteration % int(interval or 1) == 0
+
+    def _should_stop(self) -> bool:
+        minutes = self.config.training.exit_duration_in_mins
+        if minutes is not None and any_rank(time.monotonic() - self._started > minutes * 60, self.model.mesh):
+            return True
+        return self._due(self.config.training.exit_interval)
+
+    def _count_nonfinite(self, stepped: bool, loss: float) -> None:
+        state, limit = self.state, self.config.training.max_nonfinite_steps
+        if stepped:
+            state.nonfinite_in_a_row = 0
+            return
+        state.skipped_iterations += 1
+        state.nonfinite_in_a_row += 1
+        self.reporter.message(f"iteration {state.iteration}: loss {loss}, gradients not finite: step skipped")
+        if state.nonfinite_in_a_row >= limit:
+            raise UserError(
+                f"training.max_nonfinite_steps: {limit} steps in a row were not finite (up to iteration "
+                f"{state.iteration}); resume from the last checkpoint with a lower learning rate or other data"
+            )
+
+    def _record(self, removed: list[Removal]) -> None:
+        if self.history is not None:
+            for removal in removed:
+                self.history.append(removal)
+
+    def _report(self, loss: float, grad_norm: float, learning_rate: float, removed: list[Removal]) -> None:
+        state = self.state
+        report = IterationReport(
+            iteration=state.iteration,
+            total_iterations=self._total_iterations(),
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            skipped_iterations=state.skipped_iterations,
+            removed=tuple(removed),
+            seconds=dict(self._seconds),
+        )
+        self.reporter.iteration(report, self.architecture)
+
+    def _save(self) -> None:
+        assert self.save is not None
+        self.model.force_param_sync()
+        with self._timed("save"):
+            self.save(self.state)
+
+    def _stream(self, dataset: Any, consumed: int) -> BatchStream:
+        mesh = self.model.mesh
+        return BatchStream(dataset, self.config.training.micro_batch_size, mesh.dp_rank, mesh.dp_size, consumed)
+
+    def _validation_loss(self) -> tuple[float, float]:
+        """(mean loss over eval_iters global batches, tokens per second); always the same batches."""
+        training, iters = self.config.training, self.config.training.eval_iters
+        if self.datasets.valid is None:
+            raise UserError("training.eval_interval: there is no validation data; see data.split and valid_data_path")
+        batches = self._stream(self.datasets.valid, 0)
+        self.model.mesh.device.synchronize()
+        start = time.perf_counter()
+        losses = [
+            evaluate(self.model, batches, self.num_microbatches, training.micro_batch_size, self.config.data.seq_length)
+            for _ in range(iters)
+        ]
+        elapsed = time.perf_counter() - start
+        return sum(losses) / iters, iters * self.config.tokens_per_iteration / elapsed
+
+    def _measure(self, stage: str) -> None:
+        """Record loss and speed of the model as it stands now, under the stage's name."""
+        loss, tokens_per_second = self._validation_loss()
+        architecture = self.architecture
+        self.state.stages[stage] = {
+            "iteration": self.state.iteration,
+            "tokens": self.state.consumed_tokens,
+            "parameters": architecture.parameters,
+            "num_attention_heads": architecture.num_attention_heads,
+            "num_query_groups": max(len(architecture.kv_heads(i)) for i in range(architecture.shape.num_layers)),
+            "ffn_hidden_size": architecture.ffn_hidden_size,
+            "hidden_size": architecture.hidden_size,
+            "validation_loss": loss,
+            "evaluation_tokens_per_second": tokens_per_second,
+        }
+        self.reporter.evaluation(self.state.iteration, loss)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[part] += time.perf_counter() - start

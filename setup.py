@@ -1,0 +1,77 @@
+"""Packaging of megatron_prune: what a plain installation needs, and what is optional.
+
+A plain `pip install .` beside a CPU build of torch must pull no CUDA package. Hence:
+
+- torch is bounded from below only, where megatron-core itself bounds it. A tighter bound would make pip replace the
+  torch a machine already has (a CPU build, a cluster's own build) by the index's build, which brings CUDA along. The
+  version the project is tested with is pinned in the Makefile, which installs it first.
+- megatron-core is taken without its extras (they bring transformer-engine and friends); the 0.16 series is pinned,
+  since the optimizer and the distributed buffers it builds are taken apart and rebuilt here.
+- NVIDIA apex is used when it is present, and never named as a dependency: the `apex` on the package index is an
+  unrelated project. Build it from NVIDIA's sources.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+REQUIRES = [
+    "torch>=2.6",
+    "megatron-core==0.16.*",
+    "numpy>=1.26",
+    "psutil>=5.9",  # megatron-core's dist_checkpointing needs it and does not declare it
+    "pyyaml>=6.0",
+    "safetensors>=0.4.3",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.16",
+    "tqdm>=4.66",
+]
+
+HUGGING_FACE = ["transformers>=4.45", "tokenizers>=0.20"]
+
+EXTRAS = {
+    "hf": HUGGING_FACE,  # reloading exported models, their tokenizers
+    "eval": [
+        *HUGGING_FACE,
+        "lm-eval>=0.4.3",
+        "accelerate>=0.34",
+    ],  # the zero-shot tasks; pulls some 50 packages
+    "plot": ["matplotlib>=3.8"],
+    "gpu": ["transformer-engine[pytorch]>=2.9"],
+    "dev": [
+        "hypothesis>=6.100",
+        "mypy>=2.4,<2.5",
+        "packaging>=24.2",
+        "pytest>=8.2",
+        "pytest-timeout>=2.3",
+        "ruff>=0.17,<0.18",  # a formatter's next version formats differently
+        "setuptools>=77",
+        "types-PyYAML>=6.0",
+    ],
+}
+
+
+def version() -> str:
+    """The version as the package states it, read without importing the package."""
+    source = (HERE / "megatron_prune" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    assert match, "megatron_prune/__init__.py states no __version__"
+    return match.group(1)
+
+
+setup(
+    name="megatron-prune",
+    version=version(),
+    description="Prune Llama-architecture language models while they keep training, on megatron-core",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)

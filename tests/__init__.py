@@ -1,0 +1,1 @@
+"""Tests of megatron_prune; tests/<room> mirrors megatron_prune/<room>."""

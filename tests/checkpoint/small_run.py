@@ -1,0 +1,165 @@
+"""A small run on real ranks, as far as checkpoints need one: build (fresh or from a header), train, remove groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_prune.checkpoint import CheckpointReader, Header
+from megatron_prune.model.architecture import Architecture, Group, LlamaShape
+from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
+from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.model.sources import RandomWeights
+from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel, clip_and_step
+from megatron_prune.resharding.retire import retire
+from megatron_prune.runtime.device import choose_device
+from megatron_prune.runtime.mesh import Mesh, init_mesh
+
+SEQ, BATCH = 16, 4  # tokens per sequence, sequences per step (over all ranks)
+SHAPE = LlamaShape(
+    num_layers=4,
+    hidden_size=24,
+    ffn_hidden_size=20,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=4,
+    vocab_size=61,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    add_qkv_bias=True,
+)
+UNTIED = dataclasses.replace(SHAPE, tie_word_embeddings=False, add_qkv_bias=False, qk_layernorm=True)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A layout and precision; data parallelism is what remains of the ranks."""
+
+    tp: int = 1
+    pp: int = 1
+    distributed: bool = False
+    bf16: bool = False
+    sp: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+def mesh_of(kind: Kind) -> Mesh:
+    """The mesh of `kind` over all ranks, in the place of the one before."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    mesh = init_mesh(choose_device("cpu"), kind.tp, kind.pp)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    return mesh
+
+
+def build(kind: Kind, shape: LlamaShape = SHAPE, header: Header | None = None) -> ShardedModel:
+    """A model with random weights, the same on every layout; with `header`, of its architecture and without weights."""
+    mesh, quanta = mesh_of(kind), Quanta(vocab=8)
+    layout = header.layout(kind.tp, quanta) if header else ShardLayout.pack(Architecture.full(shape), kind.tp, quanta)
+    table = ParamTable.build(shape)
+    module = build_llama(shape, layout, mesh, ModelOptions(SEQ, kind.dtype, sequence_parallel=kind.sp))
+    if header is None:
+        load_parameters(module, table, layout, mesh, RandomWeights(shape, seed=3, std=0.2))
+    options = OptimizerOptions(lr=3e-3, use_distributed_optimizer=kind.distributed)
+    return ShardedModel.build(module, layout, table, mesh, options, kind.dtype)
+
+
+def train(model: ShardedModel, step: int) -> float:
+    """One optimizer step on the global batch of `step`; its loss, the same on all ranks."""
+    mesh = model.mesh
+    tokens = torch.randint(0, SHAPE.vocab_size, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(step))
+    mine = iter(tokens[mesh.dp_rank :: mesh.dp_size].split(1))
+
+    def forward(batches: Any, module: torch.nn.Module) -> Any:
+        batch = next(batches)
+        output = module(batch[:, :-1], torch.arange(SEQ).unsqueeze(0), None, labels=batch[:, 1:])
+
+        def loss_of(values: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            loss = values.float().mean()
+            return loss, {"loss": loss.detach().clone()}  # megatron-core divides the first in place
+
+        return output, loss_of
+
+    model.ddp.zero_grad_buffer()
+    model.optimizer.zero_grad()
+    results = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=mine,
+        model=[model.ddp],
+        num_microbatches=BATCH // mesh.dp_size,
+        seq_length=SEQ,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    assert clip_and_step(model)[0]
+    total = torch.tensor([float(sum(r["loss"] for r in results))])
+    dist.all_reduce(total)
+    return float(total) / BATCH / mesh.tp_size
+
+
+def remove(model: ShardedModel, kind: str, which: int) -> None:
+    """Retire the `which`-th live unit of a kind, another one in every layer."""
+    a = model.layout.architecture
+    if kind == "stem":
+        units = ((int(a.stem[which]),),)
+    else:
+        live = a.heads if kind == "head" else a.ffn
+        units = tuple((int(ids[(which + 3 * layer) % len(ids)]),) for layer, ids in enumerate(live))
+    model.force_param_sync()
+    retire(model, Group(kind, units))
+
+
+def go_on(model: ShardedModel, first: int) -> list[float]:
+    """Three more steps with removals between them; their losses."""
+    losses = [train(model, first)]
+    remove(model, "ffn", 2)
+    losses.append(train(model, first + 1))
+    remove(model, "stem", 4)
+    return [*losses, train(model, first + 2)]
+
+
+def prune_a_little(model: ShardedModel) -> list[float]:
+    """Three steps with removals of all kinds; every kind of slot has empty ones afterwards."""
+    losses = []
+    for step, (kind, which) in enumerate((("head", 1), ("ffn", 5), ("stem", 7))):
+        losses.append(train(model, step))
+        remove(model, kind, which)
+    remove(model, "head", 0)
+    return losses
+
+
+STATE: dict[str, Any] = {
+    "tokens": 3 * BATCH * SEQ,
+    "config": "training:\n  seed: 7\n",
+    "history": [{"iteration": 1, "kind": "head", "units": [[1], [4]]}],
+    "smoothing": {"head": np.arange(6, dtype=np.float32).reshape(2, 3)},
+    "lr_scheduler": {"num_steps": 3, "max_lr": 0.1},
+}
+
+
+@functools.cache
+def tensors(folder: str | Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds, by key."""
+    reader = CheckpointReader(folder, step)
+    found = {f"model/{name}": reader.read(name) for name in reader.names}
+    for kind in reader.header.facts.optimizer:
+        found |= {f"{kind}/{name}": reader.read_optimizer(kind, name) for name in reader.names}
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,245 @@
+"""Preprocessing writes what the tokenizer says, whatever the number of processes, and never half of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megatron_prune.data.indexed import inspect
+from megatron_prune.data.preprocess import Options, Progress, preprocess
+from megatron_prune.errors import UserError
+from tools import preprocess_data
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def stored_documents(prefix: str) -> list[list[int]]:
+    """The ids of every document, as megatron-core reads them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    assert list(dataset.document_indices) == list(range(len(dataset) + 1))
+    return [list(map(int, dataset[i])) for i in range(len(dataset))]
+
+
+def files_of(prefix: str) -> list[bytes]:
+    return [Path(prefix + suffix).read_bytes() for suffix in (".bin", ".idx", ".json")]
+
+
+def test_ids_are_sentencepiece_s_document_by_document(
+    text_file: Path, documents: list[str], sp_model: Path, tmp_path: Path
+) -> None:
+    library = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
+    expected = [library.encode(document) for document in documents]
+    summary = preprocess([str(text_file)], str(tmp_path / "p"), Options(str(sp_model)))
+    assert stored_documents(str(tmp_path / "p")) == expected
+    facts = summary.metadata
+    assert (facts.documents, facts.tokens) == (len(documents), sum(map(len, expected)))
+    assert facts.max_token_id == max(max(ids) for ids in expected)
+    assert facts.text_bytes == sum(len(document.encode()) for document in documents)
+    assert summary.bin_bytes == 2 * facts.tokens
+    assert inspect(str(tmp_path / "p")).metadata == facts
+
+
+def test_real_text_round_trips(tinystories: Path, stories260k: Path, tmp_path: Path) -> None:
+    model = stories260k / "tokenizer.model"
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    preprocess([str(tinystories)], str(tmp_path / "p"), Options(str(stories260k), prepend_bos=True))
+    paragraphs = [part.strip() for part in tinystories.read_text(encoding="utf-8").split("\n\n")]
+    stored = stored_documents(str(tmp_path / "p"))
+    # Lines that hold spaces only end a document too, so that the file's few of them give further documents.
+    assert len(stored) >= len(paragraphs)
+    assert all(ids[0] == library.bos_id() for ids in stored)
+    together = " ".join(library.decode(ids) for ids in stored)
+    assert together.split() == " ".join(paragraphs).split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [({"append_eod": True}, [], [2]), ({"prepend_bos": True}, [1], [])],
+)
+def test_bos_and_eod_frame_every_document(
+    sp_model: Path, tmp_path: Path, flags: dict[str, bool], before: list[int], after: list[int]
+) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("the cat\n\none two")
+    preprocess([str(source)], str(tmp_path / "p"), Options(str(sp_model), **flags))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
+    assert stored_documents(str(tmp_path / "p")) == [
+        before + library.encode(text) + after for text in ("the cat", "one two")
+    ]
+
+
+@pytest.mark.timeout(300)
+def test_the_number_of_processes_does_not_show(
+    text_file: Path, documents: list[str], sp_model: Path, hf_folder: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "more.jsonl.gz"
+    lines = [json.dumps({"text": document * 400}) for document in documents]  # many chunks
+    packed.write_bytes(gzip.compress("\n".join(lines[:30]).encode()))
+    inputs = [str(text_file), str(packed)]
+    for tokenizer in (sp_model, hf_folder):
+        results = []
+        for workers in (1, 3):
+            prefix = str(tmp_path / f"{tokenizer.name}_{workers}")
+            preprocess(inputs, prefix, Options(str(tokenizer), append_eod=True, workers=workers))
+            results.append(files_of(prefix))
+        assert results[0] == results[1]
+
+
+def test_a_worker_s_mistake_reaches_the_user(sp_model: Path, text_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(UserError, match=r"broken\.jsonl:2"):
+        preprocess([str(text_file), str(broken)], str(tmp_path / "p"), Options(str(sp_model), workers=2))
+    assert list(tmp_path.glob("p*")) == []
+
+
+def test_gzipped_input_gives_the_same_data(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "corpus.txt.gz"
+    packed.write_bytes(gzip.compress(text_file.read_bytes()))
+    preprocess([str(text_file)], str(tmp_path / "plain"), Options(str(sp_model)))
+    preprocess([str(packed)], str(tmp_path / "packed"), Options(str(sp_model)))
+    assert files_of(str(tmp_path / "plain"))[:2] == files_of(str(tmp_path / "packed"))[:2]
+
+
+def test_ids_beyond_16_bits_are_stored_whole(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import models, pre_tokenizers
+
+    for size, dtype in ((65536, "uint16"), (65537, "int32")):
+        words = {"<end>": 0, **{f"w{i}": i for i in range(1, size)}}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<end>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        folder = tmp_path / dtype
+        folder.mkdir()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+        (folder / "a.txt").write_text(f"w1 w{size - 1} w2")
+        summary = preprocess([str(folder / "a.txt")], str(folder / "p"), Options(str(folder)))
+        assert stored_documents(str(folder / "p")) == [[1, size - 1, 2]]
+        assert summary.metadata.dtype == dtype
+        assert inspect(str(folder / "p")).dtype == np.dtype(dtype)
+
+
+def test_empty_documents_are_left_out_and_counted(sp_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": ""}\n{"text": "one"}\n{"text": ""}\n')
+    facts = preprocess([str(source)], str(tmp_path / "p"), Options(str(sp_model), append_eod=True)).metadata
+    assert (facts.documents, facts.empty_documents) == (1, 2)
+
+
+def test_progress_ends_at_the_whole(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    summary = preprocess([str(text_file)], str(tmp_path / "p"), Options(str(sp_model)), seen.append)
+    assert seen[-1].disk_bytes == seen[-1].total_bytes == text_file.stat().st_size
+    assert (seen[-1].documents, seen[-1].tokens) == (summary.metadata.documents, summary.metadata.tokens)
+
+
+# What must not happen -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError("boom")])
+def test_nothing_is_left_of_an_interrupted_run(
+    text_file: Path, sp_model: Path, tmp_path: Path, error: BaseException | type[BaseException]
+) -> None:
+    def fail(_progress: Progress) -> None:
+        raise error
+
+    with pytest.raises((KeyboardInterrupt, UserError, RuntimeError)):
+        preprocess([str(text_file)], str(tmp_path / "p"), Options(str(sp_model)), fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_is_replaced_only_when_asked(make_data: Callable[..., str], sp_model: Path) -> None:
+    prefix = make_data("p")
+    before = files_of(prefix)
+    options = Options(str(sp_model))
+    with pytest.raises(UserError, match=r"--output-prefix .*p\.bin exists; .* --overwrite"):
+        preprocess([prefix + ".txt"], prefix, options)
+    assert files_of(prefix) == before
+    broken = Path(prefix + "_broken.jsonl")
+    broken.write_text("{")
+    with pytest.raises(UserError, match="is no JSON"):
+        preprocess([str(broken)], prefix, Options(str(sp_model), overwrite=True))
+    assert files_of(prefix) == before
+    preprocess([prefix + ".txt"], prefix, Options(str(sp_model), overwrite=True))
+    assert files_of(prefix) != before
+
+
+def test_an_input_is_never_overwritten(sp_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "corpus.json"
+    source.write_text('{"text": "one"}\n')
+    with pytest.raises(UserError, match=r"corpus\.json is an input file"):
+        preprocess([str(source)], str(tmp_path / "corpus"), Options(str(sp_model), overwrite=True))
+    other = tmp_path / "other.txt"
+    other.write_text("one")
+    with pytest.raises(UserError, match=r"corpus\.json is no data set's"):
+        preprocess([str(other)], str(tmp_path / "corpus"), Options(str(sp_model), overwrite=True))
+    assert source.read_text() == '{"text": "one"}\n'
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\t\n"])
+def test_input_without_text_is_refused(sp_model: Path, tmp_path: Path, content: str) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text(content)
+    with pytest.raises(UserError, match=r"--input: no text in .*a\.txt"):
+        preprocess([str(source)], str(tmp_path / "p"), Options(str(sp_model)))
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_wrong_options_are_named(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+    from .conftest import train_sentencepiece
+
+    inputs = [str(text_file)]
+    (tmp_path / "file").write_text("")
+    for prefix, message in (
+        (str(tmp_path), "is a folder; add a name"),
+        (str(tmp_path / "p.bin"), r"give it without \.bin"),
+        (str(tmp_path / "file" / "p"), "its folder cannot be made: "),
+    ):
+        with pytest.raises(UserError, match=f"--output-prefix .*{message}"):
+            preprocess(inputs, prefix, Options(str(sp_model)))
+    with pytest.raises(UserError, match="--workers: expected at least 1, got 0"):
+        preprocess(inputs, str(tmp_path / "p"), Options(str(sp_model), workers=0))
+    without_bos = train_sentencepiece(text_file, tmp_path / "no_bos", bos_id=-1)
+    with pytest.raises(UserError, match="--prepend-bos: the tokenizer .* has no begin-of-sequence id"):
+        preprocess(inputs, str(tmp_path / "p"), Options(str(without_bos), prepend_bos=True))
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_wrote(
+    text_file: Path, sp_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess_data, "SECONDS_BETWEEN_LINES", 0.0)
+    prefix = str(tmp_path / "deep" / "p")
+    command = ["--input", str(text_file), "--output-prefix", prefix, "--tokenizer-model", str(sp_model)]
+    assert preprocess_data.main([*command, "--append-eod", "--document-separator", "file"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 documents" in out and f"{inspect(prefix).tokens:,} tokens" in out and "tokens/s" in out
+    assert "100% of the input" in err
+    assert preprocess_data.main(command) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", "nowhere.txt"]
+    command += ["--output-prefix", str(tmp_path / "p"), "--tokenizer-model", "nothing"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "preprocess_data: --input: nowhere.txt cannot be read: No such file or directory"
+    ]
+    assert list(tmp_path.iterdir()) == []

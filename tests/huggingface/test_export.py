@@ -1,0 +1,254 @@
+"""The exported folder: whole or not there, in shards of the asked size, with all that a reader of it needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.config import read_shape, read_source, shape_from_config
+from megatron_prune.huggingface.export import Exported, export
+from megatron_prune.huggingface.model_card import CardFacts
+from megatron_prune.huggingface.provenance import run_facts, source_of, tokenizer_of
+from megatron_prune.huggingface.verify import sample_tokens, stock_logits
+from megatron_prune.huggingface.weights import FolderWeights, live_view
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+
+CONFIG = tiny_config(num_key_value_heads=2)
+FULL = Architecture.full(shape_from_config(CONFIG))
+# One of the two query heads of a KV head left in one layer, none in another: no plain grouped-query attention.
+UNEVEN = FULL.without(Group(HEAD, ((0,), (1,), (2,), (3,)))).without(Group(HEAD, ((1,), (2,), (3,), (2,))))
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return random_llama_weights(CONFIG)
+
+
+def export_it(weights: dict[str, Tensor], save: Path, architecture: Architecture = FULL, **options: Any) -> Exported:
+    return export(live_view(weights.__getitem__, architecture), architecture, save, **options)
+
+
+def refusal(weights: dict[str, Tensor], save: Path, architecture: Architecture = FULL, **options: Any) -> str:
+    """The message; and nothing may be left behind."""
+    before = sorted(save.parent.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        export_it(weights, save, architecture, **options)
+    assert sorted(save.parent.rglob("*")) == before and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_shards_have_the_asked_size_and_load_in_transformers(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    done = export_it(weights, tmp_path / "out", max_shard_size="30KB")
+    assert len(done.files) > 3 and all(file.stat().st_size < 30_000 + 5_000 for file in done.files)
+    one = export_it(weights, tmp_path / "one")
+    assert [file.name for file in one.files] == ["model.safetensors"]
+    tokens = torch.randint(64, (1, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(stock_logits(tmp_path / "out", tokens), stock_logits(tmp_path / "one", tokens))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_stored_in_the_asked_dtype(dtype: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    export_it(weights, tmp_path / "out", dtype=dtype)
+    read = FolderWeights(tmp_path / "out")
+    for name, tensor in weights.items():
+        assert torch.equal(read(name), tensor.to(getattr(torch, dtype)))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
+
+
+def test_dtype_is_kept_unless_asked(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    done = export_it({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "out")
+    assert done.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_each_tensor_is_asked_for_once_and_in_model_order(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def read(name: str) -> Tensor:
+        asked.append(name)
+        return weights[name]
+
+    export(read, FULL, tmp_path / "out", dtype="float32", max_shard_size="20KB")
+    assert sorted(asked) == sorted(weights) and asked[0] == "model.embed_tokens.weight"
+
+
+def test_folder_in_the_way_is_left_alone(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    save = tmp_path / "out"
+    save.mkdir()
+    export_it(weights, save)  # an empty folder is no obstacle
+    assert "is not empty" in refusal(weights, save)
+    pruned = FULL.without(Group(STEM, ((3,),)))
+    export_it(weights, save, pruned, overwrite=True)
+    assert read_shape(save).hidden_size == 31
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    assert "holds a model" in refusal(weights, other, overwrite=True)
+    assert "is a file" in refusal(weights, other / "thesis.txt")
+
+
+def test_failure_in_the_middle_leaves_nothing(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    def read(name: str) -> Tensor:
+        if name == "model.layers.2.mlp.up_proj.weight":
+            raise UserError("checkpoint: damaged")
+        return weights[name]
+
+    with pytest.raises(UserError, match="damaged"):
+        export(read, FULL, tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep" / "out").exists() and not any((tmp_path / "deep").iterdir())
+
+
+def test_wrong_options_are_refused(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    save = tmp_path / "out"
+    assert "--dtype int8: unknown" in refusal(weights, save, dtype="int8")
+    assert "--max-shard-size plenty" in refusal(weights, save, max_shard_size="plenty")
+    assert "--kv-policy some: unknown" in refusal(weights, save, kv_policy="some")
+    assert "--kv-policy cluster: not there yet" in refusal(weights, save, UNEVEN, kv_policy="cluster")
+    assert "use expand" in refusal(weights, save, UNEVEN, kv_policy="native")
+    large = weights | {"model.norm.weight": torch.full((32,), 7e4)}
+    assert "model.norm.weight holds values beyond" in refusal(large, save, dtype="float16")
+
+
+def test_kv_policy_is_chosen_and_told(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    assert export_it(weights, tmp_path / "native").plan.policy == "native"
+    done = export_it(weights, tmp_path / "expand", UNEVEN, facts=CardFacts())
+    assert (done.plan.policy, done.plan.num_key_value_heads) == ("expand", 2)
+    read, rows = FolderWeights(tmp_path / "expand"), weights["model.layers.0.self_attn.k_proj.weight"]
+    # Layer 0 keeps query heads 2 and 3, both of KV head 1, which is stored twice.
+    assert torch.equal(read("model.layers.0.self_attn.k_proj.weight"), torch.cat([rows[8:], rows[8:]]))
+    card = (tmp_path / "expand/README.md").read_text()
+    assert f"{done.stored_parameters:,} stored parameters" in card
+
+
+def test_model_card_tells_what_the_run_did_and_no_path(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    history = [
+        {"kind": FFN, "tokens": 1000, "iteration": 5},
+        {"kind": FFN, "tokens": 3000, "iteration": 7},
+        {"kind": STEM, "tokens": 4096, "iteration": 8},
+    ]
+    config = "\n".join(
+        [
+            "model: {hf_model: /home/somebody/models/tiny-source}",
+            "data: {data_path: 0.3 /data/private/books 0.7 /data/web, seq_length: 256, tokenizer_type: null}",
+            "optimizer: {lr: 0.003, clip_grad: 1.0}",
+            "pruning: {target_params: 20000, gqa: kv_group, replay: null}",
+            "checkpoint: {save: /home/somebody/run}",
+        ]
+    )
+    meta = {
+        "iteration": 20,
+        "consumed_tokens": 123456,
+        "history": history,
+        "config": config,
+        "stages": {"source": {"validation_loss": 1.748}, "final": {"validation_loss": 1.9461}},
+        "source": {"name": "tiny-source", "special_ids": {}, "generation_config": {}},
+    }
+    pruned = FULL.without(Group(STEM, ((3,),))).without(Group(FFN, ((3,),) * 4))
+    export_it(weights, tmp_path / "out", pruned, facts=run_facts(meta), source=source_of(meta))
+    card = (tmp_path / "out/README.md").read_text()
+    for words in (
+        "tiny-source pruned",
+        f"{pruned.parameters:,} parameters",
+        f"{FULL.parameters:,}",
+        "| hidden size | 32 | 31 |",
+        "| FFN channels of a layer | 48 | 47 |",
+        "123,456",
+        "4,096",
+        "| ffn groups removed | 2 |",
+        "1.9461",
+        "1.7480",
+        "target_params: 20000",
+        "data_path: 0.3 books 0.7 web",
+        "arXiv 2502.06663",
+    ):
+        assert words in card, words
+    for file in (tmp_path / "out").iterdir():
+        content = file.read_bytes()
+        assert b"/home" not in content and b"/data/" not in content and str(tmp_path).encode() not in content, file
+
+
+def test_meta_without_anything_is_enough(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    assert run_facts({}) == CardFacts() and tokenizer_of({}) is None and source_of({}) == {}
+    export_it(weights, tmp_path / "out", facts=run_facts({}))
+    assert "## Training" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_recorded_tokenizer_is_found(tmp_path: Path) -> None:
+    assert tokenizer_of({"tokenizer_model": "a/tokenizer.model"}) == (None, "a/tokenizer.model")
+    config = "data: {tokenizer_model: t.model, tokenizer_type: SentencePieceTokenizer}\nmodel: {hf_model: source}"
+    assert tokenizer_of({"config": config}) == ("SentencePieceTokenizer", "t.model")
+    assert tokenizer_of({"config": "model: {hf_model: source}"}) == (None, "source")
+
+
+def test_generation_settings_and_special_ids_come_along(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    config = CONFIG | {"eos_token_id": [2, 5], "pad_token_id": -1}
+    source = write_hf_folder(tmp_path / "source", config, weights)
+    (source / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6}))
+    export_it(weights, tmp_path / "out", source=read_source(source))
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (1, [2, 5], None)
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.do_sample, generation.temperature, generation.eos_token_id) == (True, 0.6, [2, 5])
+
+
+# With a real tokenizer and a real model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_tokenizer_of_the_export_gives_the_ids_trained_with(
+    model_type: str, stories260k: Path, tinystories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    full = Architecture.full(read_shape(stories260k))
+    gone = 4 if model_type == "mistral" else 0  # channels, so that hidden is no multiple of 8
+    for channel in range(0, 3 * gone, 4):
+        full = full.without(Group(STEM, ((channel,),)))
+    read = live_view(FolderWeights(stories260k), full)
+    with caplog.at_level(logging.WARNING):
+        done = export(read, full, tmp_path / "out", tokenizer_model=str(stories260k), source=read_source(stories260k))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert done.class_name.lower().startswith(model_type)
+    assert "regex" not in caplog.text, "transformers takes it for a tokenizer with Mistral's known defect"
+    ours = sentencepiece.SentencePieceProcessor(model_file=str(stories260k / "tokenizer.model"))
+    assert tokenizer("Once upon a time", add_special_tokens=False)["input_ids"] == [403, 407, 261, 378]
+    text = tinystories.read_text()[:20_000]
+    expected = ours.encode(text)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+    tokens = sample_tokens(tmp_path / "out", text, 512, 2, 100)
+    assert np.array_equal(tokens.flatten(), expected[:200])
+
+
+def test_tokenizer_with_more_ids_than_the_model_is_refused(
+    weights: dict[str, Tensor], stories260k: Path, tmp_path: Path
+) -> None:
+    words = refusal(weights, tmp_path / "out", tokenizer_model=str(stories260k / "tokenizer.model"))
+    assert "512 ids, more than the model's vocabulary of 64" in words
+
+
+def test_real_model_generates_the_known_text_after_export(stories260k: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    full = Architecture.full(read_shape(stories260k))
+    read = FolderWeights(stories260k)
+    export(read, full, tmp_path / "out", tokenizer_model=str(stories260k), kv_policy="expand")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = torch.tensor([[1, *tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]]])
+    output = model.generate(prompt, max_new_tokens=30, do_sample=False)
+    text = tokenizer.decode(output[0][prompt.shape[1] :])
+    assert text.startswith(", there was a little girl named Lily. She loved to play outside in the park.")

@@ -1,0 +1,249 @@
+"""Every supported family, in and out: bit for bit unpruned, and with equal logits unpruned and pruned.
+
+Source models are made and saved by stock transformers, so what is read here is what it writes today; the spelling of
+older versions is test_config's matter. Logits come from three sides: stock transformers on the exported folder, the
+training model (all cases in one process of its own), and the dense oracle or the masked source model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune.huggingface.config import read_shape, read_source
+from megatron_prune.huggingface.export import export
+from megatron_prune.huggingface.kv_policy import EXPAND, NATIVE
+from megatron_prune.huggingface.verify import stock_logits
+from megatron_prune.huggingface.weights import FolderWeights, live_view
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.testing import oracle_model
+from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits
+from megatron_prune.testing.ranks import run_ranks
+
+TOLERANCE = 1e-4
+TOKENS = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(5))
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_tied_gqa": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3, "num_key_value_heads": 2}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "mistral": ("mistral", {"sliding_window": None, "num_key_value_heads": 4, "head_dim": 12}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 4, "head_dim": 16}),
+}
+
+
+def make_source(folder: Path, model_type: str, overrides: dict[str, Any]) -> Path:
+    """A folder as stock transformers saves it, with weights that give logits of some contrast."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SIZES | overrides)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.1 if parameter.dim() == 1 else 0.9 / parameter.shape[1] ** 0.5
+            noise = scale * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise + (1.0 if "norm" in name else 0.0))
+    model.save_pretrained(folder)
+    return folder
+
+
+def some_groups(architecture: Architecture, heads: int, ffn: int, stem: int, seed: int) -> Architecture:
+    """Remove that many groups of each kind, with units that differ over layers."""
+    rng = np.random.default_rng(seed)
+    for kind, count in ((HEAD, heads), (FFN, ffn), (STEM, stem)):
+        for _ in range(count):
+            live = [architecture.stem] if kind == STEM else [architecture.live(kind, n) for n in range(3)]
+            units = tuple((int(rng.choice(ids)),) for ids in live)
+            architecture = architecture.without(Group(kind, units))
+    return architecture
+
+
+def heads_left(architecture: Architecture, *layers: list[int]) -> Architecture:
+    """The same with just these query heads."""
+    return dataclasses.replace(architecture, heads=tuple(np.array(ids, dtype=np.int32) for ids in layers))
+
+
+def prune(case: str, full: Architecture) -> Architecture:
+    """The pruned cases; a case of a family's name is unpruned."""
+    uneven = ([0, 1, 2, 4, 6], [0, 1, 2, 3, 7], [1, 3, 5, 6, 7])  # of 8 query and 4 KV heads
+    return {
+        "61_with_7_heads": lambda: some_groups(full, 1, 5, 3, seed=1),
+        "native_groups": lambda: some_groups(heads_left(full, *[[0, 1, 4, 5, 6, 7]] * 3), 0, 3, 4, seed=2),
+        "clusters": lambda: some_groups(heads_left(full, *uneven), 0, 4, 4, seed=3),
+        "one_query_per_kv_head": lambda: some_groups(heads_left(full, [0, 2, 4], [1, 3, 7], [0, 3, 5]), 0, 2, 1, 4),
+        "qwen2_clusters": lambda: some_groups(heads_left(full, *uneven), 0, 4, 5, seed=5),
+        "qwen3_pruned": lambda: some_groups(full, 2, 4, 5, seed=6),
+        "llama3_heads_and_ffn": lambda: some_groups(full, 3, 10, 0, seed=7),
+    }[case]()
+
+
+PRUNED = {  # case -> family, KV policy in force, class of the export
+    "61_with_7_heads": ("llama", NATIVE, "MistralForCausalLM"),
+    "native_groups": ("llama_tied_gqa", NATIVE, "LlamaForCausalLM"),
+    "clusters": ("llama_tied_gqa", EXPAND, "LlamaForCausalLM"),
+    "one_query_per_kv_head": ("llama_tied_gqa", NATIVE, "LlamaForCausalLM"),
+    "qwen2_clusters": ("qwen2", EXPAND, "Qwen2ForCausalLM"),
+    "qwen3_pruned": ("qwen3", EXPAND, "Qwen3ForCausalLM"),
+    "llama3_heads_and_ffn": ("llama3", EXPAND, "MistralForCausalLM"),
+}
+CASES = [*FAMILIES, *PRUNED]
+
+
+def logits_of_training_model(_rank: int, _size: int, jobs: list[tuple[str, Architecture]]) -> list[np.ndarray]:
+    from megatron_prune.huggingface.verify import training_logits
+    from megatron_prune.runtime.device import choose_device
+    from megatron_prune.runtime.mesh import init_mesh
+
+    mesh = init_mesh(choose_device("cpu"), 1, 1)
+    results = []
+    for folder, architecture in jobs:
+        read = live_view(FolderWeights(folder), architecture)
+        results.append(training_logits(read, architecture, TOKENS, mesh).numpy())
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Source folders by family, architectures and the training model's logits by case, folders to export into."""
+
+    sources: dict[str, Path]
+    architectures: dict[str, Architecture]
+    trained: dict[str, torch.Tensor]
+
+    def source(self, case: str) -> Path:
+        return self.sources[PRUNED[case][0] if case in PRUNED else case]
+
+    def read(self, case: str):
+        return live_view(FolderWeights(self.source(case)), self.architectures[case])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    base = tmp_path_factory.mktemp("families")
+    sources = {name: make_source(base / name, *recipe) for name, recipe in FAMILIES.items()}
+    full = {name: Architecture.full(read_shape(folder)) for name, folder in sources.items()}
+    architectures = {case: prune(case, full[PRUNED[case][0]]) if case in PRUNED else full[case] for case in CASES}
+    jobs = [(str(sources[PRUNED[c][0] if c in PRUNED else c]), architectures[c]) for c in CASES]
+    (logits,) = run_ranks(logits_of_training_model, 1, jobs)
+    trained = {case: torch.from_numpy(values) for case, values in zip(CASES, logits)}
+    return World(sources, architectures, trained)
+
+
+def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.3, "logits without contrast would prove little"
+    return (ours - theirs).abs().max().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpruned_model_comes_back_bit_for_bit(family: str, world: World, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    source = world.sources[family]
+    weights, shape = FolderWeights(source), read_shape(source)
+    weights.check(shape)
+    done = export(weights, Architecture.full(shape), tmp_path / "out", source=read_source(source))
+    again = FolderWeights(tmp_path / "out")
+    again.check(read_shape(tmp_path / "out"))
+    assert set(again.stored) == set(weights.stored)
+    for name, stored in weights.stored.items():
+        assert again.stored[name].dtype == stored.dtype
+        assert torch.equal(again(name), weights(name)), name
+    assert read_shape(tmp_path / "out") == shape
+    before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (source, tmp_path / "out"))
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    # Qwen2's own config leaves head_dim out, and the layers from which windows would be used mean nothing without any.
+    assert changed <= {"_name_or_path", "transformers_version", "head_dim", "max_window_layers"}
+    assert done.plan.policy == NATIVE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_model_computes_what_transformers_does(family: str, world: World) -> None:
+    assert largest_difference(world.trained[family], stock_logits(world.sources[family], TOKENS)) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", PRUNED)
+def test_pruned_model_loads_in_stock_transformers_with_equal_logits(case: str, world: World, tmp_path: Path) -> None:
+    _, policy, class_name = PRUNED[case]
+    architecture = world.architectures[case]
+    done = export(world.read(case), architecture, tmp_path / "out")
+    assert (done.plan.policy, done.class_name) == (policy, class_name)
+    assert largest_difference(world.trained[case], stock_logits(tmp_path / "out", TOKENS)) < TOLERANCE
+    if policy == NATIVE:
+        assert done.stored_parameters == architecture.parameters
+    else:
+        assert done.stored_parameters > architecture.parameters
+
+
+@pytest.mark.parametrize("case", PRUNED)
+def test_training_model_equals_the_dense_oracle(case: str, world: World) -> None:
+    a, config = world.architectures[case], world.source(case) / "config.json"
+    geometry = Geometry.from_hf(json.loads(config.read_text()))
+    heads, ffn = (tuple(tuple(map(int, ids)) for ids in arrays) for arrays in (a.heads, a.ffn))
+    live = LiveUnits(heads, ffn, tuple(map(int, a.stem)), geometry.queries_per_kv)
+    read = world.read(case)
+    names = FolderWeights(world.source(case)).stored
+    expected = oracle_model.logits(TOKENS, {name: read(name) for name in names}, geometry, live)
+    assert largest_difference(world.trained[case], expected) < TOLERANCE
+
+
+def test_pruned_heads_and_channels_equal_the_masked_source(world: World, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    case = "llama3_heads_and_ffn"
+    architecture = world.architectures[case]
+    export(world.read(case), architecture, tmp_path / "out")
+    masked = AutoModelForCausalLM.from_pretrained(world.source(case))
+    with torch.no_grad():
+        for layer, module in enumerate(masked.model.layers):
+            d = architecture.shape.kv_channels
+            for head in set(range(8)) - set(architecture.heads[layer].tolist()):
+                module.self_attn.o_proj.weight[:, head * d : (head + 1) * d] = 0
+            for channel in set(range(44)) - set(architecture.ffn[layer].tolist()):
+                module.mlp.down_proj.weight[:, channel] = 0
+        expected = masked(TOKENS).logits
+    assert largest_difference(stock_logits(tmp_path / "out", TOKENS), expected) < TOLERANCE
+
+
+def test_expand_can_be_asked_for_where_native_would_do(world: World, tmp_path: Path) -> None:
+    case = "native_groups"
+    done = export(world.read(case), world.architectures[case], tmp_path / "out", kv_policy=EXPAND)
+    assert done.plan.num_key_value_heads == world.architectures[case].num_attention_heads
+    assert largest_difference(world.trained[case], stock_logits(tmp_path / "out", TOKENS)) < TOLERANCE
+
+
+def test_exported_model_generates_with_and_without_cache(world: World, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for case in ("61_with_7_heads", "qwen2_clusters"):
+        export(world.read(case), world.architectures[case], tmp_path / case)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / case)
+        arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        with_cache = model.generate(TOKENS[:1, :8], use_cache=True, **arguments)
+        assert torch.equal(with_cache, model.generate(TOKENS[:1, :8], use_cache=False, **arguments))

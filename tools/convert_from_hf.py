@@ -1,0 +1,159 @@
+"""Turn a Hugging Face folder into a checkpoint that training loads in any layout.
+
+    python tools/convert_from_hf.py --hf-model SmolLM-360M --save checkpoints/source
+
+Llama 1 to 3, SmolLM, TinyLlama, Mistral, Qwen2 and Qwen3, from safetensors or legacy .bin files. Every weight is
+accounted for before anything is written, and one tensor is in memory at a time. `pretrain` can also be pointed at the
+Hugging Face folder itself. A mistake is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
+
+GIB = 2**30
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--hf-model", required=True, metavar="DIR", help="folder with config.json and weights")
+    parser.add_argument("--save", required=True, metavar="DIR", help="the checkpoint's folder; must not hold anything")
+    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16; as stored in DIR unless given")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, write nothing")
+    return parser.parse_args(argv)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Check, print the plan, write. Raises UserError."""
+    from megatron_prune.huggingface.config import read_shape, read_source
+
+    folder, save = Path(arguments.hf_model), Path(arguments.save)
+    shape = read_shape(folder)  # before the slow imports
+    from megatron_prune.huggingface.shards import DTYPES, dtype_name
+    from megatron_prune.huggingface.weights import FolderWeights
+
+    if arguments.dtype is not None and arguments.dtype not in DTYPES:
+        raise UserError(f"--dtype {arguments.dtype}: unknown; use {', '.join(DTYPES)}")
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise UserError(f"--save {save}: is there already; name a folder that does not exist or is empty")
+    weights = FolderWeights(folder)
+    weights.check(shape)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else weights.dtype
+    files = len({stored.file for stored in weights.stored.values()})
+    print(
+        f"{folder}: {len(weights.stored)} tensors in {files} file{'s' if files > 1 else ''}, "
+        f"{_gib(weights.total_bytes)}, all accounted for; the largest has {_gib(weights.largest_bytes)}"
+    )
+    print("\n".join(plan(shape)))
+    if arguments.dry_run:
+        return
+    tokenizer, remark = find_tokenizer(folder, shape)
+    print(remark)
+    state: dict[str, Any] = {
+        "source": read_source(folder),
+        "tokenizer_model": tokenizer,
+        "consumed_tokens": 0,
+        "history": [],
+    }
+    written = write(weights, save, shape, dtype, state)
+    print(f"{written}: {Architecture.full(shape).parameters:,} parameters in {dtype_name(dtype)}")
+
+
+def plan(shape: LlamaShape) -> list[str]:
+    """Lines that say what the model is, what groups cost, and what training it takes."""
+    full = Architecture.full(shape)
+    layers = range(shape.num_layers)
+    groups = {
+        "a query head of every layer": Group(HEAD, tuple((0,) for _ in layers)),
+        "an FFN channel of every layer": Group(FFN, tuple((0,) for _ in layers)),
+        "a stem channel": Group(STEM, ((0,),)),
+    }
+    lines = [
+        f"{shape.model_type}: {full.parameters:,} parameters; {shape.num_layers} layers, {shape.num_attention_heads} "
+        f"query and {shape.num_query_groups} KV heads of {shape.kv_channels}, ffn {shape.ffn_hidden_size}, hidden "
+        f"{shape.hidden_size}, vocabulary {shape.vocab_size:,}, "
+        f"{'tied' if shape.tie_word_embeddings else 'separate'} embeddings",
+        "groups: " + ", ".join(f"{name} {full.cost(group):,}" for name, group in groups.items()) + " parameters",
+        "memory per rank for weights, gradients and AdamW state (activations come on top):",
+    ]
+    for tp in TENSOR_PARALLEL_SIZES:
+        share = full.parameters / tp
+        lines.append(
+            f"  tensor parallel {tp}: fp32 {_gib(16 * share)}; bf16 {_gib(18 * share)}, with the distributed "
+            f"optimizer over 8 ranks {_gib((6 + 12 / 8) * share)}"
+        )
+    return lines
+
+
+def find_tokenizer(folder: Path, shape: LlamaShape) -> tuple[str | None, str]:
+    """(path to record as the model's tokenizer, what to say about it)."""
+    from megatron_prune.data.tokenizer import build_tokenizer
+
+    try:
+        tokenizer = build_tokenizer(None, str(folder.resolve()))
+    except UserError as error:
+        return None, f"tokenizer: none recorded, name one for training and export ({error})"
+    if tokenizer.vocab_size > shape.vocab_size:
+        return None, (
+            f"tokenizer: none recorded; the one in {folder} has {tokenizer.vocab_size:,} ids, the model has "
+            f"{shape.vocab_size:,}"
+        )
+    return tokenizer.path, f"tokenizer: {tokenizer.kind} with {tokenizer.vocab_size:,} ids, recorded"
+
+
+def write(weights: Any, save: Path, shape: LlamaShape, dtype: Any, state: dict[str, Any]) -> Path:
+    """Stream the weights into a checkpoint of iteration 0; its folder."""
+    from megatron_prune.checkpoint import CheckpointSaveError, save_weights
+    from megatron_prune.runtime.device import choose_device
+    from megatron_prune.runtime.mesh import close_mesh, init_mesh
+
+    with tqdm(total=len(weights.stored), unit="tensor", desc="writing", disable=not sys.stderr.isatty()) as bar:
+
+        def read(hf_name: str) -> Any:
+            bar.update()
+            return weights(hf_name)
+
+        mesh = init_mesh(choose_device("cpu"), 1, 1)
+        try:
+            return save_weights(mesh, save, 0, Architecture.full(shape), read, dtype, state)
+        except CheckpointSaveError as error:
+            raise UserError(f"--save {save}: {error}") from error
+        finally:
+            close_mesh()
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    arguments = parse(argv)
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")  # remarks on absent accelerators
+    try:
+        convert(arguments)
+    except UserError as error:
+        print(f"convert_from_hf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_from_hf: interrupted; no checkpoint was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
+    sys.exit(main())

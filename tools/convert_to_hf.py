@@ -1,0 +1,186 @@
+"""Turn a checkpoint, of any layout and at any time of the run, into a folder that stock transformers loads.
+
+    python tools/convert_to_hf.py --load checkpoints/run --save exported --verify
+
+Live units only, one tensor in memory at a time, with tokenizer, generation config and model card. `--verify` loads the
+folder with stock transformers and compares its logits on text with the training model's. A mistake is one line on
+stderr and exit status 2; a failed verification exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from megatron_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.huggingface.export import Exported
+
+SEQUENCES, LENGTH = 4, 256  # of text, to compare on
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--load", required=True, metavar="DIR", help="a run's folder, or one of its iter_... folders")
+    add("--ckpt-step", type=int, metavar="N", help="iteration; the newest unless given")
+    add("--save", required=True, metavar="DIR", help="folder to write; must not hold anything")
+    add("--overwrite", action="store_true", help="replace a model that is in the folder")
+    add(
+        "--kv-policy",
+        default="auto",
+        metavar="P",
+        help="native: grouped-query attention as it is; expand: KV heads repeated, one per query head; "
+        "auto: native where it is exact, else expand",
+    )
+    add("--dtype", metavar="T", help="float32, bfloat16 or float16; as stored unless given")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file")
+    add("--tokenizer-model", metavar="PATH", help="file or folder; the one recorded in the checkpoint unless given")
+    add("--tokenizer-type", metavar="KIND", help="seen from --tokenizer-model unless given")
+    add("--no-tokenizer", action="store_true", help="export without a tokenizer")
+    add("--verify", action="store_true", help="compare logits (and token ids) with stock transformers")
+    add("--verify-text", metavar="FILE", help="text to compare on; Python's own reference texts unless given")
+    add("--verify-tolerance", type=float, default=1e-4, metavar="X", help="largest difference of logits, in fp32")
+    return parser.parse_args(argv)
+
+
+def convert(arguments: argparse.Namespace) -> bool:
+    """Export and, where asked, verify; False when the verification failed. Raises UserError."""
+    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.huggingface.export import export
+    from megatron_prune.huggingface.provenance import run_facts, source_of
+    from megatron_prune.huggingface.shards import dtype_name
+
+    if arguments.verify and find_spec("transformers") is None:
+        raise UserError("--verify needs transformers: install megatron-prune[hf]")
+    reader = CheckpointReader(arguments.load, arguments.ckpt_step)
+    tokenizer_type, tokenizer = choose_tokenizer(arguments, reader)
+    with tqdm(total=len(reader.names), unit="tensor", desc="exporting", disable=not sys.stderr.isatty()) as bar:
+
+        def read(hf_name: str) -> Any:
+            bar.update()
+            return reader.read(hf_name)
+
+        done = export(
+            read,
+            reader.architecture,
+            arguments.save,
+            dtype=arguments.dtype or reader.header.facts.dtype,
+            kv_policy=arguments.kv_policy,
+            tokenizer_model=tokenizer,
+            tokenizer_type=tokenizer_type,
+            max_shard_size=arguments.max_shard_size,
+            source=source_of(reader.meta),
+            facts=run_facts(reader.meta),
+            overwrite=arguments.overwrite,
+        )
+    a = reader.architecture
+    print(
+        f"{done.folder}: {done.class_name}, iteration {reader.header.iteration}, {a.parameters:,} parameters "
+        f"({a.num_attention_heads} heads, ffn {a.ffn_hidden_size}, hidden {a.hidden_size}), "
+        f"{done.stored_parameters:,} stored in {dtype_name(done.dtype)} in {len(done.files)} "
+        f"file{'s' if len(done.files) > 1 else ''}"
+    )
+    print(f"KV heads: {done.plan.policy}, {done.plan.num_key_value_heads} of every layer stored")
+    print(f"tokenizer: {tokenizer or 'none'}")
+    return verify(arguments, reader, done, tokenizer) if arguments.verify else True
+
+
+def choose_tokenizer(arguments: argparse.Namespace, reader: CheckpointReader) -> tuple[str | None, str | None]:
+    """(kind, path); the path is None when there is none to export."""
+    from megatron_prune.huggingface.provenance import tokenizer_of
+
+    if arguments.no_tokenizer:
+        return None, None
+    if arguments.tokenizer_model:
+        return arguments.tokenizer_type, arguments.tokenizer_model
+    recorded = tokenizer_of(reader.meta)
+    if recorded is None:
+        print("no tokenizer is recorded in the checkpoint: exporting without; name one with --tokenizer-model")
+        return None, None
+    kind, path = recorded
+    if not Path(path).exists():
+        raise UserError(
+            f"the tokenizer recorded in the checkpoint, {path}, is gone; name it with --tokenizer-model, or export "
+            "without by --no-tokenizer"
+        )
+    return arguments.tokenizer_type or kind, path
+
+
+def verify(arguments: argparse.Namespace, reader: CheckpointReader, done: Exported, tokenizer: str | None) -> bool:
+    """Compare logits of the folder and of the training model; prints the outcome."""
+    from transformers.utils import logging as transformers_logging
+
+    from megatron_prune.huggingface.verify import sample_tokens, stock_logits, training_logits
+    from megatron_prune.runtime.device import choose_device
+    from megatron_prune.runtime.mesh import close_mesh, init_mesh
+
+    architecture = reader.architecture
+    text = read_text(arguments.verify_text)
+    length = min(LENGTH, architecture.shape.max_position_embeddings)
+    has_tokenizer = tokenizer is not None
+    tokens = sample_tokens(
+        done.folder if has_tokenizer else None, text, architecture.shape.vocab_size, SEQUENCES, length
+    )
+    transformers_logging.disable_progress_bar()
+    exported = stock_logits(done.folder, tokens)
+    mesh = init_mesh(choose_device("cpu"), 1, 1)
+    try:
+        # Rounded as the export is, so that what remains is what the export did wrong.
+        trained = training_logits(lambda name: reader.read(name).to(done.dtype), architecture, tokens, mesh)
+    finally:
+        close_mesh()
+    difference = (exported - trained).abs().max().item()
+    passed = difference <= arguments.verify_tolerance  # False for NaN
+    print(
+        f"verify: {tokens.numel():,} {'tokens of text' if has_tokenizer else 'random ids'}; logits (up to "
+        f"{trained.abs().max().item():.1f}) of stock transformers and of the training model differ by at most "
+        f"{difference:.2e}, {'within' if passed else 'NOT WITHIN'} {arguments.verify_tolerance:g}"
+    )
+    return passed
+
+
+def read_text(file: str | None) -> str:
+    """Text to compare on: a file's, or what every Python installation carries. Raises UserError."""
+    if file is None:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics.values())
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--verify-text {file}: cannot be read: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    arguments = parse(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")  # remarks on absent accelerators
+    try:
+        return 0 if convert(arguments) else 1
+    except UserError as error:
+        print(f"convert_to_hf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_to_hf: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
+    sys.exit(main())
