@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 -m megatron_prune.pretrain --config run.yaml [--some-field value ...]
     python -m megatron_prune.pretrain --config run.yaml        (one rank, no launcher)
 
-Reads a configuration, opens what it names, builds the model on this rank's place in the mesh and runs the loop. Mistakes
-end in one line on one rank and exit status 2 on all (see `launch.failures`).
+Reads a configuration, opens what it names, builds the model on this rank's place in the mesh and runs the loop.
+Mistakes end in one line on one rank and exit status 2 on all (see `launch.failures`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _run(argv: list[str]) -> int:
     command = parse_command(argv)
     if command.text is not None:
         if rank == 0:
-            print(command.text)
+            sys.stdout.write(command.text + "\n")
         return 0
     config = command.config
     validate(config, (command.world_size or world_size) if command.dry_run else world_size)

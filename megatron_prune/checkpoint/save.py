@@ -43,6 +43,7 @@ from megatron_prune.checkpoint.pieces import spread
 from megatron_prune.checkpoint.rng import capture_rng
 from megatron_prune.checkpoint.storage import SaveTask, Source, plan_save
 from megatron_prune.checkpoint.tensors import facts_of, sources, weight_key
+from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.param_axes import ParamTable
@@ -115,7 +116,7 @@ class _Save:
 def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f" ({error.filename})" if error.filename else "")
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _start(
@@ -235,7 +236,7 @@ def save_weights(
     """Save a checkpoint of weights only, as a run starts from (collective; tensors are dealt over the ranks).
 
     Args:
-        read: Hugging Face name -> the canonical (live) tensor; called for one tensor at a time, twice at most at once.
+        read: Hugging Face name -> the canonical (live) tensor; called once per tensor, from two threads.
         dtype: in which they are stored.
 
     Raises:

@@ -62,7 +62,7 @@ NASTY_TEXTS = (
     "a<0x0A><0x41>b <0xFF",
     "[INST] <<SYS>> <|im_start|> <|endoftext|> [MASK]",
     "def f(x):\n    return {'a': [x ** 2 for _ in range(3)]}  # comment\n",
-    "https://example.org/?q=a%20b&c=d#e \\n \\\\ \"quoted\" `code`",
+    'https://example.org/?q=a%20b&c=d#e \\n \\\\ "quoted" `code`',
 )
 """Texts on which conversions of tokenizers go wrong."""
 

@@ -1,13 +1,15 @@
 """Put a run together: mesh -> model -> data -> trainer, from checked inputs.
 
-    build_model      this rank's ShardedModel, weights in place
-    build_datasets   training and validation data, sized for the longest the run can take
-    build_trainer    all of it, resumed where the checkpoint says
+build_model      this rank's ShardedModel, weights in place
+build_datasets   training and validation data, sized for the longest the run can take
+build_trainer    all of it, resumed where the checkpoint says
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,20 +97,19 @@ def build_datasets(config: Config, inputs: Inputs) -> Datasets:
     tail = config.continue_iters if config.pruning.enabled else 0
     train_samples = (config.training.train_iters + tail) * batch
     valid_samples = config.training.eval_iters * batch if config.training.eval_interval else 0
-    common = {
-        "tokenizer": inputs.tokenizer,
-        "seq_length": config.data.seq_length,
-        "seed": config.training.seed,
-        "cache_path": config.data.data_cache_path,
-        "eod_mask_loss": config.data.eod_mask_loss,
-    }
-    if inputs.valid is not None:
-        train, _, _ = data.build_datasets(inputs.train, samples=(train_samples, 0, 0), split="1,0,0", **common)
-        _, valid, _ = data.build_datasets(inputs.valid, samples=(0, valid_samples, 0), split="0,1,0", **common)
-        return Datasets(train, valid)
-    train, valid, _ = data.build_datasets(
-        inputs.train, samples=(train_samples, valid_samples, 0), split=config.data.split, **common
+    build = partial(
+        data.build_datasets,
+        tokenizer=inputs.tokenizer,
+        seq_length=config.data.seq_length,
+        seed=config.training.seed,
+        cache_path=config.data.data_cache_path,
+        eod_mask_loss=config.data.eod_mask_loss,
     )
+    if inputs.valid is not None:
+        train, _, _ = build(inputs.train, samples=(train_samples, 0, 0), split="1,0,0")
+        _, valid, _ = build(inputs.valid, samples=(0, valid_samples, 0), split="0,1,0")
+        return Datasets(train, valid)
+    train, valid, _ = build(inputs.train, samples=(train_samples, valid_samples, 0), split=config.data.split)
     return Datasets(train, valid)
 
 
@@ -123,8 +124,9 @@ def build_trainer(config: Config, inputs: Inputs, mesh: Mesh) -> Trainer:
     is_writer = mesh.rank == 0
     reporter = Reporter(config, mesh.world_size, directory, is_active=is_writer)
     history = HistoryWriter(directory, state.history) if directory is not None and is_writer else None
-    save = None
+    save: Callable[[RunState], None] | None = None
     if directory is not None:
+        folder = directory
         extras = {
             "config": dump(config),
             "tokenizer_model": inputs.tokenizer.path,
@@ -133,9 +135,11 @@ def build_trainer(config: Config, inputs: Inputs, mesh: Mesh) -> Trainer:
         }
         retain = Retention(config.checkpoint.keep_last, config.checkpoint.save_retain_interval)
 
-        def save(state: RunState) -> None:
-            path = save_checkpoint(model, directory, state.iteration, {**state.to_state(), **extras}, retain=retain)
+        def save_now(state: RunState) -> None:
+            path = save_checkpoint(model, folder, state.iteration, {**state.to_state(), **extras}, retain=retain)
             reporter.message(f" saved checkpoint {path}")
+
+        save = save_now
 
     return Trainer(config, model, build_datasets(config, inputs), state, reporter, save, history)
 

@@ -23,7 +23,9 @@ T = TypeVar("T")
 
 
 def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
-    """Result of `step`, which must not communicate. Raises the first rank's UserError on all ranks when any rank fails."""
+    """Result of `step`, which must not communicate. Raises the first rank's UserError on all ranks when any rank
+    fails.
+    """
     result, complaint = None, None
     try:
         result = step()
@@ -38,18 +40,20 @@ def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
 
 
 def exit_status(job: Callable[[], int]) -> int:
-    """Run `job`; a mistake becomes one line on stderr of one rank (of each node's first, before ranks know each other)."""
+    """Run `job`; a mistake becomes one line on stderr of one rank (of each node's first, before ranks know each
+    other).
+    """
     try:
         return job()
     except (UserError, DisagreementError) as error:
         if _speaks():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
     except Exception:
         # Ranks of a broken run fail in different ways; each one's own traceback is wanted then.
-        print(f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}\n")
         return 1
 
 

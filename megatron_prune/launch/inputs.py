@@ -1,7 +1,7 @@
 """Everything a run reads, opened and checked before anything is built or written. No communication here.
 
-    Inputs        where weights come from, the architecture to start with, tokenizer and data
-    open_inputs   Config -> Inputs; raises UserError for whatever does not fit
+Inputs        where weights come from, the architecture to start with, tokenizer and data
+open_inputs   Config -> Inputs; raises UserError for whatever does not fit
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def _check_output(config: Config) -> None:
     held = [name for name in (LATEST, FILE_NAME) if (save / name).exists()]
     if held and (load is None or Path(load).resolve() != save.resolve()):
         raise UserError(
-            f"checkpoint.save: {save} already holds a run ({held[0]}); resume it with --load {save}, or give another folder"
+            f"checkpoint.save: {save} already holds a run ({held[0]}); resume it with --load {save}, or give another "
+            "folder"
         )
     if save.exists() and not save.is_dir():
         raise UserError(f"checkpoint.save: {save} is a file; give a folder")

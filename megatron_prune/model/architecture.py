@@ -4,8 +4,9 @@
     Group          what one pruning step removes
     Architecture   LlamaShape + the live units by their ORIGINAL ids; the one owner of widths and of the parameter count
 
-Every layer has the same number of query heads and of FFN channels (EfficientLLM, arXiv 2502.06663, constraint ii); which
-ones survive differs per layer. KV heads follow their query heads: a KV head lives while one of its query heads does.
+Every layer has the same number of query heads and of FFN channels (EfficientLLM, arXiv 2502.06663, constraint ii);
+which ones survive differs per layer. KV heads follow their query heads: a KV head lives while one of its query heads
+does.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class LlamaShape:
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
-                f"num_query_groups ({self.num_query_groups}) must divide num_attention_heads ({self.num_attention_heads})"
+                f"num_query_groups ({self.num_query_groups}) must divide num_attention_heads "
+                f"({self.num_attention_heads})"
             )
 
     @property

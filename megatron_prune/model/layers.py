@@ -1,8 +1,8 @@
 """Layers that stay exact while some of their slots are empty.
 
     RMSNorm                divides by the live width, not the stored one
-    CoreAttention          scaled_dot_product_attention; grouped when clusters are uniform, else K and V gathered per query
-    PrunableSelfAttention  [q | k | v] projection, RoPE, core attention with a live mask, output projection
+    CoreAttention          scaled_dot_product_attention; grouped when clusters are uniform, else K and V gathered per
+    query PrunableSelfAttention  [q | k | v] projection, RoPE, core attention with a live mask, output projection
 
 Tensor names: S sequence, B batch, N query slots, K KV slots, D kv_channels, H stored stem.
 """
@@ -38,7 +38,8 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.eps = eps
         self.live_width = hidden_size
-        # Under sequence parallelism each rank sees part of the sequence: megatron-core sums the gradients it finds marked.
+        # Under sequence parallelism each rank sees part of the sequence: megatron-core sums the gradients it finds
+        # marked.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x_SBH: Tensor) -> Tensor:
@@ -67,7 +68,8 @@ class CoreAttention(torch.nn.Module):
         grouped = np.arange(queries) // max(queries // keys, 1)
         is_uniform = queries % keys == 0 and np.array_equal(kv_index[live], grouped[live])
         self.kv_index = None if is_uniform else torch.from_numpy(kv_index.astype(np.int64)).to(device)
-        # An empty query attends uniformly over live values: its W_o columns, though zero, would get a gradient and grow.
+        # An empty query attends uniformly over live values: its W_o columns, though zero, would get a gradient and
+        # grow.
         needs_mask = bool(np.any(~live & (kv_heads[kv_index] != EMPTY)))
         self.live_mask = torch.from_numpy(live.astype(np.float32)).to(device) if needs_mask else None
 

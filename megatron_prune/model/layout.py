@@ -1,16 +1,17 @@
 """Placement: which slot of which tensor-parallel rank holds which live unit.
 
-A *slot* is a position along a prunable dimension of a stored weight shard. It is live (holds the unit with that original
-id) or empty (-1; all coupled weights are zero). Stored widths are equal on all ranks and layers, so that megatron-core's
-regular layers keep working:
+A *slot* is a position along a prunable dimension of a stored weight shard. It is live (holds the unit with that
+original id) or empty (-1; all coupled weights are zero). Stored widths are equal on all ranks and layers, so that
+megatron-core's regular layers keep working:
 
     Quanta        how far stored widths are rounded up, per kind
     ShardLayout   int32 id arrays per kind; `pack` (pure function of live ids, TP and quanta), `without`, `is_due`
 
-After `pack` each rank holds a contiguous range of a layer's live units in original-id order. Under grouped-query attention
-whole clusters (a KV head with its live query heads) are packed, so a KV head always stays with its queries: no replicated
-KV weights, hence no summed gradients and no double ownership, at the price of empty slots where there are fewer KV heads
-than ranks (multi-query attention on TP 2 keeps all heads on one rank). Stored query and KV widths are separate maxima.
+After `pack` each rank holds a contiguous range of a layer's live units in original-id order. Under grouped-query
+attention whole clusters (a KV head with its live query heads) are packed, so a KV head always stays with its queries:
+no replicated KV weights, hence no summed gradients and no double ownership, at the price of empty slots where there
+are fewer KV heads than ranks (multi-query attention on TP 2 keeps all heads on one rank). Stored query and KV widths
+are separate maxima.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,7 @@ def balanced_ranges(count: int, parts: int) -> list[tuple[int, int]]:
     """Cut range(count) into `parts` contiguous ranges whose lengths differ by at most one, longer ones first."""
     base, extra = divmod(count, parts)
     bounds = [min(i, extra) + i * base for i in range(parts + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _fill(sizes: np.ndarray, parts: int, capacity: int, max_items: int) -> list[tuple[int, int]] | None:

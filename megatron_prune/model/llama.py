@@ -152,7 +152,9 @@ def build_llama(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: Mod
 
 
 def _mark_sharding(model: PrunableLlama, table: ParamTable) -> None:
-    """Tell megatron-core's gradient norm which parameters are pieces and which are copies over tensor-parallel ranks."""
+    """Tell megatron-core's gradient norm which parameters are pieces and which are copies over tensor-parallel
+    ranks.
+    """
     for _, parameter, row in named_rows(model, table):
         parameter.tensor_model_parallel = row.is_sharded  # type: ignore[attr-defined]
 
@@ -204,8 +206,9 @@ def inverse_frequencies(shape: LlamaShape) -> Tensor:
 def inner_model(model: torch.nn.Module) -> PrunableLlama:
     """The `PrunableLlama` inside megatron-core's DDP and Float16 wrappers."""
     while not isinstance(model, PrunableLlama):
-        model = model.module
-        assert isinstance(model, torch.nn.Module)
+        wrapped = model.module
+        assert isinstance(wrapped, torch.nn.Module)
+        model = wrapped
     return model
 
 
@@ -230,8 +233,8 @@ def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh) -> None
 def named_rows(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[str, torch.nn.Parameter, ParamAxes]]:
     """(name, parameter, row) of each local parameter, in model order; layers are numbered over all stages.
 
-    The second copy of a tied embedding (last stage of a pipeline) comes under its own name `output_layer.weight` with the
-    embedding's row.
+    The second copy of a tied embedding (last stage of a pipeline) comes under its own name `output_layer.weight` with
+    the embedding's row.
     """
     for _, name, parameter, row in _local_rows(inner_model(model), table):
         yield name, parameter, row
@@ -244,8 +247,8 @@ def _local_rows(llama: PrunableLlama, table: ParamTable) -> Iterator[tuple[str, 
     for local_name, parameter in list(llama.named_parameters()):
         name = local_name
         if name.startswith("decoder.layers."):
-            head, local, rest = name[: len("decoder.layers")], *name[len("decoder.layers.") :].split(".", 1)
-            name = f"{head}.{numbers[int(local)]}.{rest}"
+            local, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            name = f"decoder.layers.{numbers[int(local)]}.{rest}"
         yield local_name, name, parameter, rows[name] if name in rows else table.row(name)
 
 

@@ -10,8 +10,8 @@ qkv or gate/up are packed.
     positions   slots -> element positions along a dim
 
 On each tensor-parallel rank qkv is [q slots | k slots | v slots] x kv_channels rows and gate/up is [gate | up] rows.
-(Megatron interleaves q, k, v per group; with clusters of unequal size there is no such grid.) Kinds other than `stem` and
-`fixed` are split over tensor-parallel ranks; `stem` and `fixed` dims are whole on each.
+(Megatron interleaves q, k, v per group; with clusters of unequal size there is no such grid.) Kinds other than `stem`
+and `fixed` are split over tensor-parallel ranks; `stem` and `fixed` dims are whole on each.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     wrap               module -> (DDP, optimizer)
 
 Which Adam runs: TransformerEngine's FusedAdam if installed, else apex's, else torch's AdamW with its fused kernel
-(megatron-core makes the choice at import; this module only switches torch's on). The `apex` on the public package index is
-an unrelated project; NVIDIA's is built from source.
+(megatron-core makes the choice at import; this module only switches torch's on). The `apex` on the public package
+index is an unrelated project; NVIDIA's is built from source.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class ShardedModel:
         return cls(module, ddp, optimizer, layout, table, mesh, options, dtype)
 
     def force_param_sync(self) -> None:
-        """Make every rank see the stepped weights: with overlapped gathers, ranks still hold old values of what others own."""
+        """Make every rank see the stepped weights: with overlapped gathers, ranks still hold old values of what
+        others own.
+        """
         if self.options.use_distributed_optimizer and self.options.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
 
@@ -132,7 +134,8 @@ def wrap(
 
 @torch.no_grad()
 def clip_and_step(model: ShardedModel) -> tuple[bool, float]:
-    """Clip by the global norm and step, unless a gradient is not finite; returns (stepped, gradient norm before clipping).
+    """Clip by the global norm and step, unless a gradient is not finite; returns (stepped, gradient norm before
+    clipping).
 
     The norm is over the whole model (tied and tensor-parallel copies counted once), so all ranks take the same branch.
     """

@@ -5,8 +5,8 @@
     blocks          a flat range of a matrix as up to three rectangles
     adam_step / set_adam_step
 
-Without the distributed optimizer a rank owns its parameters whole. With it, ownership is by flat ranges of a buffer that
-cross parameter borders: a rank may own the middle of a row, or nothing of a parameter at all.
+Without the distributed optimizer a rank owns its parameters whole. With it, ownership is by flat ranges of a buffer
+that cross parameter borders: a rank may own the middle of a row, or nothing of a parameter at all.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class Removal:
     Args:
         iteration: iteration after whose optimizer step it left (from 1). tokens: consumed until then.
         kind, units: see `Group`.
-        scores: the saliencies it was chosen by, per kind. margin: gap to the runner-up, relative (null: no alternative).
-        parameters: live parameters after it; the three widths after it follow.
+        scores: the saliencies it was chosen by, per kind. margin: gap to the runner-up, relative (null: no
+        alternative). parameters: live parameters after it; the three widths after it follow.
     """
 
     iteration: int
@@ -57,7 +57,9 @@ class Removal:
 
 
 class HistoryWriter:
-    """Appends removals to `directory`/pruning_history.jsonl; on resume, lines after the checkpoint are cut off first."""
+    """Appends removals to `directory`/pruning_history.jsonl; on resume, lines after the checkpoint are cut off
+    first.
+    """
 
     def __init__(self, directory: Path, so_far: list[Removal]) -> None:
         self.path = directory / FILE_NAME

@@ -2,8 +2,8 @@
 
 At every g-th iteration p pruning steps are credited; a group is removed while there is at least one, and uses up its
 cost (by default a head costs kv_channels, an FFN or stem channel 1): after a head the account is in debt and pruning
-pauses until it is paid. This reproduces the published token counts and the flat stretches after each head in the paper's
-Figure 7. Credits are the schedule's whole state.
+pauses until it is paid. This reproduces the published token counts and the flat stretches after each head in the
+paper's Figure 7. Credits are the schedule's whole state.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
     choose             UnitScores -> Decision or None
 
 Per layer the least salient head (channel) is a candidate; S_attn (S_ffn) sums those minima over layers, S_stem is the
-minimum over channels, and the least of the three is removed (EfficientLLM, arXiv 2502.06663, Eq. 10). Ties go to the lowest
-original id, and to head before ffn before stem.
+minimum over channels, and the least of the three is removed (EfficientLLM, arXiv 2502.06663, Eq. 10). Ties go to the
+lowest original id, and to head before ffn before stem.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def _least(values: np.ndarray, ids: np.ndarray) -> tuple[float, tuple[int, ...],
 def _least_heads(
     values: np.ndarray, ids: np.ndarray, architecture: Architecture, settings: SelectorSettings
 ) -> tuple[float, tuple[int, ...], float]:
-    """(least score, query-head ids, second least score) of what one layer may lose as a head group, by `settings.gqa`."""
+    """(least score, query-head ids, second least score) of what one layer may lose as a head group, by
+    `settings.gqa`.
+    """
     options = sorted(
         (_head_score(float(sum(values[i] for i in pick)), len(pick), architecture, settings), tuple(ids[list(pick)]))
         for pick in _head_picks(values, ids // architecture.shape.heads_per_group, settings.gqa)
@@ -162,7 +164,7 @@ def _head_picks(values: np.ndarray, kv_heads: np.ndarray, gqa: str) -> Iterator[
     yield tuple(least)
     for number, order in enumerate(ranked):
         if len(order) > 1:
-            yield tuple([*least[:number], int(order[1]), *least[number + 1 :]])
+            yield (*least[:number], int(order[1]), *least[number + 1 :])
 
 
 def _head_score(total: float, heads: int, architecture: Architecture, settings: SelectorSettings) -> float:

@@ -75,7 +75,7 @@ def compact(model: ShardedModel) -> None:
         group.update({key: value for key, value in previous.items() if key not in ("params", "step")})
 
     new = {shard.name: shard for shard in owned_shards(model)}
-    with _without_gradients(model):
+    with _WithoutGradients(model):
         for name, _, _ in named_rows(model.module, model.table):
             for key in names:
                 _move_state(key, shapes[name], old.get(name), new.get(name), plans[name], model)
@@ -188,7 +188,7 @@ def _free_parameter_buffers(model: ShardedModel) -> None:
         model.ddp.disable_forward_pre_hook(param_sync=False)
 
 
-class _without_gradients:  # noqa: N801  (a context manager, used like a function)
+class _WithoutGradients:
     """Free the gradient buffers' memory inside, allocate (zeroed) gradients again at the end; views stay valid."""
 
     def __init__(self, model: ShardedModel) -> None:

@@ -4,8 +4,8 @@
     commit           retire the group
     compact_if_due   compact when a quantum of some kind is free (or when forced, at the end of pruning)
 
-Ranks that disagree raise `DisagreementError` naming who differs; nothing has been changed then. The decision is made once
-and broadcast, never recomputed per rank.
+Ranks that disagree raise `DisagreementError` naming who differs; nothing has been changed then. The decision is made
+once and broadcast, never recomputed per rank.
 """
 
 from __future__ import annotations

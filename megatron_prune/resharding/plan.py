@@ -3,8 +3,8 @@
     TransferPlan    for one parameter on one rank: element positions to keep, send and receive, per dim
     plan_transfer   (row, old layout, new layout, rank) -> TransferPlan
 
-Both layouts hold the same live units. Along a tensor-parallel dim a unit may change its rank (only units at range borders
-do); along the stem each rank picks its own. The plan of a layout to itself is empty.
+Both layouts hold the same live units. Along a tensor-parallel dim a unit may change its rank (only units at range
+borders do); along the stem each rank picks its own. The plan of a layout to itself is empty.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Retire: make the slots of one group empty, at once and exactly.
 
-All coupled weights, their fp32 main weights and Adam moments become zero. Zero is a fixed point of training from there on
-(gradients of a retired unit are exactly zero, weight decay keeps zero, and where a silenced query head could still get a
-gradient the attention masks its output), so training with empty slots is training the smaller model.
+All coupled weights, their fp32 main weights and Adam moments become zero. Zero is a fixed point of training from
+there on (gradients of a retired unit are exactly zero, weight decay keeps zero, and where a silenced query head could
+still get a gradient the attention masks its output), so training with empty slots is training the smaller model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The diagonal empirical Fisher of the output layer group, from each micro-batch's own gradient.
 
-A squared *mean* gradient over T tokens is about 1/T of the mean squared one and makes second-order terms vanish, so squares
-are taken per micro-batch, in fp32, before megatron-core adds the gradient to its buffer. The micro-batch is still a mean:
-with b sequences of s tokens, its squared gradient is about 1/b of a sequence's and 1/(b s) of a token's, hence the scale
-(`fisher_unit: sequence` multiplies by b as LLM-Pruner's per-example squares; `token` by b s).
+A squared *mean* gradient over T tokens is about 1/T of the mean squared one and makes second-order terms vanish, so
+squares are taken per micro-batch, in fp32, before megatron-core adds the gradient to its buffer. The micro-batch is
+still a mean: with b sequences of s tokens, its squared gradient is about 1/b of a sequence's and 1/(b s) of a
+token's, hence the scale (`fisher_unit: sequence` multiplies by b as LLM-Pruner's per-example squares; `token` by b s).
 
     MicrobatchFisher   arm() before the forward pass of an iteration that prunes, reduce() after it
 

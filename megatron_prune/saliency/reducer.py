@@ -62,8 +62,8 @@ class ElementScores:
             if not len(live):
                 continue
             # Live slots of a rank are ascending ids, but not always neighbours in the canonical order of the layer.
-            places = base + shard.row.layer * width
-            places = places + np.searchsorted(architecture.live(dim.kind, shard.row.layer), slots[live])
+            first = base + shard.row.layer * width
+            places = first + np.searchsorted(architecture.live(dim.kind, shard.row.layer), slots[live])
             units = column_sums.view(len(slots), dim.size).sum(dim=1)
             at = torch.from_numpy(places).to(vector.device)
             vector[at] += units[torch.from_numpy(live).to(vector.device)]
@@ -90,9 +90,9 @@ def score_elements(
     """S of this rank's owned output weights; call after the gradients are reduced and before the optimizer steps.
 
     Args:
-        fisher: `microbatch` (then `microbatch_fisher` is `MicrobatchFisher.reduce()`), `adam` (exp_avg_sq as it is before
-            this step; zeros at first) or `batch` (the reduced gradient squared). The latter two are free and unscaled: a
-            squared mean gradient is far smaller than the mean of squares.
+        fisher: `microbatch` (then `microbatch_fisher` is `MicrobatchFisher.reduce()`), `adam` (exp_avg_sq as it is
+            before this step; zeros at first) or `batch` (the reduced gradient squared). The latter two are free and
+            unscaled: a squared mean gradient is far smaller than the mean of squares.
     """
     pieces = []
     for shard in owned_shards(model):

@@ -1,8 +1,8 @@
 """The sharded system on small models, in the oracle's terms: same configuration, weights, tokens and settings.
 
-    Case          parallel layout and options of one comparison
-    RandomTokens  a data set whose samples are the oracle's micro-batches
-    run_case      on one rank: build, train, prune; returns what the oracle returns, plus facts about the end
+Case          parallel layout and options of one comparison
+RandomTokens  a data set whose samples are the oracle's micro-batches
+run_case      on one rank: build, train, prune; returns what the oracle returns, plus facts about the end
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.config import Config, ContinuedConfig, GroupCost, OptimizerConfig, PruningConfig, Quantum, TrainingConfig
+from megatron_prune.config import (
+    Config,
+    ContinuedConfig,
+    GroupCost,
+    OptimizerConfig,
+    PruningConfig,
+    Quantum,
+    TrainingConfig,
+)
 from megatron_prune.model.architecture import Architecture, LlamaShape
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters

@@ -1,4 +1,6 @@
-"""Model FLOPs, by the usual convention: 2 per multiply-add, backward twice the forward, attention not halved for causality."""
+"""Model FLOPs, by the usual convention: 2 per multiply-add, backward twice the forward, attention not halved for
+causality.
+"""
 
 from __future__ import annotations
 

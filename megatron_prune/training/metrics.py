@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class IterationReport:
-    """What one iteration did; `seconds` is wall time by part (`forward-backward`, `scoring`, `optimizer`, `retire`, ...)."""
+    """What one iteration did; `seconds` is wall time by part (`forward-backward`, `scoring`, `optimizer`, `retire`,
+    ...).
+    """
 
     iteration: int
     total_iterations: int
@@ -127,7 +129,8 @@ class Reporter:
             f" iteration {report.iteration:8d}/{report.total_iterations:8d} | "
             f"consumed samples: {report.consumed_samples:12d} | "
             f"elapsed time per iteration (ms): {elapsed * 1000:.1f} |{throughput} "
-            f"learning rate: {report.learning_rate:.6E} | global batch size: {self.config.training.global_batch_size:5d} | "
+            f"learning rate: {report.learning_rate:.6E} | "
+            f"global batch size: {self.config.training.global_batch_size:5d} | "
             f"lm loss: {report.loss:.6E} | grad norm: {report.grad_norm:.3f} | "
             f"number of skipped iterations: {report.skipped_iterations:3d} | parameters: {architecture.parameters} | "
             f"heads: {architecture.num_attention_heads} | ffn: {architecture.ffn_hidden_size} | "

@@ -96,7 +96,8 @@ class Pruner:
         """After the optimizer step of iteration `state.iteration`; returns what was removed.
 
         Args:
-            stepped: False when the step was skipped for non-finite gradients: nothing is scored, earned or removed then.
+            stepped: False when the step was skipped for non-finite gradients: nothing is scored, earned or removed
+                then.
         """
         scores, self._scores = self._scores, None
         if not self._scheduled or not stepped:
@@ -129,6 +130,8 @@ class Pruner:
         scores.drop(decision.group, layout)
         state.credits = self.schedule.spent(state.credits, decision.group.kind)
         architecture = self._architecture
+        assert state.smoothed is not None
+        state.smoothed = state.smoothed.restricted(architecture)
         removal = Removal(
             iteration=state.iteration,
             tokens=state.consumed_tokens,

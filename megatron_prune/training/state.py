@@ -22,7 +22,7 @@ class RunState:
         phase: `pruning` until the target is reached (also plain training), then `continued`.
         phase_start: iteration after which the phase began; its learning rate counts from there.
         credits: the pruning schedule's account.
-        smoothed: smoothed unit scores, or None before the first scoring.
+        smoothed: smoothed scores of the units that are alive, or None before the first scoring.
         history: all removals, in order.
         skipped_iterations, nonfinite_in_a_row: steps not taken because a loss or gradient was not finite.
         stages: measured facts by stage (`source`, `pruned`, `final`): parameters, widths, validation loss, tokens/s.

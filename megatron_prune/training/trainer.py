@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Trainer:
         training = config.training
         self.num_microbatches = training.global_batch_size // (training.micro_batch_size * model.mesh.dp_size)
         self.batches = self._stream(datasets.train, state.consumed_samples)
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.monotonic()
 
     @property
@@ -104,7 +104,8 @@ class Trainer:
             self._save()
         if self.pruner and self.state.phase == PRUNING:
             logger.warning(
-                "training.train_iters ended at %d parameters, above the target of %s; give more iterations or a faster ratio",
+                "training.train_iters ended at %d parameters, above the target of %s; give more iterations or a "
+                "faster ratio",
                 self.architecture.parameters,
                 self.config.pruning.target_params,
             )

@@ -90,11 +90,14 @@ def save_pruned_run(rank: int, _size: int, folder: str, save: str) -> None:
 
 def test_there_and_back_is_bit_identical_and_verified(tmp_path: Path) -> None:
     folder = source(tmp_path / "source", model_type="qwen3", tie_word_embeddings=False)
-    (first, out, _), (second, told, _) = tools(
+    export = ["--load", str(tmp_path / "run"), "--save", str(tmp_path / "out"), "--verify"]
+    (first, out, _), (second, told, _), (third, doubted, _) = tools(
         ("from", ["--hf-model", str(folder), "--save", str(tmp_path / "run")]),
-        ("to", ["--load", str(tmp_path / "run"), "--save", str(tmp_path / "out"), "--verify"]),
+        ("to", export),
+        ("to", [*export, "--overwrite", "--verify-tolerance", "-1"]),
     )
     assert first == second == 0
+    assert third == 1 and "NOT WITHIN -1" in doubted
     assert f"{Architecture.full(read_shape(folder)).parameters:,} parameters" in out
     assert "tensor parallel 8" in out and "a stem channel" in out and "tokenizer: none recorded" in out
     assert "within 0.0001" in told and "KV heads: native" in told and "random ids" in told

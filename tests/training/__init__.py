@@ -1,0 +1,1 @@
+"""Tests of the loop, and of the sharded system against the dense oracle."""

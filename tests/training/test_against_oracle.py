@@ -19,7 +19,9 @@ MICRO_BATCHES, MICRO_BATCH, SEQUENCE = 4, 2, 16
 MARGIN = 1e-4
 
 MHA = tiny_config(intermediate_size=80)
-GQA = tiny_config(intermediate_size=80, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=False, vocab_size=61)
+GQA = tiny_config(
+    intermediate_size=80, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=False, vocab_size=61
+)
 MQA = tiny_config(intermediate_size=80, num_attention_heads=4, num_key_value_heads=1)
 QWEN2 = tiny_config(intermediate_size=80, model_type="qwen2", num_attention_heads=6, num_key_value_heads=3)
 QWEN3 = tiny_config(intermediate_size=80, model_type="qwen3", num_attention_heads=6, num_key_value_heads=2)
@@ -95,12 +97,16 @@ def test_many_removals(case, config, changes):
 
 
 def test_bf16_stays_close():
-    """bf16 weights with fp32 main weights: losses within 2 % of the fp32 oracle's until the first removal that differs."""
+    """bf16 weights with fp32 main weights: losses within 2 % of the fp32 oracle's until the first removal that
+    differs.
+    """
     rules = settings(types=("ffn",), ratio=(1, 5))
     weights = random_llama_weights(MHA, seed=3)
     _, expected = oracle_run(MHA, weights, rules, 15)
     case = Case(tp=2, bf16=True, distributed_optimizer=True)
-    outcome = run_ranks(run_case, 2, case, MHA, weights, rules, 15, MICRO_BATCHES, MICRO_BATCH, SEQUENCE, timeout=110)[0]
+    outcome = run_ranks(run_case, 2, case, MHA, weights, rules, 15, MICRO_BATCHES, MICRO_BATCH, SEQUENCE, timeout=110)[
+        0
+    ]
     assert len(outcome.removals) == 3 and all(math.isfinite(loss) for loss in outcome.losses)
     for mine, theirs in zip(outcome.losses, expected, strict=True):
         assert mine == pytest.approx(theirs.loss, rel=0.02)

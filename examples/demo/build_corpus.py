@@ -1,0 +1,138 @@
+"""A corpus out of what every Python installation carries, as JSON lines: {"name": ..., "text": ...}.
+
+    python examples/demo/build_corpus.py --output build/demo/corpus.jsonl --megabytes 6
+
+Three kinds of documents, none of which repeats another's text, so that validation text is never training text:
+
+    topic/NAME        a chapter of Python's language reference, as `help()` shows it (pydoc_data.topics)
+    docstrings/FILE   the docstrings of one file of the standard library, each under what it documents
+    source/FILE       the same file without its docstrings
+
+Tests, codec tables and installed packages are left out. Topics and docstrings come whole; sources fill up the size that
+is asked for. The order is that of a hash of the names: mixed, so that any split holds all kinds, and the same wherever
+the same Python is installed. Files are parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import sys
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+SKIPPED = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test"}
+SKIPPED |= {"tests", "turtledemo"}
+LEAST_BYTES = 200  # shorter texts say nothing
+LEAST_TOTAL = 2_000_000  # bytes; with less there is nothing to learn from
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Document(NamedTuple):
+    """One text; `name` says where it comes from."""
+
+    name: str
+    text: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of UTF-8."""
+        return len(self.text.encode("utf-8"))
+
+
+def library_files(library: Path) -> list[Path]:
+    """The Python files of a standard library, sorted, without tests, codec tables and installed packages."""
+    return sorted(
+        path
+        for path in library.rglob("*.py")
+        if not any(part in SKIPPED or part.startswith("config-") for part in path.relative_to(library).parts)
+    )
+
+
+def split_file(name: str, source: str) -> Iterator[Document]:
+    """The docstrings of a Python file as one document, the rest of it as another; nothing if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in old sources
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    lines: list[str | None] = list(source.split("\n"))  # as ast counts them: a form feed ends no line
+    parts = []
+    for node in ast.walk(tree):
+        text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
+        if not text:
+            continue
+        literal = node.body[0]
+        heading = name if isinstance(node, ast.Module) else (lines[node.lineno - 1] or "").strip()
+        parts.append((literal.lineno, f"{heading}\n{text}"))
+        # A statement stays in its place, so that what is left is still Python.
+        first, last = literal.lineno - 1, literal.end_lineno or literal.lineno
+        before = (lines[first] or "").encode("utf-8")[: literal.col_offset].decode("utf-8")
+        lines[first:last] = [f"{before}...", *[None] * (last - first - 1)]
+    yield Document(f"docstrings/{name}", "\n\n".join(text for _, text in sorted(parts)))
+    yield Document(f"source/{name}", "\n".join(line.rstrip() for line in lines if line is not None).strip())
+
+
+def all_documents(library: Path, topics: Mapping[str, str]) -> Iterator[Document]:
+    """Every document there is, in no order that matters. Files that are no UTF-8 are left out."""
+    for name, text in topics.items():
+        yield Document(f"topic/{name}", text.strip())
+    for path in library_files(library):
+        try:
+            source = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        yield from split_file(path.relative_to(library).as_posix(), source)
+
+
+def choose(documents: Iterable[Document], total_bytes: int) -> list[Document]:
+    """The corpus: topics and docstrings, then sources while they fit into `total_bytes`; in the order of the hash."""
+    chosen, size = [], 0
+    candidates = [document for document in documents if document.size >= LEAST_BYTES]
+    for document in sorted(candidates, key=lambda d: (d.name.startswith("source/"), _mixed(d))):
+        if not document.name.startswith("source/") or size + document.size <= total_bytes:
+            chosen.append(document)
+            size += document.size
+    return sorted(chosen, key=_mixed)
+
+
+def _mixed(document: Document) -> str:
+    return hashlib.sha256(document.name.encode("utf-8")).hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to write")
+    parser.add_argument("--megabytes", type=float, default=6.0, metavar="N", help="size aimed at")
+    arguments = parser.parse_args(argv)
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}  # some distributions ship it apart; the files are the larger part
+    corpus = choose(all_documents(Path(sysconfig.get_paths()["stdlib"]), topics), int(arguments.megabytes * 1e6))
+    size = sum(document.size for document in corpus)
+    if size < LEAST_TOTAL:
+        print(f"build_corpus: this Python carries only {size:,} bytes of text: are its sources there?", file=sys.stderr)
+        return 2
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.output.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in corpus)
+    kinds = Counter(document.name.partition("/")[0] for document in corpus)
+    print(
+        f"{arguments.output}: {size:,} bytes in {len(corpus):,} documents ({', '.join(f'{n} {k}' for k, n in sorted(kinds.items()))})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
