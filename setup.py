@@ -32,7 +32,7 @@ REQUIRES = [
     "tqdm>=4.66",
 ]
 
-HUGGING_FACE = ["transformers>=4.45", "tokenizers>=0.20"]
+HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.20"]
 
 EXTRAS = {
     "hf": HUGGING_FACE,  # reloading exported models, their tokenizers

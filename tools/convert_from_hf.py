@@ -2,9 +2,10 @@
 
     python tools/convert_from_hf.py --hf-model SmolLM-360M --save checkpoints/source
 
-Llama 1 to 3, SmolLM, TinyLlama, Mistral, Qwen2 and Qwen3, from safetensors or legacy .bin files. Every weight is
-accounted for before anything is written, and one tensor is in memory at a time. `pretrain` can also be pointed at the
-Hugging Face folder itself. A mistake is one line on stderr and exit status 2.
+Llama 1 to 3, SmolLM, TinyLlama, Mistral, Qwen2 and Qwen3, from safetensors or legacy .bin files. What was exported with
+`--kv-policy cluster` comes back as the pruned model it is, to be pruned further. Every weight is accounted for before
+anything is written, and one tensor is in memory at a time. `pretrain` can also be pointed at the Hugging Face folder
+itself. A mistake is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Check, print the plan, write. Raises UserError."""
-    from megatron_prune.huggingface.config import read_shape, read_source
+    from megatron_prune.huggingface.cluster import read_architecture
+    from megatron_prune.huggingface.config import read_source
 
     folder, save = Path(arguments.hf_model), Path(arguments.save)
-    shape = read_shape(folder)  # before the slow imports
+    architecture = read_architecture(folder)  # before the slow imports
     from megatron_prune.huggingface.shards import DTYPES, dtype_name
     from megatron_prune.huggingface.weights import FolderWeights
 
@@ -50,17 +52,17 @@ def convert(arguments: argparse.Namespace) -> None:
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise UserError(f"--save {save}: is there already; name a folder that does not exist or is empty")
     weights = FolderWeights(folder)
-    weights.check(shape)
+    weights.check(architecture)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else weights.dtype
     files = len({stored.file for stored in weights.stored.values()})
     print(
         f"{folder}: {len(weights.stored)} tensors in {files} file{'s' if files > 1 else ''}, "
         f"{_gib(weights.total_bytes)}, all accounted for; the largest has {_gib(weights.largest_bytes)}"
     )
-    print("\n".join(plan(shape)))
+    print("\n".join(plan(architecture)))
     if arguments.dry_run:
         return
-    tokenizer, remark = find_tokenizer(folder, shape)
+    tokenizer, remark = find_tokenizer(folder, architecture.shape)
     print(remark)
     state: dict[str, Any] = {
         "source": read_source(folder),
@@ -68,29 +70,38 @@ def convert(arguments: argparse.Namespace) -> None:
         "consumed_tokens": 0,
         "history": [],
     }
-    written = write(weights, save, shape, dtype, state)
-    print(f"{written}: {Architecture.full(shape).parameters:,} parameters in {dtype_name(dtype)}")
+    written = write(weights, save, architecture, dtype, state)
+    print(f"{written}: {architecture.parameters:,} parameters in {dtype_name(dtype)}")
 
 
-def plan(shape: LlamaShape) -> list[str]:
+def plan(architecture: Architecture) -> list[str]:
     """Lines that say what the model is, what groups cost, and what training it takes."""
-    full = Architecture.full(shape)
-    layers = range(shape.num_layers)
+    shape, layers = architecture.shape, range(architecture.shape.num_layers)
+
+    def first(kind: str) -> Group:
+        return Group(kind, tuple((int(architecture.live(kind, layer)[0]),) for layer in layers))
+
     groups = {
-        "a query head of every layer": Group(HEAD, tuple((0,) for _ in layers)),
-        "an FFN channel of every layer": Group(FFN, tuple((0,) for _ in layers)),
-        "a stem channel": Group(STEM, ((0,),)),
+        "a query head of every layer": first(HEAD),
+        "an FFN channel of every layer": first(FFN),
+        "a stem channel": Group(STEM, ((int(architecture.stem[0]),),)),
     }
+    kv_heads = sorted({len(architecture.kv_heads(layer)) for layer in layers})
     lines = [
-        f"{shape.model_type}: {full.parameters:,} parameters; {shape.num_layers} layers, {shape.num_attention_heads} "
-        f"query and {shape.num_query_groups} KV heads of {shape.kv_channels}, ffn {shape.ffn_hidden_size}, hidden "
-        f"{shape.hidden_size}, vocabulary {shape.vocab_size:,}, "
-        f"{'tied' if shape.tie_word_embeddings else 'separate'} embeddings",
-        "groups: " + ", ".join(f"{name} {full.cost(group):,}" for name, group in groups.items()) + " parameters",
+        f"{shape.model_type}: {architecture.parameters:,} parameters; {shape.num_layers} layers, "
+        f"{architecture.num_attention_heads} query and {' to '.join(map(str, sorted({kv_heads[0], kv_heads[-1]})))} KV "
+        f"heads of {shape.kv_channels}, ffn {architecture.ffn_hidden_size}, hidden {architecture.hidden_size}, "
+        f"vocabulary {shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'separate'} embeddings",
+        "groups: "
+        + ", ".join(f"{name} {architecture.cost(group):,}" for name, group in groups.items())
+        + " parameters",
         "memory per rank for weights, gradients and AdamW state (activations come on top):",
     ]
+    full = Architecture.full(shape)
+    if architecture != full:
+        lines.insert(1, f"pruned already, from {full.parameters:,} parameters; its units keep their numbers")
     for tp in TENSOR_PARALLEL_SIZES:
-        share = full.parameters / tp
+        share = architecture.parameters / tp
         lines.append(
             f"  tensor parallel {tp}: fp32 {_gib(16 * share)}; bf16 {_gib(18 * share)}, with the distributed "
             f"optimizer over 8 ranks {_gib((6 + 12 / 8) * share)}"
@@ -114,7 +125,7 @@ def find_tokenizer(folder: Path, shape: LlamaShape) -> tuple[str | None, str]:
     return tokenizer.path, f"tokenizer: {tokenizer.kind} with {tokenizer.vocab_size:,} ids, recorded"
 
 
-def write(weights: Any, save: Path, shape: LlamaShape, dtype: Any, state: dict[str, Any]) -> Path:
+def write(weights: Any, save: Path, architecture: Architecture, dtype: Any, state: dict[str, Any]) -> Path:
     """Stream the weights into a checkpoint of iteration 0; its folder."""
     from megatron_prune.checkpoint import CheckpointSaveError, save_weights
     from megatron_prune.runtime.device import choose_device
@@ -128,7 +139,7 @@ def write(weights: Any, save: Path, shape: LlamaShape, dtype: Any, state: dict[s
 
         mesh = init_mesh(choose_device("cpu"), 1, 1)
         try:
-            return save_weights(mesh, save, 0, Architecture.full(shape), read, dtype, state)
+            return save_weights(mesh, save, 0, architecture, read, dtype, state)
         except CheckpointSaveError as error:
             raise UserError(f"--save {save}: {error}") from error
         finally:

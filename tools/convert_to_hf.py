@@ -1,9 +1,10 @@
-"""Turn a checkpoint, of any layout and at any time of the run, into a folder that stock transformers loads.
+"""Turn a checkpoint, of any layout and at any time of the run, into a folder that transformers loads.
 
     python tools/convert_to_hf.py --load checkpoints/run --save exported --verify
 
-Live units only, one tensor in memory at a time, with tokenizer, generation config and model card. `--verify` loads the
-folder with stock transformers and compares its logits on text with the training model's. A mistake is one line on
+Live units only, one tensor in memory at a time, with tokenizer, generation config and model card. Stock classes load
+it; with `--kv-policy cluster` it brings code of its own (`trust_remote_code=True`). `--verify` loads the folder with
+transformers and compares its logits on text with the training model's. A mistake is one line on
 stderr and exit status 2; a failed verification exits with 1.
 """
 
@@ -26,6 +27,7 @@ from megatron_prune.errors import UserError
 if TYPE_CHECKING:
     from megatron_prune.checkpoint import CheckpointReader
     from megatron_prune.huggingface.export import Exported
+    from megatron_prune.model.architecture import Architecture
 
 SEQUENCES, LENGTH = 4, 256  # of text, to compare on
 
@@ -44,8 +46,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--kv-policy",
         default="auto",
         metavar="P",
-        help="native: grouped-query attention as it is; expand: KV heads repeated, one per query head; "
-        "auto: native where it is exact, else expand",
+        help="native: grouped-query attention as it is; expand: KV heads repeated, one per query head; cluster: every "
+        "layer's live KV heads, with the model's code; auto: native where it is exact, else expand",
     )
     add("--dtype", metavar="T", help="float32, bfloat16 or float16; as stored unless given")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file")
@@ -95,9 +97,23 @@ def convert(arguments: argparse.Namespace) -> bool:
         f"{done.stored_parameters:,} stored in {dtype_name(done.dtype)} in {len(done.files)} "
         f"file{'s' if len(done.files) > 1 else ''}"
     )
-    print(f"KV heads: {done.plan.policy}, {done.plan.num_key_value_heads} of every layer stored")
+    print(f"KV heads: {kv_heads(done, a)}")
     print(f"tokenizer: {tokenizer or 'none'}")
     return verify(arguments, reader, done, tokenizer) if arguments.verify else True
+
+
+def kv_heads(done: Exported, architecture: Architecture) -> str:
+    """Which policy is in force, why, and what it costs."""
+    from megatron_prune.huggingface.kv_policy import EXPAND
+
+    plan = done.plan
+    counts = sorted(set(plan.kv_heads))
+    stored = f"{counts[0]} of every layer" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} of a layer"
+    text = f"{plan.policy}, {stored} stored, cache of {plan.cache_elements(architecture):,} elements per token"
+    if plan.policy == EXPAND and plan.obstacle:
+        compact = architecture.kv_cache_channels
+        text += f" (native is not exact: {plan.obstacle}; --kv-policy cluster would have {compact:,})"
+    return text
 
 
 def choose_tokenizer(arguments: argparse.Namespace, reader: CheckpointReader) -> tuple[str | None, str | None]:
@@ -125,6 +141,7 @@ def verify(arguments: argparse.Namespace, reader: CheckpointReader, done: Export
     """Compare logits of the folder and of the training model; prints the outcome."""
     from transformers.utils import logging as transformers_logging
 
+    from megatron_prune.huggingface.kv_policy import CLUSTER
     from megatron_prune.huggingface.verify import sample_tokens, stock_logits, training_logits
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
@@ -137,7 +154,7 @@ def verify(arguments: argparse.Namespace, reader: CheckpointReader, done: Export
         done.folder if has_tokenizer else None, text, architecture.shape.vocab_size, SEQUENCES, length
     )
     transformers_logging.disable_progress_bar()
-    exported = stock_logits(done.folder, tokens)
+    exported = stock_logits(done.folder, tokens, trust_remote_code=done.plan.policy == CLUSTER)
     mesh = init_mesh(choose_device("cpu"), 1, 1)
     try:
         # Rounded as the export is, so that what remains is what the export did wrong.
@@ -148,7 +165,7 @@ def verify(arguments: argparse.Namespace, reader: CheckpointReader, done: Export
     passed = difference <= arguments.verify_tolerance  # False for NaN
     print(
         f"verify: {tokens.numel():,} {'tokens of text' if has_tokenizer else 'random ids'}; logits (up to "
-        f"{trained.abs().max().item():.1f}) of stock transformers and of the training model differ by at most "
+        f"{trained.abs().max().item():.1f}) of transformers and of the training model differ by at most "
         f"{difference:.2e}, {'within' if passed else 'NOT WITHIN'} {arguments.verify_tolerance:g}"
     )
     return passed

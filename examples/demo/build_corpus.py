@@ -8,9 +8,10 @@ Three kinds of documents, none of which repeats another's text, so that validati
     docstrings/FILE   the docstrings of one file of the standard library, each under what it documents
     source/FILE       the same file without its docstrings
 
-Tests, codec tables and installed packages are left out. Topics and docstrings come whole; sources fill up the size that
-is asked for. The order is that of a hash of the names: mixed, so that any split holds all kinds, and the same wherever
-the same Python is installed. Files are parsed, never imported.
+Tests, codec tables and installed packages are left out. Long ones are cut at blank lines into documents of a few
+kilobytes (NAME:0, NAME:1, ...). Topics and docstrings are all taken; sources fill up the size that is asked for. The
+order is that of a hash of the names: mixed, so that any split holds all kinds, and the same wherever the same Python is
+installed. Files are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import NamedTuple
 SKIPPED = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test"}
 SKIPPED |= {"tests", "turtledemo"}
 LEAST_BYTES = 200  # shorter texts say nothing
+MOST_BYTES = 6_000  # longer ones are cut
 LEAST_TOTAL = 2_000_000  # bytes; with less there is nothing to learn from
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -92,19 +94,34 @@ def all_documents(library: Path, topics: Mapping[str, str]) -> Iterator[Document
         yield from split_file(path.relative_to(library).as_posix(), source)
 
 
+def cut(document: Document) -> Iterator[Document]:
+    """The document in pieces of at most about MOST_BYTES, cut where there are blank lines."""
+    piece, count = "", 0
+    for paragraph in document.text.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > MOST_BYTES:
+            yield Document(f"{document.name}:{count}", piece)
+            piece, count = "", count + 1
+        piece += f"\n\n{paragraph}" if piece else paragraph
+    yield Document(f"{document.name}:{count}", piece)
+
+
 def choose(documents: Iterable[Document], total_bytes: int) -> list[Document]:
-    """The corpus: topics and docstrings, then sources while they fit into `total_bytes`; in the order of the hash."""
+    """The corpus: topics and docstrings, then sources until `total_bytes` are full, in the order of a hash.
+
+    Pieces that say nothing (too short) and tables (long without a blank line) are left out.
+    """
+    pieces = (piece for document in documents for piece in cut(document))
+    candidates = [piece for piece in pieces if LEAST_BYTES <= piece.size <= 2 * MOST_BYTES]
     chosen, size = [], 0
-    candidates = [document for document in documents if document.size >= LEAST_BYTES]
-    for document in sorted(candidates, key=lambda d: (d.name.startswith("source/"), _mixed(d))):
-        if not document.name.startswith("source/") or size + document.size <= total_bytes:
-            chosen.append(document)
-            size += document.size
-    return sorted(chosen, key=_mixed)
+    for piece in sorted(candidates, key=lambda d: (d.name.startswith("source/"), _hash(f"choose {d.name}"))):
+        if not piece.name.startswith("source/") or size + piece.size <= total_bytes:
+            chosen.append(piece)
+            size += piece.size
+    return sorted(chosen, key=lambda d: _hash(f"order {d.name}"))
 
 
-def _mixed(document: Document) -> str:
-    return hashlib.sha256(document.name.encode("utf-8")).hexdigest()
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

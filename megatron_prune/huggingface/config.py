@@ -1,6 +1,7 @@
 """`config.json` in both directions: what a Hugging Face folder says the model is, and what we say ours is.
 
     read_shape     folder -> LlamaShape; everything this project does not compute is refused by the field's name
+    read_rope      the rotary embedding's part of that
     read_source    folder -> what a `LlamaShape` leaves out and an export wants back (special ids, generation settings)
     model_class    Architecture -> the stock class that takes its shape
     config_json    Architecture -> the `config.json` of the exported model
@@ -189,6 +190,12 @@ def _head_dim(fields: _Fields, model_type: str) -> int:
     if head_dim % 2:
         raise fields.refuse("head_dim", f"{head_dim} is odd; rotary embeddings turn pairs of channels")
     return head_dim
+
+
+def read_rope(config: Mapping[str, Any], where: str = "config.json") -> tuple[float, dict[str, Any] | None]:
+    """`rotary_base` and `rope_scaling` as a `LlamaShape` holds them; raises UserError as `read_shape` does."""
+    fields = _Fields(config, where)
+    return _rope(fields, fields.whole("max_position_embeddings"))
 
 
 def _rope(fields: _Fields, context: int) -> tuple[float, dict[str, Any] | None]:

@@ -1,6 +1,7 @@
-"""Write an architecture and its weights as a folder that stock `transformers` loads without any code of its own.
+"""Write an architecture and its weights as a folder that `transformers` loads.
 
-    export     weights (streamed), config, generation config, tokenizer, model card
+    export     weights (streamed), config, generation config, tokenizer, model card; with `--kv-policy cluster` the
+               model's code, else stock classes load it
     Exported   what was written
 
 Everything is written into a folder beside the wanted one and renamed at the end: what is there is whole.
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.config import CLASSES, SPECIAL_IDS, WRITTEN_FOR, config_json
-from megatron_prune.huggingface.kv_policy import AUTO, KvPlan
+from megatron_prune.huggingface import cluster
+from megatron_prune.huggingface.config import SPECIAL_IDS, WRITTEN_FOR, config_json
+from megatron_prune.huggingface.kv_policy import AUTO, CLUSTER, KvPlan
 from megatron_prune.huggingface.model_card import CardFacts, model_card
 from megatron_prune.huggingface.shards import DTYPES, Entry, dtype_name, parse_size, plan_shards, write_shards
 from megatron_prune.huggingface.tokenizer import copy_tokenizer, export_tokenizer
@@ -39,7 +41,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: the folder, its weight files, the stock class, the KV policy in force, dtype and sizes."""
+    """What an export wrote: the folder, its weight files, the class, the KV policy in force, dtype and sizes."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -107,7 +109,7 @@ def export(
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     names = tuple(target / file.name for file in files)
-    return Exported(target, names, CLASSES[config["model_type"]], plan, stored, parameters)
+    return Exported(target, names, config["architectures"][0], plan, stored, parameters)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -130,7 +132,7 @@ def _write_weights(
     table = ParamTable.build(architecture.shape)
     live = table.hf_shapes(architecture)
     where: dict[str, tuple[Part, int]] = {part.hf_name: (part, row.layer) for row in table.rows for part in row.parts}
-    entries = [Entry(name, plan.stored_shape(part, live[name])) for name, (part, _) in where.items()]
+    entries = [Entry(name, plan.stored_shape(part, layer, live[name])) for name, (part, layer) in where.items()]
 
     def fetch(name: str) -> Tensor:
         part, layer = where[name]
@@ -153,9 +155,13 @@ def _write_settings(
     tokenizer: Tokenizer | None,
     source: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write config.json and generation_config.json; returns the former."""
+    """Write config.json, generation_config.json and the model's code if it has its own; returns the first."""
     ids = _special_ids(source, tokenizer, architecture.shape.vocab_size)
-    config = config_json(architecture, dtype_name(dtype), plan.num_key_value_heads, ids)
+    if plan.policy == CLUSTER:
+        config = cluster.config_json(architecture, dtype_name(dtype), ids)
+        cluster.copy_code(folder)
+    else:
+        config = config_json(architecture, dtype_name(dtype), plan.num_key_value_heads, ids)
     generation = ids | (source.get("generation_config") or {}) | {"transformers_version": WRITTEN_FOR}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,13 @@
 """How key and value heads are stored in an exported model, whose stock classes know one number of them for all layers.
 
-    native   every layer keeps the same number of KV heads and each serves the same number of query heads: plain GQA
-    expand   each KV head is repeated for every query head it serves: plain multi-head attention, the same logits from
-             more weights and a larger cache
-    auto     native where it is exact, else expand
+    native    every layer keeps the same number of KV heads and each serves the same number of query heads: plain GQA
+    expand    each KV head is repeated for every query head it serves: plain multi-head attention, the same logits from
+              more weights and a larger cache
+    cluster   every layer's live KV heads and nothing else; the model's code comes with it (`trust_remote_code=True`)
+    auto      the most portable one that is exact: native, else expand
 
 Cluster attention (EfficientLLM, arXiv 2502.06663) leaves KV heads that serve different numbers of query heads; no stock
-class computes that, so its compact form needs code of its own.
+class computes that, so its compact form needs code of its own (`remote/`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.huggingface.cluster import queries_per_kv_head, served_by
 from megatron_prune.model.architecture import KV_HEAD, Architecture
 from megatron_prune.model.param_axes import Part
 
@@ -30,39 +32,51 @@ class KvPlan:
     """The policy in force.
 
     Args:
-        policy: `native` or `expand`.
-        num_key_value_heads: stored KV heads of every layer.
+        policy: `native`, `expand` or `cluster`.
+        kv_heads: stored KV heads of each layer.
         repeats: for `expand`, per layer and stored KV head (that is, per query head) the position of the live KV head
-            that it copies, int64; None for `native`.
+            that it copies, int64; else None.
+        obstacle: what keeps the architecture from being native, or None.
     """
 
     policy: str
-    num_key_value_heads: int
+    kv_heads: tuple[int, ...]
     repeats: tuple[np.ndarray, ...] | None = None
+    obstacle: str | None = None
 
     @classmethod
     def choose(cls, architecture: Architecture, requested: str = AUTO) -> KvPlan:
         """The plan for `requested`, one of `POLICIES`.
 
         Raises:
-            UserError: the policy is unknown, not there yet, or not exact for this architecture.
+            UserError: the policy is unknown, or not exact for this architecture.
         """
-        if requested == CLUSTER:
-            raise UserError(f"--kv-policy {CLUSTER}: not there yet; {EXPAND} gives the same logits without remote code")
         if requested not in POLICIES:
-            raise UserError(f"--kv-policy {requested}: unknown; use {', '.join(p for p in POLICIES if p != CLUSTER)}")
+            raise UserError(f"--kv-policy {requested}: unknown; use {', '.join(POLICIES)}")
         obstacle = _why_not_native(architecture)
         if requested == NATIVE and obstacle:
-            raise UserError(f"--kv-policy {NATIVE}: {obstacle}; use {EXPAND}")
-        if requested == EXPAND or obstacle:
-            return cls(EXPAND, architecture.num_attention_heads, tuple(_served_by(architecture)))
-        return cls(NATIVE, len(architecture.kv_heads(0)))
+            raise UserError(f"--kv-policy {NATIVE}: {obstacle}; use {EXPAND} or {CLUSTER}")
+        layers = architecture.shape.num_layers
+        if requested == EXPAND or (requested == AUTO and obstacle):
+            repeats = tuple(served_by(architecture))
+            return cls(EXPAND, (architecture.num_attention_heads,) * layers, repeats, obstacle)
+        live = tuple(len(architecture.kv_heads(layer)) for layer in range(layers))
+        return cls(CLUSTER if requested == CLUSTER else NATIVE, live, None, obstacle)
 
-    def stored_shape(self, part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+    @property
+    def num_key_value_heads(self) -> int:
+        """Stored KV heads of the layer that has most (of every layer, but for `cluster`)."""
+        return max(self.kv_heads)
+
+    def cache_elements(self, architecture: Architecture) -> int:
+        """Elements that the exported model's KV cache holds per token."""
+        return 2 * architecture.shape.kv_channels * sum(self.kv_heads)
+
+    def stored_shape(self, part: Part, layer: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the exported file of a tensor whose live shape is `shape`."""
         if part.dims[0].kind != KV_HEAD:
             return shape
-        return (self.num_key_value_heads * part.dims[0].size, *shape[1:])
+        return (self.kv_heads[layer] * part.dims[0].size, *shape[1:])
 
     def apply(self, part: Part, layer: int, tensor: Tensor) -> Tensor:
         """The tensor as stored: KV rows repeated under `expand`, else as it is."""
@@ -72,25 +86,14 @@ class KvPlan:
         return rows.index_select(0, torch.from_numpy(self.repeats[layer])).flatten(0, 1)
 
 
-def _served_by(architecture: Architecture) -> list[np.ndarray]:
-    """Per layer: for each live query head the position of its KV head among the live ones."""
-    per_group = architecture.shape.heads_per_group
-    return [
-        np.searchsorted(architecture.kv_heads(layer), heads // per_group).astype(np.int64)
-        for layer, heads in enumerate(architecture.heads)
-    ]
-
-
 def _why_not_native(architecture: Architecture) -> str | None:
-    """What keeps this architecture from being plain grouped-query attention, or None.
-
-    Live heads are in ascending order, so a KV head's queries stand together; only their numbers can be wrong.
-    """
-    counts = sorted({len(architecture.kv_heads(layer)) for layer in range(architecture.shape.num_layers)})
+    """What keeps this architecture from being plain grouped-query attention, or None."""
+    queries = queries_per_kv_head(architecture)
+    counts = sorted({len(layer) for layer in queries})
     if len(counts) > 1:
         return f"layers keep different numbers of KV heads ({', '.join(map(str, counts))})"
-    for layer, served in enumerate(_served_by(architecture)):
-        sizes = sorted(set(np.bincount(served).tolist()))
+    for layer, served in enumerate(queries):
+        sizes = sorted(set(served))
         if len(sizes) > 1:
             return f"KV heads of layer {layer} serve different numbers of query heads ({', '.join(map(str, sizes))})"
     return None

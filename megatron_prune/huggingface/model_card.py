@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import megatron_prune
+from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import CLASSES, OLDEST_TRANSFORMERS, model_class
-from megatron_prune.huggingface.kv_policy import EXPAND, KvPlan
+from megatron_prune.huggingface.kv_policy import CLUSTER, EXPAND, KvPlan
 from megatron_prune.model.architecture import Architecture
 
 
@@ -53,22 +54,27 @@ def model_card(architecture: Architecture, plan: KvPlan, dtype: str, stored_para
     is_pruned = architecture.parameters != full.parameters
     title = f"{facts.source_name} pruned" if is_pruned and facts.source_name else facts.source_name or "A Llama model"
     shape, kind = architecture.shape, model_class(architecture)
-    tags = ["megatron-prune", *(["pruned"] if is_pruned else [])]
+    is_remote = plan.policy == CLUSTER
+    class_name = cluster.CLASS if is_remote else CLASSES[kind]
+    tags = ["megatron-prune", *(["pruned"] if is_pruned else []), *(["custom_code"] if is_remote else [])]
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     lines += [*(f"- {tag}" for tag in tags), "---", "", f"# {title}", "", _opening(architecture, full, facts), ""]
-    lines += ["## Architecture", "", *_widths(architecture, full), ""]
+    lines += ["## Architecture", "", *_widths(architecture, full, plan), ""]
     lines += [
-        f"Class: `{CLASSES[kind]}`, {shape.num_layers} layers, head dimension {shape.kv_channels}, vocabulary "
+        f"Class: `{class_name}`, {shape.num_layers} layers, head dimension {shape.kv_channels}, vocabulary "
         f"{shape.vocab_size:,}, context {shape.max_position_embeddings:,}, "
         f"{'tied' if shape.tie_word_embeddings else 'separate'} embeddings; weights in {dtype}.",
         "",
         *_notes(architecture, plan, kind, stored_parameters),
     ]
     lines += _training(facts)
-    lines += ["## Use", "", f"Needs transformers {OLDEST_TRANSFORMERS[kind]} or newer, and no code of its own.", ""]
+    oldest = cluster.OLDEST_TRANSFORMERS if is_remote else OLDEST_TRANSFORMERS[kind]
+    code = f"the code that is in `{cluster.MODELING}.py`" if is_remote else "no code of its own"
+    lines += ["## Use", "", f"Needs transformers {oldest} or newer, and {code}.", ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    trust = ", trust_remote_code=True" if is_remote else ""
     lines += [
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
     ]
     return "\n".join([*lines, "```", ""])
@@ -87,7 +93,7 @@ def _opening(architecture: Architecture, full: Architecture, facts: CardFacts) -
     )
 
 
-def _widths(architecture: Architecture, full: Architecture) -> list[str]:
+def _widths(architecture: Architecture, full: Architecture, plan: KvPlan) -> list[str]:
     def kv(of: Architecture) -> str:
         counts = sorted({len(of.kv_heads(layer)) for layer in range(of.shape.num_layers)})
         return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -98,6 +104,7 @@ def _widths(architecture: Architecture, full: Architecture) -> list[str]:
         ("KV heads of a layer", kv(full), kv(architecture)),
         ("FFN channels of a layer", str(full.ffn_hidden_size), str(architecture.ffn_hidden_size)),
         ("hidden size", str(full.hidden_size), str(architecture.hidden_size)),
+        ("KV cache, elements per token", f"{full.kv_cache_channels:,}", f"{plan.cache_elements(architecture):,}"),
     ]
     return ["| | source | this model |", "| --- | ---: | ---: |", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
 
@@ -109,7 +116,13 @@ def _notes(architecture: Architecture, plan: KvPlan, kind: str, stored_parameter
             "KV heads are stored once for each query head that uses them, since the number of query heads per KV head "
             f"varies and stock classes know one number: {stored_parameters:,} stored parameters."
         )
-    if kind != architecture.shape.model_type:
+    if plan.policy == CLUSTER:
+        notes.append(
+            "Each layer keeps its own number of KV heads, and they serve different numbers of query heads "
+            "(`queries_per_kv_head` in `config.json`), which no stock class computes. `megatron_prune`, in the same "
+            "file, says which units of the source model these are."
+        )
+    elif kind != architecture.shape.model_type:
         notes.append(
             "`MistralForCausalLM` without a sliding window computes what `LlamaForCausalLM` does, and accepts a hidden "
             "size that is no multiple of the number of heads."

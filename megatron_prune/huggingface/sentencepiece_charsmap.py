@@ -147,7 +147,7 @@ def charsmap_steps(charsmap: bytes, name: str, kept: Sequence[str], prefix: bool
     for source, got in _normalize(_assemble(parts, signs, {}, False), list(wanted), signs):
         if wanted[source] != got and exceptions.setdefault(got, wanted[source]) != wanted[source]:
             raise _inexact(name, source)
-    _check_exceptions(exceptions, rules, [*rules.values(), *(set(kept) - set(parts.aside))], name)
+    _check_exceptions(exceptions, wanted, parts, name)
     steps = _assemble(parts, signs, exceptions, False)
     repaired = set(exceptions.values())
     for source, got in _normalize(steps, [source for source, target in wanted.items() if target in repaired], signs):
@@ -158,7 +158,7 @@ def charsmap_steps(charsmap: bytes, name: str, kept: Sequence[str], prefix: bool
 
 def _inexact(name: str, source: str) -> UserError:
     return UserError(
-        f"the tokenizer's normalization ({name or 'precompiled_charsmap'}) cannot be written as tokenizer.json exactly: "
+        f"the tokenizer's normalization {name or 'without a name'} cannot be written as tokenizer.json exactly: "
         f"its rule for {source!a} has no equivalent; use a tokenizer with nmt_nfkc, nfkc or identity"
     )
 
@@ -174,32 +174,36 @@ def _signs(rules: dict[str, str], kept: Sequence[str], name: str) -> _Signs:
 
 
 def _plain(rules: dict[str, str]) -> set[str]:
-    """ASCII characters of which runs need no barriers inside: no source of several characters starts there.
+    """ASCII characters of which runs need no barriers inside: the table keeps them, no longer source starts there.
 
     Of two ASCII characters only \\r\\n is a grapheme cluster.
     """
     starts = {source[0] for source in rules if len(source) > 1 and source[1].isascii()}
-    return {chr(code) for code in range(128)} - starts - {"\r"}
+    return {chr(code) for code in range(128)} - rules.keys() - starts - {"\r"}
 
 
 @dataclass(frozen=True)
 class _Parts:
     """Steps that every table needs: up to it, those that compose after it, and those that put symbols back.
 
-    `aside` are the user-defined symbols that are put back; no step in between sees them.
+    `aside` are the user-defined symbols that are put back; no step in between sees them. `plain` are the characters of
+    which runs stand between two barriers.
     """
 
     before: list[Step]
     compose: list[Step]
     restore: list[Step]
     aside: list[str]
+    plain: set[str]
 
 
 def _parts(charsmap: bytes, rules: dict[str, str], signs: _Signs, kept: Sequence[str]) -> _Parts:
+    """The steps for this table, not yet those for exceptions and prefix."""
     long = [source for source in rules if len(source) > 1]
     later = {char for source in long for char in source[1:]}
+    plain = _plain(rules)
     own = [alternatives(kept)] if kept else []
-    units = [*own, f"(?:{f'(?!{own[0]})' if own else ''}{char_class(_plain(rules))}(?![^\\x{{0}}-\\x{{7F}}]))+"]
+    units = [*own, f"(?:{f'(?!{own[0]})' if own else ''}{char_class(plain)}(?![^\\x{{0}}-\\x{{7F}}]))+"]
     if long:
         units.append(f"(?=[\\s\\S]{char_class(later)}){_longest(long)}")
     units.append("[\\s\\S]")
@@ -225,7 +229,7 @@ def _parts(charsmap: bytes, rules: dict[str, str], signs: _Signs, kept: Sequence
     if deleted:
         before.append(replace("", regex=char_class(deleted)))
     before.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode("ascii")})
-    return _Parts(before, compose, restore, aside)
+    return _Parts(before, compose, restore, aside, plain)
 
 
 def _alone(text: str, signs: _Signs) -> str:
@@ -241,13 +245,13 @@ def _assemble(parts: _Parts, signs: _Signs, exceptions: dict[str, str], prefix: 
     return [*parts.before, *first, *parts.compose, *own, *parts.restore, *barriers]
 
 
-def _check_exceptions(exceptions: dict[str, str], rules: dict[str, str], targets: Sequence[str], name: str) -> None:
+def _check_exceptions(exceptions: dict[str, str], wanted: dict[str, str], parts: _Parts, name: str) -> None:
     """Refuse a replacement that other text could meet: what some source rightly becomes, or what the table leaves."""
-    right, plain = set(targets), _plain(rules)
-    for wrong in exceptions:
-        untouched = plain.issuperset(wrong) or (len(wrong) == 1 and wrong not in rules)
+    right = {target for source, target in wanted.items() if source not in parts.aside}
+    for wrong, target in exceptions.items():
+        untouched = parts.plain.issuperset(wrong) or (len(wrong) == 1 and wrong not in wanted)
         if untouched or wrong in right or len(exceptions) > MAX_EXCEPTIONS:
-            raise _inexact(name, exceptions[wrong])
+            raise _inexact(name, next(source for source in wanted if wanted[source] == target))
 
 
 def _longest(sources: Iterable[str]) -> str:

@@ -12,7 +12,8 @@ does, and refuses (UserError, naming the option) what none of them does. Where t
 - Unigram. Both search the best sum of scores and prefer the first found among equals. But `tokenizers` also finds the
   texts of control and byte pieces in the text. The text is cut inside them, where no piece crosses.
   SentencePiece adds in 32 bits, `tokenizers` in 64: where two segmentations have the same sum but for rounding (runs
-  like "000" as "00"+"0" or "0"+"00"), the results may differ. That alone is not reproduced.
+  like "000" as "00"+"0" or "0"+"00"; sums over 100,000 characters), the results may differ. That is not reproduced,
+  and is the one thing that is neither exact nor refused: `export_tokenizer` warns of it.
 - User-defined symbols. SentencePiece takes them out first; here they are cut out after normalization, and looked up
   whole, which is right as long as every other piece that is looked up whole is what merging would give.
 - The prefix and the whitespace. No pre-tokenizer: SentencePiece does not split at spaces. `Prepend`, `Replace`.
@@ -271,7 +272,8 @@ def _cuts(model: SentencePieceModel) -> list[str]:
         else:
             raise UserError(
                 f"the tokenizer's piece {text!a} cannot be told from the same text in tokenizer.json, "
-                "since ordinary pieces overlap it everywhere; use a bpe tokenizer without user_defined_symbols"
+                "since ordinary pieces or unknown characters overlap it everywhere; use a bpe tokenizer without "
+                "user_defined_symbols, or one with byte_fallback"
             )
     return found
 

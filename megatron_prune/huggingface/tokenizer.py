@@ -128,8 +128,9 @@ def export_tokenizer(
     }
     if model.model_type == "unigram":
         logger.warning(
-            "%s: a unigram model; SentencePiece adds scores in 32 bits, tokenizer.json in 64, so where two "
-            'segmentations tie (runs such as "0000") the exported tokenizer may choose the other',
+            "%s: a unigram model; SentencePiece adds scores in 32 bits, tokenizer.json in 64, so where segmentations "
+            'score the same but for rounding (runs such as "0000", and now and then in texts of 100,000 characters) '
+            "the exported tokenizer may choose another one",
             tokenizer_model,
         )
     with tempfile.TemporaryDirectory() as staged:

@@ -24,8 +24,11 @@ from megatron_prune.model.param_axes import ParamTable
 from megatron_prune.runtime.mesh import Mesh
 
 
-def stock_logits(folder: str | Path, tokens: Tensor) -> Tensor:
-    """fp32 logits [B, S, vocabulary] of int64 `tokens` [B, S] from the folder, by stock transformers on the CPU.
+def stock_logits(folder: str | Path, tokens: Tensor, trust_remote_code: bool = False) -> Tensor:
+    """fp32 logits [B, S, vocabulary] of int64 `tokens` [B, S] from the folder, by transformers on the CPU.
+
+    Args:
+        trust_remote_code: run the code that is in the folder.
 
     Raises:
         UserError: transformers is not installed, cannot load the folder, or had weights too many or too few.
@@ -36,7 +39,7 @@ def stock_logits(folder: str | Path, tokens: Tensor) -> Tensor:
         raise UserError("--verify needs transformers: install megatron-prune[hf]") from error
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), output_loading_info=True, local_files_only=True
+            str(folder), output_loading_info=True, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{folder}: transformers cannot load it: {str(error).partition(chr(10))[0]}") from error

@@ -2,6 +2,7 @@
 
     FolderWeights   name -> tensor, over safetensors or legacy .bin files, one or many
     live_view       a reader of source-shaped tensors -> a reader of an architecture's live tensors
+    source_view     the inverse: live tensors -> tensors in the source's shape, zero where units are gone
 
 Opening a folder reads names, shapes and dtypes of all its files and none of the numbers; so a shard that is missing or
 cut off is found at once. Legacy files are pickles, of which nothing but tensors is accepted (`weights_only`).
@@ -117,15 +118,17 @@ class FolderWeights:
         found = {stored.dtype for stored in self.stored.values() if isinstance(stored.dtype, torch.dtype)} & FLOATS
         return found.pop() if len(found) == 1 else torch.float32
 
-    def check(self, shape: LlamaShape) -> None:
-        """Account for every tensor: all that `shape` needs are there, in its shape and a dtype of `FLOATS`; no other.
+    def check(self, model: LlamaShape | Architecture) -> None:
+        """Account for every tensor: all that `model` needs are there, in its shape and a dtype of `FLOATS`; no other.
 
         Known leftovers pass: rotary frequencies of old exports, and a tied `lm_head.weight` equal to the embedding.
 
         Raises:
             UserError: one line that lists what is missing, unused, mis-shaped or of another dtype.
         """
-        expected = ParamTable.build(shape).hf_shapes(Architecture.full(shape))
+        architecture = model if isinstance(model, Architecture) else Architecture.full(model)
+        shape = architecture.shape
+        expected = ParamTable.build(shape).hf_shapes(architecture)
         missing = sorted(set(expected) - set(self.stored))
         unused = sorted(name for name in set(self.stored) - set(expected) if not self._is_leftover(name, shape))
         wrong = [
@@ -270,3 +273,27 @@ def live_view(read: Reader, architecture: Architecture) -> Reader:
         return take(read(hf_name), ids)
 
     return read_live
+
+
+def source_view(read: Reader, architecture: Architecture) -> Reader:
+    """Reader of tensors in the source's shape, zero where units are gone, from one of `architecture`'s live tensors.
+
+    The inverse of `live_view` on what is live. One tensor in memory at a time, in both shapes.
+    """
+    full = Architecture.full(architecture.shape)
+    if architecture == full:
+        return read
+    table = ParamTable.build(architecture.shape)
+    shapes = table.hf_shapes(full)
+    where = {part.hf_name: (part, row.layer) for row in table.rows for part in row.parts}
+
+    def read_source(hf_name: str) -> Tensor:
+        part, layer = where[hf_name]
+        live = read(hf_name)
+        ids = [torch.from_numpy(expand(live_ids(dim, architecture, layer), dim.size)) for dim in part.dims]
+        assert tuple(live.shape) == tuple(map(len, ids)), f"{hf_name}: {tuple(live.shape)}"
+        result = live.new_zeros(shapes[hf_name])
+        result[torch.meshgrid(*ids, indexing="ij")] = live
+        return result
+
+    return read_source

@@ -8,14 +8,13 @@ build_trainer    all of it, resumed where the checkpoint says
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_prune.checkpoint import Retention, load_checkpoint, save_checkpoint
+from megatron_prune.checkpoint import AsyncSaver, Retention, load_checkpoint, save_checkpoint
 from megatron_prune.config import Config, dump
 from megatron_prune.data import datasets as data
 from megatron_prune.launch.inputs import Inputs
@@ -124,24 +123,43 @@ def build_trainer(config: Config, inputs: Inputs, mesh: Mesh) -> Trainer:
     is_writer = mesh.rank == 0
     reporter = Reporter(config, mesh.world_size, directory, is_active=is_writer)
     history = HistoryWriter(directory, state.history) if directory is not None and is_writer else None
-    save: Callable[[RunState], None] | None = None
-    if directory is not None:
-        folder = directory
-        extras = {
+    saver = None if directory is None else CheckpointSaver(config, inputs, model, directory, reporter)
+    return Trainer(config, model, build_datasets(config, inputs), state, reporter, saver, history)
+
+
+class CheckpointSaver:
+    """Writes the run's checkpoints into `directory`, at once or in the background (`checkpoint.async_save`)."""
+
+    def __init__(
+        self, config: Config, inputs: Inputs, model: ShardedModel, directory: Path, reporter: Reporter
+    ) -> None:
+        self.model, self.directory, self.reporter = model, directory, reporter
+        self.retain = Retention(config.checkpoint.keep_last, config.checkpoint.save_retain_interval)
+        self.background = AsyncSaver() if config.checkpoint.async_save else None
+        self.constants = {
             "config": dump(config),
             "tokenizer_model": inputs.tokenizer.path,
             "tokenizer_type": inputs.tokenizer.kind,
             "source": inputs.source_facts,
         }
-        retain = Retention(config.checkpoint.keep_last, config.checkpoint.save_retain_interval)
 
-        def save_now(state: RunState) -> None:
-            path = save_checkpoint(model, folder, state.iteration, {**state.to_state(), **extras}, retain=retain)
-            reporter.message(f" saved checkpoint {path}")
+    def save(self, state: RunState) -> None:
+        """Save now; in the background, the one before is waited for and reported first."""
+        self.finish()
+        values = {**state.to_state(), **self.constants}
+        path = save_checkpoint(
+            self.model, self.directory, state.iteration, values, retain=self.retain, saver=self.background
+        )
+        self._report(path)
 
-        save = save_now
+    def finish(self) -> None:
+        """Wait for a save in the background."""
+        if self.background is not None:
+            self._report(self.background.finalize(blocking=True))
 
-    return Trainer(config, model, build_datasets(config, inputs), state, reporter, save, history)
+    def _report(self, path: Path | None) -> None:
+        if path is not None:
+            self.reporter.message(f" saved checkpoint {path}")
 
 
 def _run_state(values: dict[str, object]) -> dict[str, object]:

@@ -49,6 +49,9 @@ def exit_status(job: Callable[[], int]) -> int:
         if _speaks():
             sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, UserError) else 1
+    except MemoryError as error:  # of one rank, perhaps: the launcher ends the others
+        sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: {error}\n")
+        return 1
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -19,8 +19,9 @@ from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.config import read_shape, read_source
-from megatron_prune.huggingface.weights import FolderWeights
+from megatron_prune.huggingface.cluster import read_architecture
+from megatron_prune.huggingface.config import read_source
+from megatron_prune.huggingface.weights import FolderWeights, source_view
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.pruning.history import FILE_NAME
@@ -67,14 +68,13 @@ def open_inputs(config: Config) -> Inputs:
         architecture, facts = header.architecture, dict(header.state.get("source") or {})
     else:
         assert config.model.hf_model is not None
-        shape = read_shape(config.model.hf_model)
-        architecture, facts = Architecture.full(shape), read_source(config.model.hf_model)
+        architecture, facts = read_architecture(config.model.hf_model), read_source(config.model.hf_model)
         if config.model.init == "random":
-            read = RandomWeights(shape, config.training.seed)
+            read = RandomWeights(architecture.shape, config.training.seed)
         else:
             weights = FolderWeights(config.model.hf_model)
-            weights.check(shape)
-            read = weights
+            weights.check(architecture)
+            read = source_view(weights, architecture)
     tokenizer = build_tokenizer(*_tokenizer_place(config, header))
     vocab_size = architecture.shape.vocab_size
     assert config.data.data_path is not None
@@ -111,8 +111,6 @@ def _check_target(config: Config, architecture: Architecture) -> None:
     pruning, target = config.pruning, config.pruning.target_params
     if pruning.replay is not None:
         raise UserError("pruning.replay (--prune-replay): replaying a recorded history is not built yet; leave it null")
-    if pruning.round_widths.ffn > 1 or pruning.round_widths.hidden > 1:
-        raise UserError("pruning.round_widths (--prune-round-widths): not built yet; leave both at 1")
     if target is None:
         return
     find_criterion(pruning.metric)
@@ -124,6 +122,9 @@ def _check_target(config: Config, architecture: Architecture) -> None:
     for field, width in widths.items():
         if getattr(pruning, field) > width:
             raise UserError(f"pruning.{field}: {getattr(pruning, field)} is above the model's {width}")
+    for field, width in (("ffn", architecture.ffn_hidden_size), ("hidden", architecture.hidden_size)):
+        if getattr(pruning.round_widths, field) > width:
+            raise UserError(f"pruning.round_widths: {field} multiple is above the model's width of {width}")
     if target >= architecture.parameters and config.checkpoint.load is None:
         raise UserError(
             f"pruning.target_params: {target} is not below the source's {architecture.parameters} parameters; "

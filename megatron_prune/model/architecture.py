@@ -181,9 +181,10 @@ class Architecture:
         """The architecture after `group` is removed; every unit of it must be alive (asserted)."""
 
         def drop(live: np.ndarray, units: Sequence[int]) -> np.ndarray:
-            gone = np.isin(live, np.array(units, dtype=np.int32))
-            assert gone.sum() == len(units), f"{group.kind} {units}: not all of them are alive"
-            return _frozen(live[~gone])
+            at = np.searchsorted(live, units)  # ids ascend
+            kept = np.delete(live, at[live.take(at, mode="clip") == units])
+            assert len(kept) == len(live) - len(units), f"{group.kind} {units}: not all of them are alive"
+            return _frozen(kept)
 
         if group.kind == STEM:
             return dataclasses.replace(self, stem=drop(self.stem, group.units[0]))
@@ -241,6 +242,13 @@ class Architecture:
             )
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise UserError(f"architecture.json: not an architecture of this project ({error!r})") from error
+        for ids, size in (
+            *((h, shape.num_attention_heads) for h in result.heads),
+            *((f, shape.ffn_hidden_size) for f in result.ffn),
+            (result.stem, shape.hidden_size),
+        ):
+            if not len(ids) or ids[-1] >= size:
+                raise UserError(f"architecture.json: live ids {to_ranges(ids)!r} do not fit the source's {size} units")
         if result.parameters != data.get("parameters", result.parameters):
             raise UserError(
                 "architecture.json: `parameters` contradicts the live units; the file was edited or damaged"

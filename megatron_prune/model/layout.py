@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -212,8 +213,18 @@ class ShardLayout:
         return layout
 
 
+def holds(slots: np.ndarray, units: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Bool per slot: does it hold one of `units`? Those are few, and one comparison each beats a general search."""
+    found = np.zeros(slots.shape, dtype=bool)
+    for unit in units:
+        found |= slots == unit
+    return found
+
+
 def _emptied(slots: np.ndarray, units: tuple[int, ...]) -> np.ndarray:
-    return np.where(np.isin(slots, np.array(units, dtype=np.int32)), EMPTY, slots).astype(np.int32)
+    emptied = slots.copy()
+    emptied[holds(slots, units)] = EMPTY
+    return emptied
 
 
 def _clusters(architecture: Architecture) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_prune.model.architecture import FFN, FIXED, HEAD, KV_HEAD, STEM, VOCAB, Architecture, Group, LlamaShape
-from megatron_prune.model.layout import EMPTY, ShardLayout
+from megatron_prune.model.layout import EMPTY, ShardLayout, holds
 
 TP_SHARDED = frozenset({HEAD, KV_HEAD, FFN, VOCAB})
 
@@ -98,11 +98,14 @@ class ParamAxes:
 
         `layout` is the one before the removal. KV heads whose last live query head is in the group are included.
         """
+        found: list[np.ndarray] = []
+        if not any(dim.kind == group.kind for part in self.parts for dim in part.dims):
+            return tuple(np.zeros(0, dtype=np.int64) for _ in self.parts[0].dims)
         gone = {group.kind: np.array(group.of_layer(self.layer), dtype=np.int32)}
         if group.kind == HEAD:
-            before, after = layout.architecture, layout.architecture.without(group)
-            gone[KV_HEAD] = np.setdiff1d(before.kv_heads(self.layer), after.kv_heads(self.layer))
-        found: list[np.ndarray] = []
+            before = layout.architecture
+            left = np.setdiff1d(before.heads[self.layer], gone[HEAD])
+            gone[KV_HEAD] = np.setdiff1d(before.kv_heads(self.layer), left // before.shape.heads_per_group)
         for dim in range(len(self.parts[0].dims)):
             hits = [np.zeros(0, dtype=np.int64)]
             start = 0
@@ -110,7 +113,7 @@ class ParamAxes:
                 spec = part.dims[dim]
                 slots = slot_ids(spec, layout, self.layer, rank)
                 if spec.kind in gone:
-                    hits.append(start + positions(np.flatnonzero(np.isin(slots, gone[spec.kind])), spec.size))
+                    hits.append(start + positions(np.flatnonzero(holds(slots, gone[spec.kind])), spec.size))
                 start += len(slots) * spec.size
             found.append(np.concatenate(hits))
         return tuple(found)

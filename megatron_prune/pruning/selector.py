@@ -138,12 +138,13 @@ def _least_heads(
     """(least score, query-head ids, second least score) of what one layer may lose as a head group, by
     `settings.gqa`.
     """
+    scores, names = values.tolist(), ids.tolist()
     options = sorted(
-        (_head_score(float(sum(values[i] for i in pick)), len(pick), architecture, settings), tuple(ids[list(pick)]))
+        (_head_score(sum(scores[i] for i in pick), len(pick), architecture, settings), tuple(names[i] for i in pick))
         for pick in _head_picks(values, ids // architecture.shape.heads_per_group, settings.gqa)
     )
     score, units = options[0]
-    return score, tuple(int(u) for u in units), options[1][0] if len(options) > 1 else math.inf
+    return score, units, options[1][0] if len(options) > 1 else math.inf
 
 
 def _head_picks(values: np.ndarray, kv_heads: np.ndarray, gqa: str) -> Iterator[tuple[int, ...]]:
@@ -155,7 +156,7 @@ def _head_picks(values: np.ndarray, kv_heads: np.ndarray, gqa: str) -> Iterator[
     if gqa == "cluster":
         yield from ((i,) for i in range(len(values)))
         return
-    clusters = [np.flatnonzero(kv_heads == kv) for kv in np.unique(kv_heads)]
+    clusters = np.split(np.arange(len(kv_heads)), np.flatnonzero(np.diff(kv_heads)) + 1)  # ids ascend
     if gqa == "kv_group":
         yield from (tuple(int(i) for i in cluster) for cluster in clusters)
         return
@@ -207,6 +208,8 @@ def least_parameters(architecture: Architecture, settings: SelectorSettings) -> 
         if kind == HEAD and settings.gqa == "uniform":  # one query of every KV head goes at a time, the last never does
             keep = max(keep, step)
             smallest[kind] = tuple(_first_of_each(ids, shape.heads_per_group, keep // step) for ids in smallest[kind])
+        elif kind == HEAD:
+            smallest[kind] = tuple(_on_fewest_kv_heads(ids, shape.heads_per_group, keep) for ids in smallest[kind])
         else:
             smallest[kind] = tuple(ids[: max(keep, 1)] for ids in smallest[kind])
     return Architecture(shape, smallest[HEAD], smallest[FFN], smallest[STEM][0]).parameters
@@ -215,3 +218,12 @@ def least_parameters(architecture: Architecture, settings: SelectorSettings) -> 
 def _first_of_each(heads: np.ndarray, per_group: int, count: int) -> np.ndarray:
     kv_heads = heads // per_group
     return np.concatenate([heads[kv_heads == kv][:count] for kv in np.unique(kv_heads)])
+
+
+def _on_fewest_kv_heads(heads: np.ndarray, per_group: int, keep: int) -> np.ndarray:
+    """`keep` of `heads` (ascending) that need as few KV heads as possible: those of the fullest clusters."""
+    kv_heads = heads // per_group
+    found, sizes = np.unique(kv_heads, return_counts=True)
+    fullest_first = np.argsort(np.argsort(-sizes, kind="stable"))  # rank of each KV head
+    order = np.argsort(fullest_first[np.searchsorted(found, kv_heads)], kind="stable")
+    return np.sort(heads[order[:keep]])

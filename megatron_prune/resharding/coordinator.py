@@ -14,6 +14,8 @@ import hashlib
 import logging
 from collections import Counter
 
+import torch
+
 from megatron_prune.errors import DisagreementError
 from megatron_prune.model.architecture import Group
 from megatron_prune.optimizer.build import ShardedModel
@@ -31,11 +33,15 @@ class Coordinator:
 
     Args:
         check_invariants: after every change, look at every element of every empty slot (slow, for debugging).
+
+    Attributes:
+        last_checkpoint: iteration of the newest complete checkpoint, if there is one; named in errors.
     """
 
     def __init__(self, model: ShardedModel, check_invariants: bool = False) -> None:
         self.model, self.check_invariants = model, check_invariants
         self.compactions = 0
+        self.last_checkpoint: int | None = None
 
     def prepare(self, decision: Decision | None) -> Decision | None:
         """Rank 0's `decision` on every rank, agreed on together with the layout it refers to.
@@ -62,11 +68,33 @@ class Coordinator:
             verify(self.model, thorough=True)
 
     def compact_if_due(self, force: bool = False) -> bool:
-        """Compact when that frees a quantum, or when `force`d; returns whether it did."""
+        """Compact when that frees a quantum, or when `force`d; returns whether it did.
+
+        Raises:
+            MemoryError: there was not enough of it; this rank's model is unusable then, checkpoints are untouched.
+        """
         layout = self.model.layout
         if not (force or layout.is_due) or layout.fingerprint() == layout.compacted().fingerprint():
             return False
-        compact(self.model)
+        try:
+            compact(self.model)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise MemoryError(f"out of memory while compacting; {self._what_is_safe()}") from error
         self.compactions += 1
         verify(self.model, thorough=self.check_invariants)
         return True
+
+    def _what_is_safe(self) -> str:
+        if self.last_checkpoint is None:
+            return "no checkpoint was written yet, start again on more ranks"
+        return (
+            f"the checkpoint of iteration {self.last_checkpoint} is untouched, resume from it "
+            "(on more ranks if this happens again)"
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

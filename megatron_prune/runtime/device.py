@@ -69,16 +69,21 @@ class _CpuForCuda(TorchFunctionMode):
     """Answers `device="cuda"` with the CPU and calls CPU tensor types by their CUDA names, as megatron-core expects."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if device is not None and "cuda" in str(device):
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is torch.Tensor.cuda:
+        # Every torch call comes through here: the usual one, without a device, must cost next to nothing.
+        if func is _TO_CUDA:
             return args[0]
-        result = func(*args, **kwargs)
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and "cuda" in str(device):
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+        result = func(*args)
+        if func is _TYPE and len(args) == 1:
             return result.replace("torch.", "torch.cuda.")
         return result
+
+
+_TO_CUDA, _TYPE = torch.Tensor.cuda, torch.Tensor.type
 
 
 class _NoStream:

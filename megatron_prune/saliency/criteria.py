@@ -100,7 +100,8 @@ def obd(elements: Elements) -> Tensor:
 @criterion("taylor_mix", needs={"gradient", "fisher"})
 def taylor_mix(elements: Elements) -> Tensor:
     """|w g - w^2 F / 2|: LLM-Pruner's param_mix and EfficientLLM-A."""
-    return (elements.weight * elements.gradient - elements.weight.square() * _fisher(elements) / 2).abs()
+    second = elements.weight.square().mul_(_fisher(elements)).div_(2)
+    return (elements.weight * elements.gradient).sub_(second).abs_()
 
 
 @criterion("magnitude")

@@ -44,8 +44,8 @@ class MicrobatchFisher:
                 self._handles.append(parameter.register_hook(lambda grad, name=name: self._add(name, grad)))
 
     def _add(self, name: str, grad: Tensor) -> None:
-        own = grad.float() * self._count
-        self._sums[name].addcmul_(own, own)
+        own = grad.float()
+        self._sums[name].addcmul_(own, own, value=self._count**2)
 
     @torch.no_grad()
     def reduce(self) -> dict[str, Tensor]:

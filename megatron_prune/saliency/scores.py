@@ -48,13 +48,15 @@ class UnitScores:
         mine = self.architecture
 
         def keep(values: np.ndarray, before: tuple[np.ndarray, ...], after: tuple[np.ndarray, ...]) -> np.ndarray:
-            return np.stack([values[i][np.isin(before[i], after[i])] for i in layers])
+            if all(before[i] is after[i] for i in layers):  # the removed group was of another kind
+                return values
+            return np.stack([values[i][_among(before[i], after[i])] for i in layers])
 
         return UnitScores(
             architecture,
             keep(self.head, mine.heads, architecture.heads),
             keep(self.ffn, mine.ffn, architecture.ffn),
-            self.stem[np.isin(mine.stem, architecture.stem)],
+            self.stem[_among(mine.stem, architecture.stem)],
         )
 
     def to_state(self) -> dict[str, Any]:
@@ -65,6 +67,13 @@ class UnitScores:
     def from_state(cls, architecture: Architecture, state: dict[str, Any]) -> UnitScores:
         """Inverse of `to_state`."""
         return cls(architecture, *(np.asarray(state[name], dtype=np.float64) for name in ("head", "ffn", "stem")))
+
+
+def _among(ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Bool per id: is it in `kept`?"""
+    is_kept = np.zeros(int(max(ids[-1], kept[-1])) + 1, dtype=bool)
+    is_kept[kept] = True
+    return is_kept[ids]
 
 
 def score_length(architecture: Architecture) -> int:

@@ -22,6 +22,7 @@ from megatron_prune.config import (
     OptimizerConfig,
     PruningConfig,
     Quantum,
+    RoundWidths,
     TrainingConfig,
 )
 from megatron_prune.model.architecture import Architecture, LlamaShape
@@ -52,6 +53,7 @@ class Case:
     quanta: Quanta = field(default_factory=lambda: Quanta(vocab=8))
     recompute: str | None = None
     first_stage_layers: int | None = None
+    round_widths: tuple[int, int] = (1, 1)
 
     @property
     def world_size(self) -> int:
@@ -229,6 +231,8 @@ def run_case(
     """Train and prune on this rank for `iterations` and return what happened (call it through `run_ranks`)."""
     mesh = init_mesh(choose_device("cpu"), case.tp, case.pp)
     config = run_config(settings, micro_batches, micro_batch_size, seq_length)
+    rounded = dataclasses.replace(config.pruning, round_widths=RoundWidths(*case.round_widths))
+    config = dataclasses.replace(config, pruning=rounded)
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)

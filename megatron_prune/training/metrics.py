@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.config import Config
+from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import GROUP_KINDS, Architecture
 from megatron_prune.pruning.history import Removal
 from megatron_prune.training.flops import training_flops_per_token
@@ -62,6 +63,7 @@ class Reporter:
         self.config, self.world_size, self.is_active = config, world_size, is_active
         self.window = Window()
         self._board: Any = None
+        self._wandb: Any = None
         self._bar: Any = None
         if not is_active:
             return
@@ -70,6 +72,8 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(board))
+        if config.logging.wandb_project:
+            self._wandb = _start_wandb(config)
         wants_bar = config.logging.progress == "bar" or (config.logging.progress == "auto" and sys.stderr.isatty())
         if wants_bar:
             from tqdm import tqdm
@@ -99,8 +103,7 @@ class Reporter:
         if not self.is_active:
             return
         self.message(f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} |")
-        if self._board is not None:
-            self._board.add_scalar("validation loss", loss, iteration)
+        self._record("validation loss", loss, iteration)
 
     def message(self, text: str) -> None:
         """A line of its own, above a progress bar if there is one."""
@@ -117,6 +120,8 @@ class Reporter:
             self._bar.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _line(self, report: IterationReport, architecture: Architecture) -> None:
         window = self.window
@@ -134,15 +139,14 @@ class Reporter:
             f"lm loss: {report.loss:.6E} | grad norm: {report.grad_norm:.3f} | "
             f"number of skipped iterations: {report.skipped_iterations:3d} | parameters: {architecture.parameters} | "
             f"heads: {architecture.num_attention_heads} | ffn: {architecture.ffn_hidden_size} | "
-            f"hidden: {architecture.hidden_size} | pruned groups (head/ffn/stem): {removed} |"
+            f"hidden: {architecture.hidden_size} | kv cache/token: {architecture.kv_cache_channels} | "
+            f"pruned groups (head/ffn/stem): {removed} |"
         )
         self._scalars(report, architecture, tokens_per_second, tflops)
 
     def _scalars(
         self, report: IterationReport, architecture: Architecture, tokens_per_second: float, tflops: float
     ) -> None:
-        if self._board is None:
-            return
         scalars = {
             "lm loss": report.loss,
             "learning rate": report.learning_rate,
@@ -153,14 +157,27 @@ class Reporter:
             "width/heads": architecture.num_attention_heads,
             "width/ffn": architecture.ffn_hidden_size,
             "width/hidden": architecture.hidden_size,
+            "KV cache elements per token": architecture.kv_cache_channels,
             **{f"seconds/{part}": s / self.window.iterations for part, s in self.window.seconds.items()},
         }
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, report.iteration)
+            self._record(name, value, report.iteration)
+
+    def _record(self, name: str, value: float, iteration: int) -> None:
+        if self._board is not None:
+            self._board.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log({name: value, "iteration": iteration})
 
     def _scalars_of_removals(self, report: IterationReport) -> None:
-        if self._board is None:
-            return
         for removal in report.removed:
             for kind, score in removal.scores.items():
-                self._board.add_scalar(f"saliency/{kind}", score, report.iteration)
+                self._record(f"saliency/{kind}", score, report.iteration)
+
+
+def _start_wandb(config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("logging.wandb_project: wandb is not installed; install it or leave the field null") from error
+    return wandb.init(project=config.logging.wandb_project)

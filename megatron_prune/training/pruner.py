@@ -7,11 +7,12 @@ Pruner.prune     after the step: decide on rank 0, broadcast, retire, until the 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
 from megatron_prune.config import Config
-from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.architecture import FFN, STEM, Architecture
 from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.schedule import PruningSchedule
@@ -20,7 +21,7 @@ from megatron_prune.resharding.coordinator import Coordinator
 from megatron_prune.saliency.criteria import Criterion, find_criterion
 from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.reducer import ElementScores, score_elements
-from megatron_prune.saliency.scores import smooth
+from megatron_prune.saliency.scores import UnitScores, smooth
 from megatron_prune.training.state import PRUNING, RunState
 
 logger = logging.getLogger(__name__)
@@ -109,19 +110,46 @@ class Pruner:
         before, removed = state.smoothed, list[Removal]()
         self.model.force_param_sync()
         while self.schedule.may_prune(state.credits, self._architecture.parameters):
-            sums = scores.reduce()
-            if not sums.is_finite:
-                logger.warning("iteration %d: a saliency is not finite; nothing is pruned", state.iteration)
+            removal = self._remove_one(scores, before, self.settings)
+            if removal is None:
                 break
-            state.smoothed = smooth(before, sums, self.config.pruning.saliency_momentum)
-            decision = None
-            if self.model.mesh.rank == 0:
-                decision = choose(state.smoothed, self._architecture, self.settings, len(state.history))
-            decision = self.coordinator.prepare(decision)
-            if decision is None:
-                logger.warning("iteration %d: every kind of group is at its floor; nothing is pruned", state.iteration)
-                break
-            removed.append(self._commit(decision, scores))
+            removed.append(removal)
+        return removed + self._round_widths(scores, before)
+
+    def _remove_one(
+        self, scores: ElementScores, before: UnitScores | None, settings: SelectorSettings
+    ) -> Removal | None:
+        """Sum, smooth (from the scores before this iteration), choose, remove; None when nothing can be removed."""
+        state = self.state
+        sums = scores.reduce()
+        if not sums.is_finite:
+            logger.warning("iteration %d: a saliency is not finite; nothing is pruned", state.iteration)
+            return None
+        state.smoothed = smooth(before, sums, self.config.pruning.saliency_momentum)
+        decision = None
+        if self.model.mesh.rank == 0:
+            decision = choose(state.smoothed, self._architecture, settings, len(state.history))
+        decision = self.coordinator.prepare(decision)
+        if decision is None:
+            logger.warning("iteration %d: every kind of group is at its floor; nothing is pruned", state.iteration)
+            return None
+        return self._commit(decision, scores)
+
+    def _round_widths(self, scores: ElementScores, before: UnitScores | None) -> list[Removal]:
+        """At the target: bring live widths down to multiples for fast deployment, least salient groups first."""
+        rounding, removed = self.config.pruning.round_widths, list[Removal]()
+        if self._architecture.parameters > self.schedule.target_params:
+            return removed
+        for kind, field, multiple in (
+            (FFN, "ffn_hidden_size", rounding.ffn),
+            (STEM, "hidden_size", rounding.hidden),
+        ):
+            settings = dataclasses.replace(self.settings, types=(kind,), finish="first")
+            while getattr(self._architecture, field) % multiple:
+                removal = self._remove_one(scores, before, settings)
+                if removal is None:
+                    break
+                removed.append(removal)
         return removed
 
     def _commit(self, decision: Decision, scores: ElementScores) -> Removal:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import BatchStream
@@ -42,11 +42,21 @@ class Datasets:
     valid: Any
 
 
+class Saver(Protocol):
+    """Writes checkpoints; all ranks call both together."""
+
+    def save(self, state: RunState) -> None:
+        """Write one, or begin to."""
+
+    def finish(self) -> None:
+        """Wait for one that is still being written."""
+
+
 class Trainer:
     """Trains, prunes and trains on.
 
     Args:
-        save: called as `save(state)` when a checkpoint is due, or None. All ranks call it together.
+        saver: writes a checkpoint when one is due, or None.
         history: where removals are recorded on this rank, or None.
     """
 
@@ -57,11 +67,11 @@ class Trainer:
         datasets: Datasets,
         state: RunState,
         reporter: Reporter,
-        save: Callable[[RunState], None] | None = None,
+        saver: Saver | None = None,
         history: HistoryWriter | None = None,
     ) -> None:
         self.config, self.model, self.datasets, self.state = config, model, datasets, state
-        self.reporter, self.save, self.history = reporter, save, history
+        self.reporter, self.saver, self.history = reporter, saver, history
         self.coordinator = Coordinator(model, config.training.check_invariants)
         self.pruner = Pruner(config, model, self.coordinator, state) if config.pruning.target_params else None
         self.scheduler = build_scheduler(config, model, state)
@@ -80,6 +90,12 @@ class Trainer:
 
     def fit(self) -> bool:
         """Run until the end or an exit condition; returns whether the run is finished."""
+        is_finished = self._loop()
+        if self.saver:
+            self.saver.finish()
+        return is_finished
+
+    def _loop(self) -> bool:
         if self.config.training.eval_interval and "source" not in self.state.stages:
             self._measure("source")
         if self.state.phase == PRUNING and self._target_reached():
@@ -90,7 +106,7 @@ class Trainer:
             if self._due(self.config.training.eval_interval):
                 self.reporter.evaluation(self.state.iteration, self._validation_loss()[0])
             stop = self._should_stop()
-            if self.save and (stop or self._due(self.config.checkpoint.save_interval)):
+            if self.saver and (stop or self._due(self.config.checkpoint.save_interval)):
                 self._save()
                 last_saved = self.state.iteration
             if stop:
@@ -100,7 +116,7 @@ class Trainer:
                 return False
         if self.config.training.eval_interval:
             self._measure("final")
-        if self.save and last_saved != self.state.iteration:
+        if self.saver and last_saved != self.state.iteration:
             self._save()
         if self.pruner and self.state.phase == PRUNING:
             logger.warning(
@@ -217,10 +233,10 @@ class Trainer:
         self.reporter.iteration(report, self.architecture)
 
     def _save(self) -> None:
-        assert self.save is not None
-        self.model.force_param_sync()
+        assert self.saver is not None
         with self._timed("save"):
-            self.save(self.state)
+            self.saver.save(self.state)
+        self.coordinator.last_checkpoint = self.state.iteration
 
     def _stream(self, dataset: Any, consumed: int) -> BatchStream:
         mesh = self.model.mesh

@@ -1,0 +1,120 @@
+"""Bytes that one rank sends per iteration, by kind, with ring algorithms.
+
+    Traffic           a line: what, bytes, and when
+    training_traffic  what every iteration sends
+    pruning_traffic   what iterations that score send on top, and what a compaction moves
+    compactions       how many compactions lie on the way to the target
+
+A ring all-reduce over n ranks sends 2 (n - 1) / n of the data, a reduce-scatter or all-gather half of that. Small
+messages (losses, norms, decisions) are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_prune.config import Config
+from megatron_prune.launch.estimate.activations import FP32, element_size, micro_batch_tokens
+from megatron_prune.launch.estimate.memory import output_elements, stage_buffer
+from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.route import Route, Widths
+from megatron_prune.model.architecture import FFN, HEAD, STEM, VOCAB
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.saliency.scores import score_length
+
+_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """`bytes` that one rank sends; `what` says for what and how."""
+
+    what: str
+    bytes: float
+
+
+def half_ring(ranks: int) -> float:
+    """Share of the data that a rank sends in a reduce-scatter or all-gather over `ranks`."""
+    return (ranks - 1) / ranks
+
+
+def training_traffic(config: Config, layout: ShardLayout, placement: Placement, stage: int) -> list[Traffic]:
+    """What a rank of `stage` sends in every iteration; kinds that send nothing are left out."""
+    buffer, size = stage_buffer(config, layout, placement, stage), element_size(config)
+    share = half_ring(placement.dp)
+    lines = []
+    if config.parallel.use_distributed_optimizer:
+        lines.append(Traffic("gradients over DP: reduce-scatter, fp32", FP32 * buffer.numel * share))
+        lines.append(Traffic("weights over DP: all-gather", size * buffer.numel * share))
+    else:
+        lines.append(Traffic("gradients over DP: all-reduce, fp32", 2 * FP32 * buffer.numel * share))
+    lines.append(Traffic("activations over TP", _tensor_parallel(config, layout, placement, stage)))
+    neighbours = (not placement.is_first(stage)) + (not placement.is_last(stage))
+    tokens = micro_batch_tokens(config) // (placement.tp if config.parallel.splits_sequences else 1)
+    passed = neighbours * placement.micro_batches * tokens * layout.width(STEM) * size
+    lines.append(Traffic("activations over PP: to the neighbouring stages", passed))
+    if layout.architecture.shape.tie_word_embeddings and placement.pp > 1 and stage in (0, placement.pp - 1):
+        embedding = layout.width(VOCAB) * layout.width(STEM)
+        lines.append(Traffic("tied embedding's gradient between first and last stage", FP32 * embedding))
+    return [line for line in lines if line.bytes]
+
+
+def _tensor_parallel(config: Config, layout: ShardLayout, placement: Placement, stage: int) -> float:
+    """Counted in passes of one micro-batch's activations [S, B, H] through half a ring.
+
+    Without sequence parallelism each layer all-reduces twice forward and twice backward. With it, all-reduces become a
+    reduce-scatter and an all-gather, and the backward pass gathers the two inputs again. Full recomputation repeats the
+    forward pass of a layer.
+    """
+    layers, splits = len(placement.stages[stage]), config.parallel.splits_sequences
+    recomputes = config.model.recompute_granularity == "full"
+    per_layer = (10 if splits else 8) + (4 if recomputes else 0)
+    passes = layers * per_layer
+    if placement.is_first(stage):  # embedding: all-reduce, or reduce-scatter and its all-gather backward
+        passes += 2
+    if placement.is_last(stage):  # output layer: all-reduce backward, or gather, gather again, reduce-scatter
+        passes += 3 if splits else 2
+    activations = micro_batch_tokens(config) * layout.width(STEM) * element_size(config)
+    return placement.micro_batches * passes * activations * half_ring(placement.tp)
+
+
+def pruning_traffic(
+    config: Config, layout: ShardLayout, placement: Placement, stage: int, needs_fisher: bool
+) -> tuple[list[Traffic], Traffic]:
+    """(what an iteration that scores sends on top, what one compaction sends) for a rank of `stage`."""
+    sharded, numbers = config.parallel.use_distributed_optimizer, score_length(layout.architecture)
+    model_parallel = placement.tp * placement.pp
+    share = half_ring(model_parallel) + (half_ring(placement.dp) if sharded else 0)
+    lines = [Traffic(f"scores: {numbers:,} numbers, all-reduce, fp32", 2 * FP32 * numbers * share)]
+    if needs_fisher:
+        outputs = FP32 * output_elements(layout, placement, stage) * half_ring(placement.dp)
+        how = "reduce-scatter" if sharded else "all-reduce"
+        lines.append(Traffic(f"Fisher of the output projections over DP: {how}, fp32", outputs * (1 if sharded else 2)))
+    moved = 0.0
+    if sharded:  # the flat ranges of one parameter are put together over DP before they are cut anew
+        tensors = _MOMENTS + config.training.bf16
+        elements = stage_buffer(config, layout, placement, stage).unpadded
+        moved = 2 * FP32 * tensors * elements * half_ring(placement.dp)
+    return [line for line in lines if line.bytes], Traffic("one compaction: optimizer state over DP", moved)
+
+
+def compactions(config: Config, layout: ShardLayout, route: Route, iterations: np.ndarray) -> int:
+    """Iterations of `route` after which stored widths shrink; the one that ends the phase always counts.
+
+    Args:
+        layout: at the start.
+        iterations: `removal_iters` of the route.
+    """
+    quantum, start = config.pruning.quantum, Widths.of(route.source)
+    units = {HEAD: route.head_units, FFN: 1, STEM: 1}
+    multiples = {HEAD: quantum.head * layout.tp, FFN: quantum.ffn * layout.tp, STEM: quantum.stem}
+    width = {kind: start.get(kind) for kind in units}
+    due = {int(iterations[-1])}
+    for kind, iteration in zip(route.kinds, iterations, strict=True):
+        before = -(-width[kind] // multiples[kind])
+        width[kind] -= units[kind]
+        if -(-width[kind] // multiples[kind]) < before:
+            due.add(int(iteration))
+    return len(due)

@@ -1,0 +1,99 @@
+"""The record of removals: back as it was written, cut at the checkpoint on resume, damage named by line."""
+
+import json
+import math
+
+import pytest
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import Architecture, Group, LlamaShape
+from megatron_prune.pruning.history import FILE_NAME, HistoryWriter, Removal, read_history
+from megatron_prune.pruning.plots import plot_history
+
+SHAPE = LlamaShape(2, 6, 8, 4, 2, 2, 8, 16)
+GROUPS = [
+    Group("ffn", ((3,), (0,))),
+    Group("stem", ((5,),)),
+    Group("head", ((0, 1), (2, 3))),
+    Group("ffn", ((1,), (7,))),
+]
+
+
+def removals():
+    architecture, found = Architecture.full(SHAPE), []
+    for number, group in enumerate(GROUPS, start=1):
+        architecture = architecture.without(group)
+        found.append(
+            Removal(
+                iteration=number,
+                tokens=128 * number,
+                kind=group.kind,
+                units=group.units,
+                scores={"head": 1 / 3 + number, "ffn": 2.5e-7 / number},
+                margin=None if number == 2 else math.pi / number,
+                parameters=architecture.parameters,
+                num_attention_heads=architecture.num_attention_heads,
+                ffn_hidden_size=architecture.ffn_hidden_size,
+                hidden_size=architecture.hidden_size,
+            )
+        )
+    return found
+
+
+def written(folder, so_far=(), more=()):
+    writer = HistoryWriter(folder, list(so_far))
+    for removal in more:
+        writer.append(removal)
+    writer.close()
+    return folder / FILE_NAME
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    path = written(tmp_path / "run", more=removals())
+    assert read_history(path) == removals()
+    assert [removal.group for removal in read_history(path)] == GROUPS
+    architecture = Architecture.full(SHAPE)
+    for removal in read_history(path):
+        architecture = architecture.without(removal.group)
+        assert architecture.parameters == removal.parameters
+
+
+def test_each_line_is_on_disk_at_once_and_is_plain_json(tmp_path):
+    writer, path = HistoryWriter(tmp_path, []), tmp_path / FILE_NAME
+    for number, removal in enumerate(removals(), start=1):
+        writer.append(removal)
+        lines = path.read_text().splitlines()
+        assert len(lines) == number and json.loads(lines[-1])["iteration"] == removal.iteration
+    writer.close()
+
+
+def test_resuming_cuts_off_what_came_after_the_checkpoint(tmp_path):
+    first, second, third, fourth = removals()
+    path = written(tmp_path, more=[first, second, third])
+    written(tmp_path, so_far=[first, second], more=[fourth])
+    assert read_history(path) == [first, second, fourth]
+    assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
+
+
+@pytest.mark.parametrize(
+    "damaged", ["{", '{"kind": "ffn"}', "[]", "5", '{"units": 3}', '{"units": [["x"]]}', '{"units": [], "colour": 1}']
+)
+def test_a_damaged_line_is_named(tmp_path, damaged):
+    path = written(tmp_path, more=removals())
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], damaged, *lines[2:]]))
+    with pytest.raises(UserError, match=rf"{FILE_NAME}:3: not a line of a pruning history"):
+        read_history(path)
+
+
+def test_a_line_cut_short_by_a_crash_is_named(tmp_path):
+    path = written(tmp_path, more=removals())
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(UserError, match=rf"{FILE_NAME}:4"):
+        read_history(path)
+
+
+def test_figures_of_a_history(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = plot_history(removals(), tmp_path)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths) and len(paths) == 2

@@ -1,0 +1,76 @@
+"""When groups go: the published token counts come out, a pause follows each head, and pruning ends at the target."""
+
+import numpy as np
+import pytest
+
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, LlamaShape
+from megatron_prune.pruning.schedule import PruningSchedule
+
+BATCH = 1_048_576
+SMOL_1_7B = LlamaShape(24, 2048, 8192, 32, 32, 64, 49152, 2048, tie_word_embeddings=True)
+FINAL = {HEAD: 19, FFN: 3018, STEM: 1225}  # widths of the published 469M model, read from its figure
+GROUPS = {HEAD: 32 - 19, FFN: 8192 - 3018, STEM: 2048 - 1225}
+COST = {HEAD: 64, FFN: 1, STEM: 2}
+
+
+def schedule(p, g, start=0, target=0, cost=None):
+    return PruningSchedule(p, g, start, cost or COST, target)
+
+
+def run(schedule, order):
+    """[(iteration, kind)] of groups in `order`; what counts as parameters are the groups left over."""
+    credits, removed, iteration = 0.0, [], 0
+    while len(removed) < len(order):
+        iteration += 1
+        left = len(order) - len(removed)
+        if not schedule.is_scheduled(iteration, left):
+            continue
+        credits = schedule.credited(credits)
+        while schedule.may_prune(credits, len(order) - len(removed)):
+            kind = order[len(removed)]
+            credits = schedule.spent(credits, kind)
+            removed.append((iteration, kind))
+    return removed
+
+
+def test_the_published_widths_are_the_published_size():
+    heads, ffn, stem = (np.arange(FINAL[kind], dtype=np.int32) for kind in (HEAD, FFN, STEM))
+    final = Architecture(SMOL_1_7B, (heads,) * 24, (ffn,) * 24, stem)
+    assert final.parameters == pytest.approx(469e6, rel=0.01)
+
+
+@pytest.mark.parametrize(("ratio", "billions"), [((4, 1), 2.5), ((2, 1), 4.5), ((1, 1), 8.4), ((1, 9), 72.1)])
+def test_published_token_counts(ratio, billions):
+    """EfficientLLM's ablation of the ratio: SmolLM-1.7B to 469M with batches of 1,048,576 tokens, from step 500 on.
+
+    The final widths, the 500 steps and the stem's cost of 2 were read from a plot, hence a tolerance of 2.5 %.
+    """
+    order = [HEAD] * GROUPS[HEAD] + ([FFN] * 6 + [STEM]) * GROUPS[STEM] + [FFN] * (GROUPS[FFN] - 6 * GROUPS[STEM])
+    assert {kind: order.count(kind) for kind in GROUPS} == GROUPS
+    last, _ = run(schedule(*ratio, start=500), order)[-1]
+    assert last * BATCH / 1e9 == pytest.approx(billions, rel=0.025)
+
+
+def test_a_head_is_followed_by_a_pause_as_long_as_its_cost():
+    removed = run(schedule(1, 9, start=9), [FFN, HEAD, FFN, STEM, FFN, FFN])
+    assert [iteration // 9 for iteration, _ in removed] == [1, 2, 66, 67, 69, 70]
+
+
+def test_several_groups_go_in_one_iteration():
+    assert [i for i, _ in run(schedule(4, 1), [FFN] * 9)] == [1] * 4 + [2] * 4 + [3]
+    assert [i for i, _ in run(schedule(4, 1), [STEM] * 4)] == [1, 1, 2, 2]
+    assert schedule(4, 1).may_prune_several(4) and not schedule(1, 1).may_prune_several(1)
+
+
+def test_only_every_gth_iteration_from_the_first_on_counts():
+    plan = schedule(1, 3, start=5)
+    assert [i for i in range(1, 15) if plan.is_scheduled(i, parameters=10)] == [5, 8, 11, 14]
+    plan = schedule(1, 3)
+    assert [i for i in range(1, 10) if plan.is_scheduled(i, parameters=10)] == [3, 6, 9], "counted from iteration 0"
+
+
+def test_pruning_ends_at_the_target():
+    plan = schedule(1, 1, target=100)
+    assert plan.is_scheduled(1, 101) and plan.may_prune(1.0, 101)
+    assert not plan.is_scheduled(1, 100) and not plan.may_prune(5.0, 100)
+    assert not plan.may_prune(0.5, 101), "no credit left"

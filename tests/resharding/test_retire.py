@@ -1,0 +1,79 @@
+"""A removal touches its group only, sends nothing, and leaves zeros that training keeps at zero."""
+
+import pytest
+import torch
+
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
+from megatron_prune.resharding.compact import compact
+from megatron_prune.resharding.plan import plan_transfer
+from megatron_prune.resharding.retire import retire
+from megatron_prune.resharding.verify import verify
+from megatron_prune.testing.meters import Traffic
+from megatron_prune.testing.oracle import OracleSettings
+from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits, shrink
+from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.sharded import Case
+from tests.resharding.live_run import GQA, QWEN2, canonical, start
+
+RULES = OracleSettings(lr=5e-3, weight_decay=0.1)
+GROUPS = [
+    Group(FFN, ((4,), (29,))),
+    Group(STEM, ((7,),)),
+    Group(HEAD, ((1,), (4,))),
+    Group(HEAD, ((0,), (2,))),  # the last query head of a KV head, in the first layer only
+    Group(FFN, ((0,), (0,))),
+    Group(FFN, ((1,), (1,))),
+    Group(FFN, ((2,), (3,))),
+]
+
+
+def retire_all(_rank, _world_size, case, config):
+    trainer = start(case, config, RULES)
+    trainer.iterate()
+    model, states, sent = trainer.model, [], []
+    model.force_param_sync()
+    states.append(canonical(model))
+    for group in GROUPS:
+        with Traffic() as traffic:
+            retire(model, group)
+        sent.append(dict(traffic.by_operator))
+        verify(model, thorough=True)
+        states.append(canonical(model))
+    trainer.iterate()
+    verify(model, thorough=True)
+    planned = 0
+    new, rank = model.layout.compacted(), model.mesh.tp_rank
+    for row in model.table.rows:
+        plan = plan_transfer(row, model.layout, new, rank)
+        other = [n for dim, n in enumerate(plan.new_shape) if dim != plan.sharded_dim]
+        planned += 3 * 4 * sum(len(at) for at in plan.sends.values()) * (other[0] if other else 1)
+    with Traffic() as traffic:
+        compact(model)
+    return states, sent, planned, dict(traffic.by_operator)
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [(Case(tp=2), GQA), (Case(tp=2, dp=2, distributed_optimizer=True, overlap=True), QWEN2)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_survivors_keep_every_bit_of_their_state(case, config):
+    results = run_ranks(retire_all, case.world_size, case, config)
+    states = results[0][0]
+    geometry = Geometry.from_hf(config)
+    live = LiveUnits.full(geometry)
+    for group, before, after in zip(GROUPS, states, states[1:], strict=False):
+        left = live.without(group.kind, group.units)
+        for prefix in ("model/", "optimizer/exp_avg/", "optimizer/exp_avg_sq/"):
+            named = {key.removeprefix(prefix): value for key, value in before.items() if key.startswith(prefix)}
+            for name, expected in shrink(geometry, named, live, left).items():
+                assert torch.equal(after[prefix + name], expected), (group, prefix + name)
+        live = left
+    assert all(traffic == {} for _, sent, _, _ in results for traffic in sent), "retirement communicates nothing"
+
+
+def test_a_compaction_sends_the_border_units_and_nothing_else():
+    """Without a distributed optimizer: weights and both moments of units that change their rank, and one number."""
+    for _, _, planned, traffic in run_ranks(retire_all, 2, Case(tp=2), GQA):
+        assert traffic.pop("allreduce_", 0) <= 64, "the step count"
+        assert sum(traffic.values()) == planned and set(traffic) <= {"send"}

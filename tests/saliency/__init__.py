@@ -1,0 +1,1 @@
+"""Tests of criteria, the Fisher estimate, and unit scores over all ranks."""

@@ -1,0 +1,157 @@
+"""Scores summed over all ranks are the oracle's, on any layout, and only sums travel.
+
+One run per layout: two iterations, some removals whose slots stay empty, then the gradients of one more batch, scored
+by every registered criterion with every Fisher estimate.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune.checkpoint.pieces import pieces
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
+from megatron_prune.optimizer.owned import owned_shards
+from megatron_prune.resharding.retire import retire
+from megatron_prune.saliency.criteria import find_criterion, known_criteria
+from megatron_prune.saliency.fisher import MicrobatchFisher
+from megatron_prune.saliency.reducer import score_elements
+from megatron_prune.saliency.scores import score_length
+from megatron_prune.testing import oracle_scores
+from megatron_prune.testing.meters import Traffic
+from megatron_prune.testing.oracle import OracleSettings
+from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.sharded import Case
+from megatron_prune.training.step import forward_backward
+from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, assembled, oracle_of, start
+
+RULES = OracleSettings(lr=1e-5)  # small steps: weights are compared elsewhere
+GROUPS = [Group(FFN, ((4,), (29,))), Group(STEM, ((7,),)), Group(HEAD, ((1,), (4,))), Group(HEAD, ((0,), (2,)))]
+SCALES = {"sequence": MICRO_BATCH, "token": MICRO_BATCH * SEQUENCE}
+ESTIMATES = [("microbatch", "sequence"), ("microbatch", "token"), ("adam", "sequence"), ("batch", "sequence")]
+
+
+def whole(model, squares):
+    """Fisher values of the ranges that all ranks own, as canonical tensors."""
+    owners, mesh, found = {shard.name: shard for shard in owned_shards(model)}, model.mesh, []
+    if model.options.use_distributed_optimizer or mesh.dp_rank == 0:  # else all data-parallel ranks own the same
+        for name, values in squares.items():
+            shard = owners[name]
+            for piece in pieces(shard.row, model.layout, mesh.tp_rank, shard.start, shard.end):
+                found.append((piece.hf_name, piece.global_shape, piece.offset, piece.read(values).clone()))
+    return assembled(mesh, found)
+
+
+def score_all(_rank, _world_size, case, config):
+    trainer = start(case, config, RULES)
+    model = trainer.model
+    for _ in range(2):
+        trainer.iterate()
+    model.force_param_sync()
+    for group in GROUPS:
+        retire(model, group)
+    watchers = {unit: MicrobatchFisher(model, trainer.num_microbatches, scale) for unit, scale in SCALES.items()}
+    for watcher in watchers.values():
+        watcher.arm()
+    forward_backward(model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
+    with Traffic() as fisher_traffic:
+        squares = {"sequence": watchers["sequence"].reduce()}
+    squares["token"] = watchers["token"].reduce()
+    sums = {}
+    for name in known_criteria():
+        for source, unit in ESTIMATES:
+            with Traffic() as score_traffic:
+                scores = score_elements(model, find_criterion(name), source, squares[unit]).reduce()
+            sums[name, source, unit] = (scores.head, scores.ffn, scores.stem)
+    outputs = sum(p.numel() for n, p in model.module.named_parameters() if "linear_proj" in n or "linear_fc2" in n)
+    facts = {
+        "fisher": dict(fisher_traffic.by_operator),
+        "scores": dict(score_traffic.by_operator),
+        "numbers": score_length(model.layout.architecture),
+        "outputs": outputs,
+    }
+    return sums, {unit: whole(model, values) for unit, values in squares.items()}, facts
+
+
+@functools.cache
+def expected_of(name):
+    """The oracle at the same place: ({unit: squares}, {(criterion, source, unit): sums})."""
+    oracle, batches = oracle_of({"gqa": GQA, "qwen2": QWEN2}[name], RULES)
+    for number in range(2):
+        oracle.train_step(batches[number])
+    for group in GROUPS:
+        oracle.remove(group.kind, group.units)
+    _, gradient, squares = oracle.gradients(batches[2])
+    by_unit = {unit: {k: v * scale / MICRO_BATCH for k, v in squares.items()} for unit, scale in SCALES.items()}
+    sums = {}
+    for criterion in oracle_scores.CRITERIA:
+        for source, unit in ESTIMATES:
+            elements = {}
+            for key, microbatch in by_unit[unit].items():
+                adam, batch = oracle.exp_avg_sq[key], gradient[key].square()
+                fisher = {"microbatch": microbatch, "adam": adam, "batch": batch}[source]
+                elements[key] = oracle_scores.element_scores(criterion, oracle.weights[key], gradient[key], fisher)
+            found = oracle_scores.unit_scores(elements, oracle.geometry, oracle.live)
+            layers = [np.array([list(layer.values()) for layer in kind]) for kind in (found.head, found.ffn)]
+            sums[criterion, source, unit] = (*layers, np.array(list(found.stem.values())))
+    return by_unit, sums
+
+
+CASES = [
+    (Case(tp=2), "qwen2"),
+    (Case(dp=2), "gqa"),
+    (Case(dp=2, distributed_optimizer=True), "qwen2"),
+    (Case(tp=2, dp=2, distributed_optimizer=True, overlap=True, sequence_parallel=True), "gqa"),
+    (Case(tp=2, pp=2, recompute="full"), "gqa"),
+]
+
+
+@pytest.mark.parametrize(("case", "name"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_scores_on_any_layout_are_the_oracles(case, name):
+    squares, sums = expected_of(name)
+    results = run_ranks(score_all, case.world_size, case, {"gqa": GQA, "qwen2": QWEN2}[name])
+    found, fisher, _ = results[0]
+    for unit, tensors in squares.items():
+        assert fisher[unit].keys() == tensors.keys()
+        for key, expected in tensors.items():
+            atol = 1e-6 * float(expected.max())
+            torch.testing.assert_close(fisher[unit][key], expected, rtol=1e-5, atol=atol)
+    assert {key[0] for key in found} == {*oracle_scores.CRITERIA, "random"}
+    for key, expected in sums.items():
+        for mine, theirs in zip(found[key], expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, err_msg=str(key))
+    for other, _, _ in results[1:]:  # every rank holds the same numbers
+        assert all(np.array_equal(a, b) for key in found for a, b in zip(found[key], other[key], strict=True))
+    assert_only_sums_travel([facts for _, _, facts in results], case)
+
+
+def assert_only_sums_travel(facts, case):
+    """Scoring: the sums, once over TP x PP and once over DP where its ranks score a range each. Fisher: one reduction
+    of the output projections over DP, and (with a distributed optimizer) a few words on who owns what."""
+    reductions = (case.tp * case.pp > 1) + (case.dp > 1 and case.distributed_optimizer)
+    for fact in facts:
+        assert fact["scores"] == ({"allreduce_": 4 * fact["numbers"] * reductions} if reductions else {})
+        fisher = dict(fact["fisher"])
+        if case.distributed_optimizer and case.dp > 1:
+            words = sum(fisher.pop(name, 0) for name in ("allgather_", "_allgather_base_"))
+            assert words < 2000
+            (scattered,) = fisher.values()
+            assert 4 * fact["outputs"] <= scattered < 2 * 4 * fact["outputs"]
+        else:
+            assert fisher == ({"allreduce_": 4 * fact["outputs"]} if case.dp > 1 else {})
+
+
+def test_squares_of_single_micro_batches_make_the_second_order_term_count():
+    """The reason for them: with squares of the mean gradient, mix is the first-order score in all but name."""
+    _, sums = expected_of("gqa")
+
+    def difference(source, unit):
+        mix, first = (
+            np.concatenate([a.ravel() for a in sums[c, source, unit]]) for c in ("taylor_mix", "taylor_first")
+        )
+        return float(np.median(np.abs(mix - first) / first))
+
+    by_sequence, by_token = difference("microbatch", "sequence"), difference("microbatch", "token")
+    assert 1e-3 < by_sequence < by_token and by_token > 0.01
+    assert difference("batch", "sequence") < by_sequence / 2

@@ -1,0 +1,60 @@
+"""Sums per unit as plain arrays: they travel as one vector, follow their units, and are smoothed as the oracle's."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.saliency.scores import UnitScores, score_length, smooth
+from megatron_prune.testing import oracle_scores
+from tests.model.random_models import groups, shapes
+
+
+def random_scores(architecture, random):
+    return UnitScores.from_vector(architecture, random.random(score_length(architecture)))
+
+
+def by_id(scores):
+    a = scores.architecture
+    layers = [
+        tuple(dict(zip(ids.tolist(), row.tolist(), strict=True)) for ids, row in zip(live, values, strict=True))
+        for live, values in ((a.heads, scores.head), (a.ffn, scores.ffn))
+    ]
+    return oracle_scores.UnitScores(*layers, dict(zip(a.stem.tolist(), scores.stem.tolist(), strict=True)))
+
+
+@given(st.data())
+def test_smoothed_scores_follow_their_units_through_removals(data):
+    architecture = Architecture.full(data.draw(shapes()))
+    random, momentum = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(st.sampled_from([0.0, 0.5, 0.9]))
+    mine, theirs = None, None
+    for group in data.draw(groups(architecture, at_most=5)):
+        new = random_scores(architecture, random)
+        mine, theirs = smooth(mine, new, momentum), oracle_scores.smooth(theirs, by_id(new), momentum)
+        found = by_id(mine)
+        assert found.stem == pytest.approx(theirs.stem)
+        for layer in range(architecture.shape.num_layers):
+            assert found.head[layer] == pytest.approx(theirs.head[layer])
+            assert found.ffn[layer] == pytest.approx(theirs.ffn[layer])
+        architecture = architecture.without(group)
+        kept = mine.restricted(architecture)
+        for layer in range(architecture.shape.num_layers):
+            assert by_id(kept).head[layer] == {h: found.head[layer][h] for h in architecture.heads[layer].tolist()}
+        assert by_id(kept).stem == {channel: found.stem[channel] for channel in architecture.stem.tolist()}
+
+
+@given(shapes())
+def test_scores_come_back_from_a_checkpoint_as_they_were(shape):
+    scores = random_scores(Architecture.full(shape), np.random.default_rng(0))
+    again = UnitScores.from_state(scores.architecture, scores.to_state())
+    assert all(np.array_equal(getattr(again, kind), getattr(scores, kind)) for kind in ("head", "ffn", "stem"))
+    assert scores.is_finite and scores.head.dtype == np.float64
+
+
+@pytest.mark.parametrize("kind", ["head", "ffn", "stem"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_any_sum_that_is_not_finite_is_seen(kind, value):
+    scores = random_scores(Architecture.full(LlamaShape(2, 6, 8, 4, 2, 2, 8, 16)), np.random.default_rng(0))
+    getattr(scores, kind).flat[-1] = value
+    assert not scores.is_finite

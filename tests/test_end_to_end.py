@@ -1,0 +1,123 @@
+"""The whole way of a real model, as a user goes it: import, prune while training, resume, export, generate.
+
+Every step is the command that the README names, in a process of its own, on 1 and on 2 ranks; the input is the
+pretrained stories260K, so these tests are skipped where MEGATRON_PRUNE_DATA is unset. A run that is wrong from the
+start needs no real input and is tried everywhere.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = 130_000
+GREETING = ", there was a little girl named Lily. She loved to play outside in the park."
+
+
+def run(*command, ok=True):
+    """Run a command of this repository with one thread per rank; returns its output."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert (done.returncode == 0) == ok, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def torchrun(ranks, *arguments, ok=True):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
+    return run(sys.executable, *launcher, "-m", "megatron_prune.pretrain", *arguments, ok=ok)
+
+
+@pytest.fixture(scope="module")
+def stories(stories260k, tinystories, tmp_path_factory):
+    """Tokenized stories and a checkpoint converted from the Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("stories")
+    run(
+        sys.executable, "tools/preprocess_data.py", "--input", tinystories, "--output-prefix", folder / "stories",
+        "--tokenizer-model", stories260k / "tokenizer.model", "--prepend-bos",
+    )  # fmt: skip
+    run(sys.executable, "tools/convert_from_hf.py", "--hf-model", stories260k, "--save", folder / "source")
+    return folder
+
+
+def flags(folder, save, *more):
+    return (
+        "--data-path", folder / "stories", "--data-cache-path", folder / "cache", "--split", "90,10,0",
+        "--seq-length", 256, "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 100,
+        "--lr", "1e-3", "--lr-decay-style", "constant", "--prune-target-params", TARGET, "--prune-ratio", "8:1",
+        "--continue-tokens", 20480, "--continue-lr-decay-style", "linear", "--eval-interval", 1000, "--eval-iters", 4,
+        "--save", save, *more,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_stories260k_is_pruned_to_half(stories, stories260k, tmp_path, tp):
+    layout = ("--tensor-model-parallel-size", tp) + (("--sequence-parallel", "--use-distributed-optimizer") * (tp > 1))
+    source = ("--hf-model", stories260k) if tp == 1 else ("--load", stories / "source")
+    torchrun(tp, *flags(stories, tmp_path / "run", *layout, *source))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    stages = summary["stages"]
+    assert stages["source"]["parameters"] == 260_032
+    assert stages["source"]["validation_loss"] == pytest.approx(1.85, abs=0.1)
+    assert TARGET * 0.995 <= stages["final"]["parameters"] <= TARGET
+    assert stages["final"]["validation_loss"] < stages["pruned"]["validation_loss"]
+    history = (tmp_path / "run" / "pruning_history.jsonl").read_text().splitlines()
+    assert len(history) == summary["groups_removed"]
+    assert json.loads(history[-1])["parameters"] == stages["final"]["parameters"]
+
+    exported = tmp_path / "exported"
+    output = run(
+        sys.executable, "tools/convert_to_hf.py", "--load", tmp_path / "run", "--save", exported, "--verify"
+    )  # fmt: skip
+    assert "verify" in output
+    text = generate(exported, 40)
+    assert text.startswith("Once upon a time") and len(text) > 60
+
+
+def test_greedy_text_of_the_source(stories, tmp_path):
+    """Import and export without pruning: the same model, tokenizer included."""
+    run(
+        sys.executable, "tools/convert_to_hf.py", "--load", stories / "source", "--save", tmp_path / "back", "--verify"
+    )  # fmt: skip
+    assert generate(tmp_path / "back", 40).startswith("Once upon a time" + GREETING)
+
+
+def generate(folder, new_tokens):
+    """Greedy continuation of "Once upon a time" by stock transformers, in a process of its own."""
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1]); m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "import torch; prompt = t('Once upon a time', add_special_tokens=False).input_ids\n"
+        "ids = torch.tensor([[t.bos_token_id] + prompt])\n"
+        "out = m.generate(ids, max_new_tokens=int(sys.argv[2]), do_sample=False)\n"
+        "print('TEXT:' + t.decode(out[0], skip_special_tokens=True))"
+    )
+    return run(sys.executable, "-c", program, folder, new_tokens).split("TEXT:")[1].strip()
+
+
+def test_a_mistake_is_one_line_on_one_rank(tmp_path):
+    """Two ranks, a folder that is not there: one line, exit status 2 on both, nothing written."""
+    arguments = ("--hf-model", tmp_path / "nowhere", "--data-path", tmp_path / "data", "--save", tmp_path / "run")
+    output = torchrun(2, *arguments, "--tensor-model-parallel-size", 2, ok=False)
+    assert output.count("error: ") == 1 and "nowhere" in output
+    assert "exitcode  : 2" in output and not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path):
+    (tmp_path / "run.yaml").write_text("training: {micro_batch_sise: 2}\n")
+    output = run(
+        sys.executable, "-m", "megatron_prune.pretrain", "--config", tmp_path / "run.yaml", ok=False
+    )  # fmt: skip
+    assert "micro_batch_size" in output and "Traceback" not in output

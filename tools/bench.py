@@ -1,0 +1,369 @@
+"""What pruning costs, as fractions of a training step: `make bench`, or `python tools/bench.py [--tiny]`.
+
+One run prints beside each other:
+
+    cost of scoring, of the decision, of one retirement of each kind and of a compaction, over a plain step's
+    throughput with pruning at 1:1 over throughput without: steps of both kinds in turn (A B A B), median of pairs
+    bytes that a rank puts into collectives per pruning step, beside the formula
+    peak memory of a compaction over the peak of a plain step
+
+Fractions, not seconds: the machine's speed cancels. On the CPU the layouts are two gloo ranks of one thread each: TP 2,
+and DP 2 with the distributed optimizer. On a GPU it is one rank in bf16 with quantum 1, 64 and 128; without one these
+columns read "not measured". docs/benchmarks.md explains the rows and keeps the numbers of a run.
+
+    Preset           a column: what runs, and how often
+    measure          a column's rows of time and traffic, on one rank
+    measure_memory   its rows of memory, in a process of its own: memory is only measured well where allocation is slow
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, STEM, LlamaShape
+from megatron_prune.model.layout import Quanta
+from megatron_prune.runtime.device import choose_device
+from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
+from megatron_prune.saliency.scores import score_length
+from megatron_prune.testing.meters import PeakMemory, Seconds, Stopwatch, Traffic
+from megatron_prune.testing.pieces import Setup, SteppedRun
+from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.sharded import Case
+
+MIB = 1 << 20
+FP32_BYTES = 4
+NOT_MEASURED = "not measured"
+SETTLED = 3  # plain steps before anything is measured
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A column of the output.
+
+    Args:
+        thinned: FFN and stem channels removed and compacted away first, so that the widths are odd ones.
+        pairs: how many pruning steps are compared with plain ones. repeats: how often everything else is timed.
+    """
+
+    title: str
+    setup: Setup
+    device: str
+    thinned: tuple[int, int]
+    pairs: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one column has to say in one line.
+
+    Args:
+        cpu: the same by CPU time, where that means something.
+    """
+
+    name: str
+    value: str
+    cpu: str = ""
+    goal: str = ""
+
+
+def _shape(hidden: int, ffn: int, heads: int, layers: int, vocab: int, context: int) -> LlamaShape:
+    return LlamaShape(layers, hidden, ffn, heads, heads, hidden // heads, vocab, context, tie_word_embeddings=True)
+
+
+def cpu_presets(tiny: bool) -> list[Preset]:
+    """Two gloo ranks. `tiny` is for the tool's own test: its fractions mean nothing."""
+    shape = _shape(32, 48, 8, 2, 64, 16) if tiny else _shape(256, 1024, 16, 4, 2048, 1024)
+    counts = (2, 1) if tiny else (12, 3)
+    quanta = Quanta(1, 4, 4, 64)
+    cases = {
+        "TP 2": Case(tp=2, quanta=quanta),
+        "DP 2, distributed optimizer": Case(dp=2, distributed_optimizer=True, quanta=quanta),
+    }
+    return [
+        Preset(title, Setup(shape, case, shape.max_position_embeddings, 1, 4), "cpu", (10, 6), *counts)
+        for title, case in cases.items()
+    ]
+
+
+def gpu_presets(tiny: bool) -> list[Preset]:
+    """One GPU, hidden 2048, FFN 8192, 32 heads."""
+    shape = _shape(256, 1024, 8, 2, 1024, 128) if tiny else _shape(2048, 8192, 32, 8, 49152, 2048)
+    counts = (3, 1) if tiny else (20, 5)
+    presets = []
+    for quantum in (1, 64, 128):
+        case = Case(bf16=True, distributed_optimizer=True, quanta=Quanta(1, quantum, quantum, 128))
+        setup = Setup(shape, case, shape.max_position_embeddings, micro_batch_size=2, micro_batches=4)
+        presets.append(Preset(f"quantum {quantum}", setup, "cuda", (100, 70), *counts))
+    return presets
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+class Clock(Stopwatch):
+    """Times jobs of one run, and says what share of a step they are."""
+
+    def median(self, job: Callable[[], Any], count: int) -> Seconds:
+        """Median time of `count` calls."""
+        return median([self.time(job)[1] for _ in range(count)])
+
+
+def median(times: Sequence[Seconds]) -> Seconds:
+    """Median by either clock."""
+    return Seconds(statistics.median(t.wall for t in times), statistics.median(t.cpu for t in times))
+
+
+def share(part: Seconds, whole: Seconds) -> tuple[str, str]:
+    """`part` / `whole` by either clock, for a row."""
+    return f"{part.wall / whole.wall:.2%}", f"{part.cpu / whole.cpu:.2%}"
+
+
+@contextlib.contextmanager
+def meshed(preset: Preset) -> Iterator[Mesh]:
+    """This rank's mesh, closed again at the end."""
+    try:
+        yield init_mesh(choose_device(preset.device), preset.setup.case.tp, preset.setup.case.pp)
+    finally:
+        close_mesh()
+        gc.collect()
+
+
+def measure(_rank: int, _world_size: int, preset: Preset) -> list[Row]:
+    """A column's rows of time and traffic, on one rank."""
+    with meshed(preset) as mesh:
+        run, clock = SteppedRun(preset.setup, mesh), Clock(mesh)
+        clock.median(run.plain_step, SETTLED)
+        before, source = clock.median(run.plain_step, preset.repeats + 2), run.architecture.parameters
+        for kind, count in zip((FFN, STEM), preset.thinned, strict=True):
+            run.retire(kind, count)
+        run.compact()
+        clock.median(run.plain_step, SETTLED)
+        step, live = clock.median(run.plain_step, preset.repeats + 2), run.architecture.parameters
+        layout = run.model.layout
+        rows = [
+            Row("context: parameters", f"{live:,}"),
+            Row("context: slots per rank, heads / FFN / stem", " / ".join(str(layout.width(k)) for k in GROUP_KINDS)),
+            Row("context: seconds per plain step", f"{step.wall:.3f}", f"{step.cpu:.3f}"),
+            Row("speed per live parameter: these widths / the source's", *speeds(before, step, live / source)),
+        ]
+        rows += rows_of_pieces(run, clock, step, preset.repeats)
+        compaction, more = rows_of_compactions(run, clock, step)
+        return [*rows, *more, *rows_of_throughput(run, clock, compaction, preset.pairs), *rows_of_traffic(run)]
+
+
+def speeds(before: Seconds, after: Seconds, live: float) -> tuple[str, str]:
+    """What odd stored widths cost: steps per second times parameters that are left, now over before."""
+    return f"{before.wall / after.wall * live:.3f}", f"{before.cpu / after.cpu * live:.3f}"
+
+
+SCORING = {
+    "squares": "scoring: squares of the micro-batches' gradients / step",
+    "fisher": "scoring: their sum over data parallelism / step",
+    "elements": "scoring: S of every output weight / step",
+    "sums": "scoring: sums per unit over all ranks / step",
+}
+CHANGES = {
+    "decision": "decision: choice, broadcast, agreement / step",
+    HEAD: "retirement of a head in every layer / step",
+    FFN: "retirement of an FFN channel in every layer / step",
+    STEM: "retirement of a stem channel / step",
+}
+
+
+def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -> Iterator[Row]:
+    """Scoring, decision and retirements."""
+    rounds = []
+    for _ in range(repeats + 1):  # the first one warms up
+        rounds.append(run.time_pieces(clock.time))
+        if run.is_compaction_due:
+            run.compact()
+    pieces = {piece: median([spent[piece] for spent in rounds[1:]]) for piece in rounds[0]}
+    for piece, name in SCORING.items():
+        yield Row(name, *share(pieces[piece], step))
+    scoring = [pieces[piece] for piece in SCORING]
+    total = Seconds(sum(s.wall for s in scoring), sum(s.cpu for s in scoring))
+    yield Row("scoring, all of it / step", *share(total, step))
+    for piece, name in CHANGES.items():
+        yield Row(name, *share(pieces[piece], step))
+
+
+def rows_of_compactions(run: SteppedRun, clock: Clock, step: Seconds) -> tuple[Seconds, list[Row]]:
+    """(what a compaction costs in all, in plain steps; rows). The step after one pays for fresh memory."""
+    rows, compactions, first_steps = [], [], []
+    for kind in GROUP_KINDS:
+        run.retire_quantum(kind)
+        compactions.append(clock.time(run.compact)[1])
+        first_steps.append(clock.time(run.plain_step)[1])
+        rows.append(Row(f"compaction after a quantum, {kind} / step", *share(compactions[-1], step)))
+    usual, first = median(compactions), median(first_steps)
+    extra = Seconds(max(first.wall - step.wall, 0.0), max(first.cpu - step.cpu, 0.0))
+    rows.append(Row("extra time of the step after it / step", *share(extra, step)))
+    return Seconds((usual.wall + extra.wall) / step.wall, (usual.cpu + extra.cpu) / step.cpu), rows
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A plain step and the pruning step after it; the compaction that was due then, and the plain step after that."""
+
+    plain: Seconds
+    pruning: Seconds
+    compaction: Seconds | None = None
+    first: Seconds | None = None
+
+
+def rows_of_throughput(run: SteppedRun, clock: Clock, compaction: Seconds, count: int) -> Iterator[Row]:
+    """Pruning at 1:1 against no pruning at the same stored widths."""
+    pairs = []
+    for _ in range(count):
+        pair = Pair(clock.time(run.plain_step)[1], clock.time(run.pruning_step)[1])
+        if run.is_compaction_due:
+            pair = Pair(pair.plain, pair.pruning, clock.time(run.compact)[1], clock.time(run.plain_step)[1])
+        pairs.append(pair)
+    slowdown = {
+        clock: statistics.median(getattr(p.pruning, clock) / getattr(p.plain, clock) for p in pairs)
+        for clock in ("wall", "cpu")
+    }
+    name = "throughput, 1:1 / no pruning:"
+    yield Row(f"{name} no compaction", *(f"{1 / slower:.3f}" for slower in slowdown.values()))
+    for every in (64, 128):
+        values = (f"{1 / (slower + getattr(compaction, clock) / every):.3f}" for clock, slower in slowdown.items())
+        yield Row(f"{name} a compaction per {every} removals", *values, goal="0.97")
+    quantum = run.setup.case.quanta.ffn
+    compactions = sum(pair.compaction is not None for pair in pairs)
+    yield Row("context: quantum as run, compactions / removals", f"{quantum}, {compactions} / {count}")
+    yield Row(f"{name} at the quantum as run, sums", *(f"{_as_run(pairs, clock):.3f}" for clock in slowdown))
+
+
+def _as_run(pairs: Sequence[Pair], clock: str) -> float:
+    plain = sum(getattr(p.plain, clock) for p in pairs)
+    spent = sum(getattr(p.pruning, clock) for p in pairs)
+    for pair in pairs:
+        if pair.compaction is not None:
+            spent += getattr(pair.compaction, clock) + getattr(pair.first, clock) - getattr(pair.plain, clock)
+    return float(plain / spent)
+
+
+# Bytes ----------------------------------------------------------------------------------------------------------------
+
+
+def counted(job: Callable[[], Any]) -> tuple[Any, int]:
+    """(result of `job`, bytes that this rank put into collectives meanwhile)."""
+    with Traffic() as meter:
+        result = job()
+    return result, meter.total
+
+
+def rows_of_traffic(run: SteppedRun) -> Iterator[Row]:
+    """Bytes of a pruning step, piece by piece."""
+    _, plain = counted(run.plain_step)
+    fisher = run.watched_gradients()
+    squares, fisher_bytes = counted(fisher.reduce)
+    elements, silent = counted(lambda: run.score(squares))
+    assert silent == 0
+    sums, score_bytes = counted(elements.reduce)
+    _, decision = counted(lambda: run.decide(sums))
+    yield Row("context: bytes of a plain step", f"{plain:,}")
+    yield Row("bytes: scores", f"{score_bytes:,}")
+    yield Row("formula: 4 x (layers x (heads + FFN) + hidden)", f"{FP32_BYTES * score_length(run.architecture):,}")
+    yield Row("bytes: squares over data parallelism", f"{fisher_bytes:,}")
+    yield Row("bytes: decision", f"{decision:,}")
+    for kind in GROUP_KINDS:
+        _, retirement = counted(lambda: run.retire_quantum(kind))  # noqa: B023 - called at once
+        yield Row(f"bytes: retirements of a quantum, {kind}", f"{retirement:,}")
+        yield Row(f"bytes: compaction after it, {kind}", f"{counted(run.compact)[1]:,}")
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_memory(_rank: int, _world_size: int, preset: Preset) -> list[Row]:
+    """A column's rows of memory, on one rank."""
+    with meshed(preset) as mesh:
+        meter = PeakMemory(mesh.device)
+        if not meter.is_available:
+            return []
+        _warm_up(preset.setup.case, mesh)
+        meter.set_rest()
+        run = SteppedRun(preset.setup, mesh)
+        peaks: dict[str, int] = {}
+
+        def during(name: str, job: Callable[[], Any]) -> None:
+            meter.start()
+            job()
+            peaks[name] = meter.peak()
+
+        for _ in range(2):
+            during("plain", run.plain_step)
+        during("rest", lambda: None)
+        during("pruning", run.pruning_step)
+        for kind in GROUP_KINDS:
+            run.retire_quantum(kind)
+        during("compaction", run.compact)
+    plain = peaks.pop("plain")
+    return [
+        Row("context: MiB at the peak of a plain step", f"{plain / MIB:.0f}"),
+        Row("memory between steps / peak of a plain step", f"{peaks['rest'] / plain:.2f}"),
+        Row("peak memory of a pruning step / of a plain step", f"{peaks['pruning'] / plain:.2f}"),
+        Row("peak memory of a compaction / of a plain step", f"{peaks['compaction'] / plain:.2f}", goal="1.00"),
+    ]
+
+
+def _warm_up(case: Case, mesh: Mesh) -> None:
+    """Do everything once on a tiny model, so that what libraries keep for good is there before memory is watched."""
+    run = SteppedRun(Setup(cpu_presets(tiny=True)[0].setup.shape, case, 16, 1, 4), mesh)
+    run.plain_step()
+    run.pruning_step()
+    run.compact()
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def columns(preset: Preset) -> dict[str, Row]:
+    """Measure one column; rows by name."""
+    world = preset.setup.case.world_size
+    rows: list[Row] = []
+    for part in (measure, measure_memory):
+        rows += part(0, 1, preset) if preset.device == "cuda" else run_ranks(part, world, preset, timeout=1800)[0]
+    return {row.name: row for row in rows}
+
+
+def show(title: str, found: dict[str, dict[str, Row]], names: Sequence[str], goals: dict[str, str], cpu: bool) -> None:
+    """Print a table: a line per name, a column (or two) per title in `found`."""
+    heads = [head for column in found for head in ((column, "by CPU time") if cpu else (column,))]
+    print(f"\n### {title}\n\n| | {' | '.join(heads)} | goal |\n|{' --- |' * (len(heads) + 2)}")
+    for name in names:
+        cells = []
+        for rows in found.values():
+            row = rows.get(name, Row(name, NOT_MEASURED))
+            cells += [row.value, row.cpu] if cpu else [row.value]
+        print(f"| {name} | {' | '.join(cells)} | {goals[name]} |")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes; the numbers mean nothing")
+    tiny = parser.parse_args(argv).tiny
+    found = {preset.title: columns(preset) for preset in cpu_presets(tiny)}
+    every = {name: row for rows in found.values() for name, row in rows.items()}
+    names, goals = list(every), {name: row.goal for name, row in every.items()}
+    show("CPU: two ranks, one thread each, fp32", found, names, goals, cpu=True)
+    has_gpu = torch.cuda.is_available()
+    found = {preset.title: columns(preset) if has_gpu else {} for preset in gpu_presets(tiny)}
+    show("GPU: one rank, bf16, hidden 2048, FFN 8192, 32 heads", found, names, goals, cpu=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
