@@ -27,6 +27,13 @@ trap 'echo "demo: stopped in step $step of $STEPS ($title); the reason is in the
 trap 'echo "demo: interrupted in step $step of $STEPS ($title)" >&2; exit 130' INT TERM
 torchrun() { python -m torch.distributed.run --standalone --nproc-per-node "$RANKS" "$@"; }
 
+python - torch megatron sentencepiece transformers <<'EOF'
+import importlib.util, sys
+missing = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]
+if missing:
+    sys.exit(f"demo: not installed: {', '.join(missing)}; run make install, or make demo")
+EOF
+
 rm -rf "$OUT"
 mkdir -p "$OUT"
 

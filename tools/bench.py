@@ -43,6 +43,7 @@ MIB = 1 << 20
 FP32_BYTES = 4
 NOT_MEASURED = "not measured"
 SETTLED = 3  # plain steps before anything is measured
+THROUGHPUT = "throughput, 1:1 / no pruning:"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _shape(hidden: int, ffn: int, heads: int, layers: int, vocab: int, context: 
 def cpu_presets(tiny: bool) -> list[Preset]:
     """Two gloo ranks. `tiny` is for the tool's own test: its fractions mean nothing."""
     shape = _shape(32, 48, 8, 2, 64, 16) if tiny else _shape(256, 1024, 16, 4, 2048, 1024)
-    counts = (2, 1) if tiny else (12, 3)
+    counts = (2, 1) if tiny else (20, 3)
     quanta = Quanta(1, 4, 4, 64)
     cases = {
         "TP 2": Case(tp=2, quanta=quanta),
@@ -156,7 +157,7 @@ def measure(_rank: int, _world_size: int, preset: Preset) -> list[Row]:
             Row("context: seconds per plain step", f"{step.wall:.3f}", f"{step.cpu:.3f}"),
             Row("speed per live parameter: these widths / the source's", *speeds(before, step, live / source)),
         ]
-        rows += rows_of_pieces(run, clock, step, preset.repeats)
+        rows += rows_of_pieces(run, clock, step, preset.repeats + 2)
         compaction, more = rows_of_compactions(run, clock, step)
         return [*rows, *more, *rows_of_throughput(run, clock, compaction, preset.pairs), *rows_of_traffic(run)]
 
@@ -195,6 +196,10 @@ def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -
     yield Row("scoring, all of it / step", *share(total, step))
     for piece, name in CHANGES.items():
         yield Row(name, *share(pieces[piece], step))
+    removal = median([pieces[kind] for kind in GROUP_KINDS])
+    added = [sum(getattr(piece, clock) for piece in (total, pieces["decision"], removal)) for clock in ("wall", "cpu")]
+    expected = (1 / (1 + more / whole) for more, whole in zip(added, (step.wall, step.cpu), strict=True))
+    yield Row(f"{THROUGHPUT} the sum of these", *(f"{value:.3f}" for value in expected))
 
 
 def rows_of_compactions(run: SteppedRun, clock: Clock, step: Seconds) -> tuple[Seconds, list[Row]]:
@@ -233,15 +238,17 @@ def rows_of_throughput(run: SteppedRun, clock: Clock, compaction: Seconds, count
         clock: statistics.median(getattr(p.pruning, clock) / getattr(p.plain, clock) for p in pairs)
         for clock in ("wall", "cpu")
     }
-    name = "throughput, 1:1 / no pruning:"
-    yield Row(f"{name} no compaction", *(f"{1 / slower:.3f}" for slower in slowdown.values()))
+    name = THROUGHPUT
+    yield Row(f"{name} A B A B, no compaction", *(f"{1 / slower:.3f}" for slower in slowdown.values()))
+    spread = (statistics.quantiles([getattr(p.plain, c) / getattr(p.pruning, c) for p in pairs], n=4) for c in slowdown)
+    yield Row("context: quartiles of its pairs", *(f"{low:.3f} to {high:.3f}" for low, _, high in spread))
     for every in (64, 128):
         values = (f"{1 / (slower + getattr(compaction, clock) / every):.3f}" for clock, slower in slowdown.items())
-        yield Row(f"{name} a compaction per {every} removals", *values, goal="0.97")
+        yield Row(f"{name} A B A B, a compaction per {every} removals", *values, goal="0.97")
     quantum = run.setup.case.quanta.ffn
     compactions = sum(pair.compaction is not None for pair in pairs)
     yield Row("context: quantum as run, compactions / removals", f"{quantum}, {compactions} / {count}")
-    yield Row(f"{name} at the quantum as run, sums", *(f"{_as_run(pairs, clock):.3f}" for clock in slowdown))
+    yield Row(f"{name} at the quantum as run, all of it", *(f"{_as_run(pairs, clock):.3f}" for clock in slowdown))
 
 
 def _as_run(pairs: Sequence[Pair], clock: str) -> float:

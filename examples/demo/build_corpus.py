@@ -145,9 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with arguments.output.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in corpus)
     kinds = Counter(document.name.partition("/")[0] for document in corpus)
-    print(
-        f"{arguments.output}: {size:,} bytes in {len(corpus):,} documents ({', '.join(f'{n} {k}' for k, n in sorted(kinds.items()))})"
-    )
+    counts = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items()))
+    print(f"{arguments.output}: {size:,} bytes in {len(corpus):,} documents ({counts})")
     return 0
 
 

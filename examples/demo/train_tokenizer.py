@@ -30,7 +30,7 @@ def sample_lines(corpus: Path, megabytes: float) -> Iterator[str]:
 
 
 def train(lines: Iterator[str], vocab_size: int) -> bytes:
-    """The content of a `tokenizer.model` with `vocab_size` ids. Raises RuntimeError if the text is too little for it."""
+    """The content of a `tokenizer.model` with `vocab_size` ids. Raises RuntimeError where the text is too little."""
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()

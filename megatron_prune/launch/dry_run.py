@@ -112,7 +112,7 @@ def _source(config: Config, findings: list[Finding]) -> tuple[Header | None, Arc
     elif any(next(Path(folder).glob(pattern), None) for pattern in _WEIGHTS):
         weights = FolderWeights(folder)
         weights.check(architecture)
-        findings.append(Finding(f"weights in {folder}", f"complete, {weights.total_bytes / 2**30:.2f} GiB"))
+        findings.append(Finding(f"weights in {folder}", f"complete, {weights.total_bytes / 1e9:,.3f} GB"))
     else:
         findings.append(Finding(f"weights in {folder}", NOT_HERE))
     return None, architecture

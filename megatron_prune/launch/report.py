@@ -59,7 +59,8 @@ class Estimate:
 def render(config: Config, findings: tuple[Finding, ...], estimate: Estimate) -> str:
     """The whole report, ending in a newline."""
     placement = estimate.placement
-    title = f"dry run for {estimate.world_size} processes: TP {placement.tp} x PP {placement.pp} x DP {placement.dp}"
+    processes = "1 process" if estimate.world_size == 1 else f"{estimate.world_size} processes"
+    title = f"dry run for {processes}: TP {placement.tp} x PP {placement.pp} x DP {placement.dp}"
     batch = (
         f"{config.training.global_batch_size} sequences of {config.data.seq_length} = {config.tokens_per_iteration:,} "
         f"tokens per iteration, {placement.micro_batches} micro-batches of {config.training.micro_batch_size}"

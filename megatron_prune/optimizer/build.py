@@ -11,6 +11,7 @@ index is an unrelated project; NVIDIA's is built from source.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +89,16 @@ class ShardedModel:
 
 
 def wrap(
-    module: torch.nn.Module, options: OptimizerOptions, dtype: torch.dtype
+    module: torch.nn.Module,
+    options: OptimizerOptions,
+    dtype: torch.dtype,
+    before_optimizer: Callable[[DistributedDataParallel], None] | None = None,
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """megatron-core's DDP and optimizer around `module`, with the schedule's callbacks set on the model's config."""
+    """megatron-core's DDP and optimizer around `module`, with the schedule's callbacks set on the model's config.
+
+    Args:
+        before_optimizer: called with the DDP before main weights are allocated (to make room for them).
+    """
     config = inner_model(module).config
     groups = ProcessGroupCollection.use_mpu_process_groups()
     ddp = DistributedDataParallel(
@@ -105,6 +113,8 @@ def wrap(
         module,
         pg_collection=groups,
     )
+    if before_optimizer is not None:
+        before_optimizer(ddp)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

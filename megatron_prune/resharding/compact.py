@@ -4,7 +4,7 @@ Order, chosen so that no more memory is needed than a training step holds anyway
 
     1. take the old optimizer's state aside, free the gradient buffers
     2. move the model weights, parameter by parameter (units at range borders travel point to point over TP)
-    3. free the old parameter buffers, build DDP and optimizer anew, free the new gradient buffers for the moment
+    3. free the old parameter buffers, build DDP anew, free its gradient buffers for the moment, build the optimizer
     4. move the optimizer's state, tensor by tensor, freeing the old as it goes; with the distributed optimizer one
        parameter's flat ranges are put together over DP first, since old and new ranges cut it at different places
     5. get the gradient buffers back
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_prune.model.llama import bind_layout, named_rows, replace_parameters
@@ -69,16 +70,17 @@ def compact(model: ShardedModel) -> None:
     _free_parameter_buffers(model)
     model.layout = new_layout
     bind_layout(model.module, new_layout, mesh)
+    gradients = _GradientMemory()
     with torch.enable_grad():  # DDP finds the gradient accumulators through a graph
-        model.ddp, model.optimizer = wrap(model.module, model.options, model.dtype)
+        model.ddp, model.optimizer = wrap(model.module, model.options, model.dtype, before_optimizer=gradients.free)
     for group, previous in zip(model.optimizer.param_groups, groups, strict=True):
         group.update({key: value for key, value in previous.items() if key not in ("params", "step")})
 
     new = {shard.name: shard for shard in owned_shards(model)}
-    with _WithoutGradients(model):
-        for name, _, _ in named_rows(model.module, model.table):
-            for key in names:
-                _move_state(key, shapes[name], old.get(name), new.get(name), plans[name], model)
+    for name, _, _ in named_rows(model.module, model.table):
+        for key in names:
+            _move_state(key, shapes[name], old.get(name), new.get(name), plans[name], model)
+    gradients.restore()
     set_adam_step(model, step)
 
 
@@ -90,10 +92,14 @@ def move(tensor: Tensor, plan: TransferPlan, mesh: Mesh) -> Tensor:
     if plan.is_identity:
         return tensor
     kept, shard = tensor, plan.sharded_dim
+    stays = [
+        size == new_size and np.array_equal(old, new)
+        for size, new_size, (old, new) in zip(plan.old_shape, plan.new_shape, plan.local, strict=True)
+    ]
     for dim, (old, new) in enumerate(plan.local):
-        if dim != shard:
+        if dim != shard and not stays[dim]:
             kept = _select(kept, dim, old, new, plan.new_shape[dim])
-    if shard is None:
+    if shard is None or (stays[shard] and not plan.sends and not plan.recvs):
         return kept
     device = tensor.device
     outgoing = {
@@ -133,9 +139,12 @@ def _state_names(model: ShardedModel, step: int) -> list[str]:
 
 
 def _set_aside(shard: OwnedShard) -> _OldState:
+    """Take the shard's state out of its optimizer, which may live on for a while (others refer to it)."""
     tensors = dict(shard.moments)
+    shard.state.clear()
     if shard.has_separate_main:
         tensors["main"] = shard.main
+        shard.key.data = shard.main.new_empty(0)
     return _OldState(shard.start, shard.end, tensors)
 
 
@@ -188,18 +197,18 @@ def _free_parameter_buffers(model: ShardedModel) -> None:
         model.ddp.disable_forward_pre_hook(param_sync=False)
 
 
-class _WithoutGradients:
-    """Free the gradient buffers' memory inside, allocate (zeroed) gradients again at the end; views stay valid."""
+class _GradientMemory:
+    """Frees the gradient buffers of a DDP for a while; views into them stay valid."""
 
-    def __init__(self, model: ShardedModel) -> None:
-        self.buffers = model.ddp.buffers
-
-    def __enter__(self) -> None:
-        self.sizes = [buffer.grad_data.untyped_storage().size() for buffer in self.buffers]
-        for buffer in self.buffers:
+    def free(self, ddp: DistributedDataParallel) -> None:
+        """Give the memory back; there are no gradients until `restore`."""
+        self._buffers = list(ddp.buffers)
+        self._sizes = [buffer.grad_data.untyped_storage().size() for buffer in self._buffers]
+        for buffer in self._buffers:
             buffer.grad_data.untyped_storage().resize_(0)
 
-    def __exit__(self, *_error: object) -> None:
-        for buffer, size in zip(self.buffers, self.sizes, strict=True):
+    def restore(self) -> None:
+        """Zeroed gradients again."""
+        for buffer, size in zip(self._buffers, self._sizes, strict=True):
             buffer.grad_data.untyped_storage().resize_(size)
             buffer.grad_data.zero_()

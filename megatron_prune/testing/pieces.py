@@ -24,7 +24,7 @@ from megatron_prune.pruning.selector import choose
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.reducer import ElementScores, score_elements
-from megatron_prune.saliency.scores import UnitScores
+from megatron_prune.saliency.scores import UnitScores, smooth
 from megatron_prune.testing.meters import Seconds
 from megatron_prune.testing.sharded import Case, RandomTokens, build_sharded
 from megatron_prune.training.metrics import Reporter
@@ -78,6 +78,7 @@ class SteppedRun:
         assert self.trainer.pruner is not None
         self.pruner, self.coordinator = self.trainer.pruner, self.trainer.coordinator
         self._random = np.random.default_rng(0)
+        self._smoothed: UnitScores | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -123,9 +124,10 @@ class SteppedRun:
         return score_elements(self.model, self.pruner.criterion, self.config.pruning.fisher, squares)
 
     def decide(self, sums: UnitScores) -> None:
-        """Choose on one rank, agree on all."""
+        """Smooth, choose on one rank, agree on all."""
+        self._smoothed = smooth(self._smoothed, sums, self.config.pruning.saliency_momentum)
         is_first = self.mesh.rank == 0
-        self.coordinator.prepare(choose(sums, self.architecture, self.pruner.settings) if is_first else None)
+        self.coordinator.prepare(choose(self._smoothed, self.architecture, self.pruner.settings) if is_first else None)
 
     def group(self, kind: str) -> Group:
         """Any group of `kind`, the same on all ranks."""

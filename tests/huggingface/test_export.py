@@ -114,7 +114,6 @@ def test_wrong_options_are_refused(weights: dict[str, Tensor], tmp_path: Path) -
     assert "--dtype int8: unknown" in refusal(weights, save, dtype="int8")
     assert "--max-shard-size plenty" in refusal(weights, save, max_shard_size="plenty")
     assert "--kv-policy some: unknown" in refusal(weights, save, kv_policy="some")
-    assert "--kv-policy cluster: not there yet" in refusal(weights, save, UNEVEN, kv_policy="cluster")
     assert "use expand" in refusal(weights, save, UNEVEN, kv_policy="native")
     large = weights | {"model.norm.weight": torch.full((32,), 7e4)}
     assert "model.norm.weight holds values beyond" in refusal(large, save, dtype="float16")

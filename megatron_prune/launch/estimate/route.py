@@ -133,11 +133,10 @@ def plan_route(config: Config, architecture: Architecture) -> Route:
 
     order = onwards([], pruning.types, known.final) if known else []
     kinds = _until(target, onwards(order, pruning.types), shrunk)
-    without_heads = tuple(kind for kind in pruning.types if kind != HEAD)
-    if pruning.finish == "exact" and kinds[-1] == HEAD and shrunk(kinds).parameters < target * (1 - OVERSHOOT):
-        finer = onwards(kinds[:-1], without_heads)
-        if shrunk(finer).parameters <= target:
-            kinds = _until(target, finer, shrunk)
+    if pruning.finish == "exact" and shrunk(kinds).parameters < target * (1 - OVERSHOOT):
+        endings = [_until(target, onwards(kinds[:-1], (kind,)), shrunk) for kind in pruning.types]
+        reached = [ending for ending in (kinds, *endings) if shrunk(ending).parameters <= target]
+        kinds = max(reached, key=lambda ending: shrunk(ending).parameters)
     end, multiples = shrunk(kinds), pruning.round_widths
     rounding = (FFN,) * (end.ffn_hidden_size % multiples.ffn) + (STEM,) * (end.hidden_size % multiples.hidden)
     assumption = f"if {', '.join(pruning.types)} shrink by the same factor; scores will decide"

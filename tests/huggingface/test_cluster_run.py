@@ -1,0 +1,106 @@
+"""Cluster attention from end to end, by the commands a user types: SmolLM-360M's head counts (15 query, 5 KV heads).
+
+A source with random weights is pruned on two tensor-parallel ranks, which 15 heads do not divide by; the checkpoint is
+exported in compact form; that export is pruned further on one rank and exported for stock classes. Each export is
+compared with the training model by `--verify`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_prune.huggingface.cluster import read_architecture
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = tiny_config(
+    hidden_size=60, num_hidden_layers=3, num_attention_heads=15, num_key_value_heads=5, head_dim=4, vocab_size=64
+)
+
+
+def run(modules: Path, *command: object) -> str:
+    """Run a command of this repository; its output."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "HF_MODULES_CACHE": str(modules),
+    }
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> str:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
+    return run(
+        folder / "modules", *launcher, "-m", "megatron_prune.pretrain", "--hf-model", source,
+        "--data-path", folder / "data", "--data-cache-path", folder / "cache", "--split", "1,0,0", "--seq-length", 32,
+        "--tokenizer-model", folder / "tokenizer.model", "--micro-batch-size", 2, "--global-batch-size", 2,
+        "--train-iters", 60, "--lr", "1e-3", "--lr-decay-style", "constant", "--prune-target-params", target,
+        "--prune-gqa", "cluster", "--prune-types", "head", "--prune-group-cost", "head=1", "--prune-finish", "first",
+        "--prune-saliency-momentum", 0, "--eval-interval", 0, "--log-interval", 1,
+        "--tensor-model-parallel-size", ranks, "--save", save,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path) -> None:
+    from megatron_prune.data.preprocess import Options, preprocess
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the quick brown fox number {i} jumps over {i * 7} lazy dogs" for i in range(400)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=64, minloglevel=2
+    )
+    preprocess([str(text)], str(tmp_path / "data"), Options(tokenizer_model=str(tmp_path / "tokenizer.model")))
+    source = write_hf_folder(tmp_path / "source", CONFIG, random_llama_weights(CONFIG))
+    full = read_architecture(source)
+
+    log = prune(tmp_path, 2, source, full.parameters - 9_000, tmp_path / "run")
+    compact = tmp_path / "compact"
+    told = run(
+        tmp_path / "modules", "tools/convert_to_hf.py", "--load", tmp_path / "run", "--save", compact,
+        "--kv-policy", "cluster", "--verify",
+    )  # fmt: skip
+    pruned = read_architecture(compact)
+    assert "KV heads: cluster" in told and "within 0.0001" in told
+    assert (
+        pruned.shape == full.shape and pruned.num_attention_heads < 15 and pruned.parameters <= full.parameters - 9_000
+    )
+    assert f"kv cache/token: {pruned.kv_cache_channels}" in log
+    removed = [json.loads(line) for line in (tmp_path / "run/pruning_history.jsonl").read_text().splitlines()]
+    assert len(removed) == 15 - pruned.num_attention_heads and all(len(one["units"]) == 3 for one in removed)
+
+    # The export is a source like any other, and its heads keep their numbers.
+    prune(tmp_path, 1, compact, pruned.parameters - 4_000, tmp_path / "further")
+    told = run(
+        tmp_path / "modules", "tools/convert_to_hf.py", "--load", tmp_path / "further", "--save", tmp_path / "compact2",
+        "--kv-policy", "cluster", "--verify",
+    )  # fmt: skip
+    assert "within 0.0001" in told
+    last = read_architecture(tmp_path / "compact2")
+    assert last.shape == full.shape and last.parameters <= pruned.parameters - 4_000
+    for layer in range(3):
+        assert set(last.heads[layer].tolist()) < set(pruned.heads[layer].tolist())
+    told = run(
+        tmp_path / "modules",
+        "tools/convert_to_hf.py",
+        "--load",
+        tmp_path / "further",
+        "--save",
+        tmp_path / "stock",
+        "--verify",
+    )
+    assert "within 0.0001" in told and isinstance(last, Architecture)
+    inspected = run(tmp_path / "modules", "tools/inspect_checkpoint.py", "--load", tmp_path / "further", "--verify")
+    assert f"KV cache     {last.kv_cache_channels} of {full.kv_cache_channels} elements per token" in inspected

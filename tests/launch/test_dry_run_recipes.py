@@ -1,0 +1,113 @@
+"""Every shipped recipe: it dry-runs without any download, fits its hardware, reaches its target, is documented."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.config import Config, read_file
+from megatron_prune.launch.dry_run import NOT_HERE, estimate, look
+from megatron_prune.pretrain import main
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "configs"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+DEBUG, PLANNED_FOR, GPU_BYTES = "debug_cpu.yaml", 64, 80e9
+SELF_EXPLAINING = {"save_interval", "save_retain_interval", "keep_last", "async_save", "lr_decay_style", "log_interval"}
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    """Paths in recipes count from the repository's root."""
+    monkeypatch.chdir(FOLDER.parents[1])
+
+
+def processes(path):
+    return 1 if path.name == DEBUG else PLANNED_FOR
+
+
+def test_the_papers_runs_are_there():
+    names = {path.stem for path in RECIPES}
+    assert {
+        "smollm_360m_to_134m",
+        "smollm_1.7b_to_469m",
+        "smollm_1.7b_to_1.1b",
+        "llama_7b_to_50",
+        "llama_7b_to_70",
+        "llama2_7b_to_1.3b",
+        "llama2_7b_to_2.7b",
+        "debug_cpu",
+    } <= names
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_it_dry_runs(path, capfd):
+    status = main(["--config", str(path), "--dry-run", "--world-size", str(processes(path))])
+    captured = capfd.readouterr()
+    assert status == 0, captured.err
+    assert NOT_HERE in captured.out and "note:" not in captured.out
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_it_fits_and_reaches_its_target(path):
+    config = read_file(path)
+    found = estimate(config, look(config).architecture, processes(path))
+    assert found.memory.peak < 0.8 * GPU_BYTES, "leave room for the allocator and the collectives"
+    assert found.phases[0].iterations < config.training.train_iters
+    assert config.pruning.target_params * 0.98 <= found.route.target.parameters <= config.pruning.target_params
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_it_is_documented(path):
+    """A comment stands above the fields (or the run of fields) that it explains; no comment names a host."""
+    text = path.read_text()
+    assert re.search(r"https?:|www\.", text) is None
+    assert text.startswith("# ") and all(len(line) <= 120 for line in text.splitlines())
+    explained, bare = False, []
+    for line in text.splitlines():
+        if re.match(r"  # ", line):
+            explained = True
+        elif match := re.match(r"  (\w+):", line):
+            bare += [] if explained or match[1] in SELF_EXPLAINING else [match[1]]
+        else:
+            explained = False
+    assert bare == [] or path.name == DEBUG
+    if path.name != DEBUG:
+        assert text.count("[paper]") >= 5 and text.count("[choice]") >= 5
+
+
+@pytest.mark.parametrize("variant", ["obd", "llm_pruner"])
+def test_criteria_differ_from_the_base_in_the_criterion_alone(variant):
+    base, other = (
+        read_file(FOLDER / "smollm_1.7b_to_469m.yaml"),
+        read_file(FOLDER / f"smollm_1.7b_to_469m_{variant}.yaml"),
+    )
+    assert base.pruning.metric != other.pruning.metric and base.checkpoint.save != other.checkpoint.save
+    same = dataclasses.replace(
+        other,
+        pruning=dataclasses.replace(other.pruning, metric=base.pruning.metric),
+        checkpoint=dataclasses.replace(other.checkpoint, save=base.checkpoint.save),
+    )
+    assert same == base
+
+
+def test_recipes_keep_their_runs_apart():
+    folders = [read_file(path).checkpoint.save for path in RECIPES]
+    assert len(set(folders)) == len(RECIPES) and all(folder != Config().checkpoint.save for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("SmolLM-135M", 134_515_008),
+        ("SmolLM-360M", 361_821_120),
+        ("SmolLM-1.7B", 1_711_376_384),
+        ("Llama-7B", 6_738_415_616),
+        ("Llama-2-7B", 6_738_415_616),
+        ("stories260K", 260_032),
+    ],
+)
+def test_shapes_have_the_published_size(name, parameters):
+    from megatron_prune.huggingface.cluster import read_architecture
+
+    assert read_architecture(FOLDER / "shapes" / name).parameters == parameters

@@ -1,0 +1,181 @@
+"""The way to the target: widths, schedule, tokens and FLOPs, by hand and against published token counts."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_prune.config import Config, DataConfig, GroupCost, PruningConfig, RoundWidths, TrainingConfig, read_file
+from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.route import plan_phases, plan_plain, plan_route, removal_iters
+from megatron_prune.launch.estimate.traffic import compactions
+from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.pruning.schedule import PruningSchedule
+from megatron_prune.training.flops import training_flops_per_token
+from megatron_prune.training.pruner import pruning_schedule
+
+RECIPES = Path(__file__).resolve().parents[2] / "examples" / "configs"
+SMOL = LlamaShape(24, 2048, 8192, 32, 32, 64, 49152, 2048, tie_word_embeddings=True)
+GQA = LlamaShape(3, 64, 120, 12, 4, 8, 100, 128, tie_word_embeddings=True)
+
+
+def config_for(**pruning):
+    base = Config()
+    pruning = {"group_cost": GroupCost(head=4)} | pruning
+    return dataclasses.replace(
+        base,
+        data=DataConfig(seq_length=32),
+        training=TrainingConfig(global_batch_size=4),
+        pruning=PruningConfig(**pruning),
+    )
+
+
+def test_published_token_counts_come_out():
+    """SmolLM-1.7B to 469 M at four ratios took 2.5, 4.5, 8.4 and 72.1 B tokens (EfficientLLM's ablation)."""
+    recipe = read_file(RECIPES / "smollm_1.7b_to_469m.yaml")
+    for ratio, published in (("4:1", 2.5e9), ("2:1", 4.5e9), ("1:1", 8.4e9), ("1:9", 72.1e9)):
+        config = dataclasses.replace(recipe, pruning=dataclasses.replace(recipe.pruning, ratio=ratio))
+        route = plan_route(config, Architecture.full(SMOL))
+        iterations = removal_iters(pruning_schedule(config, SMOL.kv_channels), route.kinds)
+        phase, _ = plan_phases(config, route, iterations)
+        assert phase.tokens == pytest.approx(published, rel=0.02), ratio
+    target = route.target
+    assert (target.num_attention_heads, target.shape.num_layers) == (19, 24)
+    assert target.ffn_hidden_size == pytest.approx(3018, abs=10) and target.hidden_size == pytest.approx(1225, abs=10)
+    assert "Figure 7" in route.assumption
+
+
+def schedule(pruning_steps, gradient_steps, first, **cost):
+    return PruningSchedule(pruning_steps, gradient_steps, first, {"head": 1, "ffn": 1, "stem": 1} | cost, 10)
+
+
+def test_a_head_is_paid_off_before_the_next_group():
+    assert removal_iters(schedule(1, 9, 10, head=4), ("head", "ffn", "ffn")).tolist() == [10, 46, 55]
+    assert removal_iters(schedule(4, 1, 0), ("ffn",) * 5).tolist() == [1, 1, 1, 1, 2]
+    assert removal_iters(schedule(3, 2, 0, stem=2), ("stem", "stem", "ffn", "ffn")).tolist() == [2, 2, 4, 4]
+
+
+@given(
+    kinds=st.lists(st.sampled_from(["head", "ffn", "stem"]), min_size=1, max_size=20),
+    steps=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    first=st.integers(0, 12),
+    costs=st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3)),
+)
+def test_removals_follow_the_schedule_iteration_by_iteration(kinds, steps, first, costs):
+    rules = schedule(*steps, first, head=costs[0], ffn=costs[1], stem=costs[2])
+    expected, credits, waiting, iteration = [], 0.0, list(kinds), 0
+    while waiting:  # as the trainer goes: every iteration asks the schedule
+        iteration += 1
+        if rules.is_scheduled(iteration, 11):
+            credits = rules.credited(credits)
+            while waiting and rules.may_prune(credits, 11):
+                credits = rules.spent(credits, waiting.pop(0))
+                expected.append(iteration)
+    assert removal_iters(rules, tuple(kinds)).tolist() == expected
+
+
+@pytest.mark.parametrize("gqa", ["kv_group", "uniform", "cluster"])
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
+def test_the_route_ends_at_the_target(gqa, share):
+    source = Architecture.full(GQA)
+    config = config_for(target_params=int(source.parameters * share), gqa=gqa, finish="first")
+    route = plan_route(config, source)
+    assert route.after(0) == source and route.after(len(route.kinds)) == route.target
+    assert route.target.parameters <= config.pruning.target_params < route.after(len(route.kinds) - 1).parameters
+    shares = [
+        route.target.num_attention_heads / 12,
+        route.target.ffn_hidden_size / 120,
+        route.target.hidden_size / 64,
+    ]
+    one_head_group = {"kv_group": 3, "uniform": 4, "cluster": 1}[gqa] / 12
+    assert max(shares) - min(shares) <= one_head_group + 1 / 64, "kinds shrink by different factors"
+    if gqa == "uniform":
+        assert len(route.target.kv_heads(0)) == 4
+
+
+def test_exact_finish_ends_within_one_percent():
+    source = Architecture.full(GQA)
+    for target in range(40_000, 70_000, 1_777):
+        route = plan_route(config_for(target_params=target), source)
+        assert target * 0.99 <= route.target.parameters <= target
+
+
+def test_only_given_kinds_leave_and_floors_hold():
+    source = Architecture.full(GQA)
+    route = plan_route(config_for(target_params=60_000, types=("ffn",)), source)
+    assert set(route.kinds) == {"ffn"}
+    route = plan_route(config_for(target_params=30_000, min_hidden=60, min_heads=12), source)
+    assert route.target.hidden_size >= 60 and route.target.num_attention_heads == 12
+
+
+def test_widths_are_rounded_at_the_end():
+    source = Architecture.full(GQA)
+    config = config_for(target_params=50_000, round_widths=RoundWidths(ffn=16, hidden=8))
+    target = plan_route(config, source).target
+    assert target.ffn_hidden_size % 16 == 0 and target.hidden_size % 8 == 0 and target.parameters <= 50_000
+
+
+def test_flops_are_summed_over_the_widths_that_are_trained():
+    source = Architecture.full(GQA)
+    config = config_for(target_params=40_000, ratio="2:3", first_prune_iter=7)
+    config = dataclasses.replace(config, continued=dataclasses.replace(config.continued, continue_tokens=12_800))
+    route = plan_route(config, source)
+    iterations = removal_iters(pruning_schedule(config, 8), route.kinds)
+    pruning, continued = plan_phases(config, route, iterations)
+    gone = [int(np.sum(iterations < i)) for i in range(1, pruning.iterations + 1)]
+    by_hand = sum(128 * training_flops_per_token(route.after(count), 32) for count in gone)
+    assert pruning.flops == pytest.approx(by_hand, rel=5e-3)  # widths are sampled
+    assert pruning.tokens == pruning.iterations * 128 and pruning.iterations == iterations[-1]
+    assert continued.iterations == 100
+    assert continued.flops == pytest.approx(12_800 * training_flops_per_token(route.target, 32))
+
+
+def test_plain_training_has_one_phase():
+    source, config = Architecture.full(GQA), config_for()
+    training, continued = plan_plain(config, source)
+    assert training.iterations == config.training.train_iters and continued.iterations == 0
+    assert training.flops == pytest.approx(training.tokens * training_flops_per_token(source, 32))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_compactions_are_counted_as_layouts_say(tp):
+    """Walk the route with a real layout that compacts whenever it is due."""
+    source = Architecture.full(dataclasses.replace(GQA, num_query_groups=12))
+    quantum = Quanta(1, 8, 4, 1)
+    config = config_for(target_params=30_000, gqa="cluster", ratio="1:1")
+    stored = dataclasses.replace(config.pruning.quantum, ffn=8, stem=4)
+    config = dataclasses.replace(config, pruning=dataclasses.replace(config.pruning, quantum=stored))
+    route = plan_route(config, source)
+    iterations = removal_iters(pruning_schedule(config, 8), route.kinds)
+    layout = start = ShardLayout.pack(source, tp, quantum)
+    happened = set()
+    for count, iteration in enumerate(iterations.tolist(), 1):
+        after = ShardLayout.pack(route.after(count), tp, quantum)
+        if any(after.width(kind) < layout.width(kind) for kind in ("head", "ffn", "stem")):
+            happened.add(iteration)
+            layout = after
+    assert compactions(config, start, route, iterations) == len(happened | {int(iterations[-1])})
+    assert Counter(route.kinds)["ffn"] > 16
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "counts"), [(None, None, [4, 4, 4]), (2, None, [2, 5, 5]), (3, 1, [3, 8, 1])]
+)
+def test_layers_of_pipeline_stages(first, last, counts):
+    base = Config()
+    parallel = dataclasses.replace(
+        base.parallel,
+        pipeline_model_parallel_size=3,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
+    config = dataclasses.replace(base, parallel=parallel, training=TrainingConfig(global_batch_size=8))
+    placement = Placement.plan(config, 6, 12)
+    assert [len(stage) for stage in placement.stages] == counts
+    assert [layer for stage in placement.stages for layer in stage] == list(range(12))
+    assert [placement.in_flight(stage) for stage in range(3)] == [3, 2, 1]
