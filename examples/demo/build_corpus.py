@@ -33,7 +33,6 @@ SKIPPED |= {"tests", "turtledemo"}
 LEAST_BYTES = 200  # shorter texts say nothing
 MOST_BYTES = 6_000  # longer ones are cut
 LEAST_TOTAL = 2_000_000  # bytes; with less there is nothing to learn from
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Document(NamedTuple):
@@ -68,7 +67,9 @@ def split_file(name: str, source: str) -> Iterator[Document]:
     lines: list[str | None] = list(source.split("\n"))  # as ast counts them: a form feed ends no line
     parts = []
     for node in ast.walk(tree):
-        text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        text = ast.get_docstring(node)
         if not text:
             continue
         literal = node.body[0]
@@ -80,6 +81,15 @@ def split_file(name: str, source: str) -> Iterator[Document]:
         lines[first:last] = [f"{before}...", *[None] * (last - first - 1)]
     yield Document(f"docstrings/{name}", "\n\n".join(text for _, text in sorted(parts)))
     yield Document(f"source/{name}", "\n".join(line.rstrip() for line in lines if line is not None).strip())
+
+
+def reference() -> Mapping[str, str]:
+    """The chapters of the language reference by name; none where a distribution ships Python without them."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return {}
+    return topics
 
 
 def all_documents(library: Path, topics: Mapping[str, str]) -> Iterator[Document]:
@@ -132,14 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to write")
     parser.add_argument("--megabytes", type=float, default=6.0, metavar="N", help="size aimed at")
     arguments = parser.parse_args(argv)
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}  # some distributions ship it apart; the files are the larger part
-    corpus = choose(all_documents(Path(sysconfig.get_paths()["stdlib"]), topics), int(arguments.megabytes * 1e6))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    corpus = choose(all_documents(library, reference()), int(arguments.megabytes * 1e6))
     size = sum(document.size for document in corpus)
     if size < LEAST_TOTAL:
-        print(f"build_corpus: this Python carries only {size:,} bytes of text: are its sources there?", file=sys.stderr)
+        print(f"build_corpus: {library} holds only {size:,} bytes of text: are its sources there?", file=sys.stderr)
         return 2
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", encoding="utf-8") as file:

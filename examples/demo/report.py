@@ -34,7 +34,7 @@ def table(source: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[tuple[st
     Raises:
         KeyError: a stage was not measured.
     """
-    rows = [HEADINGS]
+    rows: list[tuple[str, ...]] = [HEADINGS]
     for stage, label in STAGES.items():
         facts = pruned["stages"][stage]
         rows.append(

@@ -130,9 +130,13 @@ class SteppedRun:
         self.coordinator.prepare(choose(self._smoothed, self.architecture, self.pruner.settings) if is_first else None)
 
     def group(self, kind: str) -> Group:
-        """Any group of `kind`, the same on all ranks."""
+        """Any group of `kind` (of heads: a KV head's queries in every layer), the same on all ranks."""
         a = self.architecture
-        live = {HEAD: a.heads, FFN: a.ffn, STEM: (a.stem,)}[kind]
+        if kind == HEAD:
+            picks = [self._random.choice(a.kv_heads(layer)) for layer in range(a.shape.num_layers)]
+            owned = [ids[ids // a.shape.heads_per_group == kv] for ids, kv in zip(a.heads, picks, strict=True)]
+            return Group(kind, tuple(tuple(int(unit) for unit in ids) for ids in owned))
+        live = a.ffn if kind == FFN else (a.stem,)
         return Group(kind, tuple((int(self._random.choice(ids)),) for ids in live))
 
     def retire(self, kind: str, count: int = 1) -> None:
