@@ -94,7 +94,7 @@ def _model(estimate: Estimate) -> list[str]:
     titles = ["model", "start", "target"] if len(layouts) == 2 else ["model", "start"]
     lines = _columns([titles, *rows], right=True)
     if estimate.route is not None:
-        lines.append(f"  target: {estimate.route.assumption}")
+        lines.append(f"  widths at the target: {estimate.route.assumption}")
     return lines
 
 
