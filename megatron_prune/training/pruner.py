@@ -93,6 +93,11 @@ class Pruner:
         self._fisher = None
         self._scores = score_elements(self.model, self.criterion, self.config.pruning.fisher, squares)
 
+    def unit_scores(self) -> UnitScores:
+        """Sums per unit of what `score` found, not smoothed (a collective); for looking at them, nothing is removed."""
+        assert self._scores is not None, "begin, forward and backward, score: then there is something to sum"
+        return self._scores.reduce()
+
     def prune(self, stepped: bool) -> list[Removal]:
         """After the optimizer step of iteration `state.iteration`; returns what was removed.
 

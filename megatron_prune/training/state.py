@@ -47,6 +47,20 @@ class RunState:
         values["smoothed"] = None if self.smoothed is None else self.smoothed.to_state()
         return values
 
+    def record_stage(self, stage: str, architecture: Architecture, loss: float, tokens_per_second: float) -> None:
+        """Keep what was measured on validation data at this point of the run, under the stage's name."""
+        self.stages[stage] = {
+            "iteration": self.iteration,
+            "tokens": self.consumed_tokens,
+            "parameters": architecture.parameters,
+            "num_attention_heads": architecture.num_attention_heads,
+            "num_query_groups": max(len(architecture.kv_heads(i)) for i in range(architecture.shape.num_layers)),
+            "ffn_hidden_size": architecture.ffn_hidden_size,
+            "hidden_size": architecture.hidden_size,
+            "validation_loss": loss,
+            "evaluation_tokens_per_second": tokens_per_second,
+        }
+
     @classmethod
     def from_state(cls, values: dict[str, Any], architecture: Architecture) -> RunState:
         """Inverse of `to_state`; `architecture` is the checkpoint's."""

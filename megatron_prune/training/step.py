@@ -1,7 +1,8 @@
-"""One iteration's forward and backward passes, and evaluation, through megatron-core's pipeline schedules."""
+"""Forward and backward passes of one global batch, and evaluation, through megatron-core's pipeline schedules."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_prune.config import Config
+from megatron_prune.data.datasets import BatchStream, Dataset
 from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
 
@@ -35,6 +38,21 @@ def evaluate(
     loss = _run(model, batches, num_microbatches, micro_batch_size, seq_length, forward_only=True)
     model.ddp.train()
     return loss
+
+
+def validation_loss(model: ShardedModel, dataset: Dataset, config: Config) -> tuple[float, float]:
+    """(mean loss over the first `eval_iters` global batches of `dataset`, tokens per second)."""
+    mesh, training = model.mesh, config.training
+    batches = BatchStream(dataset, training.micro_batch_size, mesh.dp_rank, mesh.dp_size)
+    count = training.global_batch_size // (training.micro_batch_size * mesh.dp_size)
+    mesh.device.synchronize()
+    start = time.perf_counter()
+    losses = [
+        evaluate(model, batches, count, training.micro_batch_size, config.data.seq_length)
+        for _ in range(training.eval_iters)
+    ]
+    elapsed = time.perf_counter() - start
+    return sum(losses) / training.eval_iters, training.eval_iters * config.tokens_per_iteration / elapsed
 
 
 def _run(model: ShardedModel, batches: Batches, count: int, micro_batch: int, seq_length: int, **options: Any) -> float:

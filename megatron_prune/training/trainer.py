@@ -29,7 +29,7 @@ from megatron_prune.training.learning_rate import build_scheduler, current_lr
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.state import CONTINUED, PRUNING, RunState
-from megatron_prune.training.step import any_rank, evaluate, forward_backward
+from megatron_prune.training.step import any_rank, forward_backward, validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -243,35 +243,14 @@ class Trainer:
         return BatchStream(dataset, self.config.training.micro_batch_size, mesh.dp_rank, mesh.dp_size, consumed)
 
     def _validation_loss(self) -> tuple[float, float]:
-        """(mean loss over eval_iters global batches, tokens per second); always the same batches."""
-        training, iters = self.config.training, self.config.training.eval_iters
         if self.datasets.valid is None:
             raise UserError("training.eval_interval: there is no validation data; see data.split and valid_data_path")
-        batches = self._stream(self.datasets.valid, 0)
-        self.model.mesh.device.synchronize()
-        start = time.perf_counter()
-        losses = [
-            evaluate(self.model, batches, self.num_microbatches, training.micro_batch_size, self.config.data.seq_length)
-            for _ in range(iters)
-        ]
-        elapsed = time.perf_counter() - start
-        return sum(losses) / iters, iters * self.config.tokens_per_iteration / elapsed
+        return validation_loss(self.model, self.datasets.valid, self.config)
 
     def _measure(self, stage: str) -> None:
         """Record loss and speed of the model as it stands now, under the stage's name."""
         loss, tokens_per_second = self._validation_loss()
-        architecture = self.architecture
-        self.state.stages[stage] = {
-            "iteration": self.state.iteration,
-            "tokens": self.state.consumed_tokens,
-            "parameters": architecture.parameters,
-            "num_attention_heads": architecture.num_attention_heads,
-            "num_query_groups": max(len(architecture.kv_heads(i)) for i in range(architecture.shape.num_layers)),
-            "ffn_hidden_size": architecture.ffn_hidden_size,
-            "hidden_size": architecture.hidden_size,
-            "validation_loss": loss,
-            "evaluation_tokens_per_second": tokens_per_second,
-        }
+        self.state.record_stage(stage, self.architecture, loss, tokens_per_second)
         self.reporter.evaluation(self.state.iteration, loss)
 
     @contextmanager
