@@ -54,6 +54,7 @@ class Case:
     recompute: str | None = None
     first_stage_layers: int | None = None
     round_widths: tuple[int, int] = (1, 1)
+    device: str = "cpu"
 
     @property
     def world_size(self) -> int:
@@ -229,7 +230,7 @@ def run_case(
     seq_length: int = 16,
 ) -> Outcome:
     """Train and prune on this rank for `iterations` and return what happened (call it through `run_ranks`)."""
-    mesh = init_mesh(choose_device("cpu"), case.tp, case.pp)
+    mesh = init_mesh(choose_device(case.device), case.tp, case.pp)
     config = run_config(settings, micro_batches, micro_batch_size, seq_length)
     rounded = dataclasses.replace(config.pruning, round_widths=RoundWidths(*case.round_widths))
     config = dataclasses.replace(config, pruning=rounded)
