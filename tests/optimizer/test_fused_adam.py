@@ -25,7 +25,7 @@ QUANTA = Quanta(1, 2, 2, 8)
 
 
 class GroupStepAdam(torch.optim.Optimizer):
-    """AdamW with FusedAdam's documented interface: one `step` per parameter group, moments in each parameter's state."""
+    """AdamW with FusedAdam's documented interface: `step` per parameter group, moments in the state of each parameter."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
         assert adam_w_mode
