@@ -25,7 +25,7 @@ QUANTA = Quanta(1, 2, 2, 8)
 
 
 class GroupStepAdam(torch.optim.Optimizer):
-    """AdamW with FusedAdam's documented interface: `step` per parameter group, moments in the state of each parameter."""
+    """AdamW with FusedAdam's documented interface: `step` in the parameter group, moments per parameter."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
         assert adam_w_mode
