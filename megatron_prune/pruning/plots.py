@@ -1,4 +1,5 @@
-"""Figures of a pruning history: saliencies and widths over tokens (the paper's Figure 7, left and right)."""
+"""Figures of a pruning history: saliencies and widths over tokens (the paper's Figure 7, left and right), or over
+removals where no training came between them."""
 
 from __future__ import annotations
 
@@ -19,25 +20,27 @@ def plot_history(history: Sequence[Removal], directory: Path) -> list[Path]:
     """Write pruning_saliencies.png and pruning_widths.png into `directory`; returns their paths. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    tokens = [removal.tokens for removal in history]
+    is_one_shot = len(history) > 1 and history[0].tokens == history[-1].tokens  # no training in between
+    xlabel = "removed groups" if is_one_shot else "training tokens"
+    times = [number if is_one_shot else removal.tokens for number, removal in enumerate(history, start=1)]
     saliencies = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = saliencies.add_subplot(xlabel="training tokens", ylabel="saliency of the least group", yscale="log")
+    axes = saliencies.add_subplot(xlabel=xlabel, ylabel="saliency of the least group", yscale="log")
     for kind in GROUP_KINDS:
-        points = [(r.tokens, r.scores[kind]) for r in history if r.scores.get(kind, 0) > 0]
+        points = [(t, r.scores[kind]) for t, r in zip(times, history, strict=True) if r.scores.get(kind, 0) > 0]
         if points:
             axes.plot(*zip(*points, strict=True), label=kind, linewidth=1)
-    chosen = [(r.tokens, r.scores[r.kind]) for r in history if r.scores.get(r.kind, 0) > 0]
+    chosen = [(t, r.scores[r.kind]) for t, r in zip(times, history, strict=True) if r.scores.get(r.kind, 0) > 0]
     if chosen:
         axes.plot(*zip(*chosen, strict=True), ".", color="black", markersize=3, label="removed")
     axes.legend()
 
     widths = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = widths.add_subplot(xlabel="training tokens", ylabel="width, relative to the first removal")
+    axes = widths.add_subplot(xlabel=xlabel, ylabel="width, relative to the first removal")
     for field, label in _WIDTHS.items():
         values = [getattr(removal, field) for removal in history]
-        axes.step(tokens, [v / values[0] for v in values], where="post", label=f"{label} ({values[0]} to {values[-1]})")
+        axes.step(times, [v / values[0] for v in values], where="post", label=f"{label} ({values[0]} to {values[-1]})")
     parameters = [removal.parameters for removal in history]
-    axes.plot(tokens, [p / parameters[0] for p in parameters], "--", color="black", linewidth=1, label="parameters")
+    axes.plot(times, [p / parameters[0] for p in parameters], "--", color="black", linewidth=1, label="parameters")
     axes.set_ylim(0, 1.05)
     axes.legend()
 

@@ -1,2 +1,2 @@
 """What a unit costs: element-wise criteria (`criteria`), the Fisher estimate (`fisher`), sums per unit over all ranks
-(`reducer`), and those sums as plain arrays (`scores`)."""
+(`reducer`), those sums as plain arrays (`scores`), and as pictures (`plots`)."""

@@ -3,30 +3,11 @@
 import dataclasses
 
 import pytest
-import sentencepiece
 
 from megatron_prune.config import Config, ModelConfig, PruningConfig, validate
-from megatron_prune.data.preprocess import Options, preprocess
 from megatron_prune.errors import UserError
 from megatron_prune.launch.inputs import open_inputs
 from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
-
-VOCABULARY = 64
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """A source model, its tokenizer and data that go together."""
-    folder = tmp_path_factory.mktemp("inputs")
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(f"the quick brown fox number {i} jumps over {i * 7} lazy dogs" for i in range(400)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=VOCABULARY, minloglevel=2
-    )
-    hf_config = tiny_config(vocab_size=VOCABULARY)
-    write_hf_folder(folder / "source", hf_config, random_llama_weights(hf_config))
-    preprocess([str(text)], str(folder / "data"), Options(tokenizer_model=str(folder / "tokenizer.model")))
-    return folder
 
 
 def configured(folder, **changes):
@@ -59,6 +40,8 @@ def test_what_fits_is_opened(workshop):
         (PruningConfig(target_params=50), "cannot be reached"),
         (PruningConfig(target_params=20000, types=("head",)), "cannot be reached"),
         (PruningConfig(target_params=20000, min_ffn=49), "pruning.min_ffn: 49 is above the model's 48"),
+        (PruningConfig(target_params=20000, min_heads=5), "pruning.min_heads: 5 is above the model's 4"),
+        (PruningConfig(target_params=20000, min_hidden=33), "pruning.min_hidden: 33 is above the model's 32"),
         (PruningConfig(target_params=20000, metric="taylor_frist"), "did you mean taylor_first"),
     ],
 )

@@ -109,6 +109,19 @@ def test_special(name):
     check_many(*SPECIAL[name], micro_batches=4)
 
 
+def test_kinds_floors_and_the_first_iteration_hold_with_several_groups_per_step():
+    """FFN and stem only, three groups a step from the fifth iteration on, down to both floors and not below."""
+    config = MODELS["gqa-tied"]
+    floors = {"min_ffn": 50, "min_hidden": 25}
+    rules = settings(config, types=("ffn", "stem"), ratio=(3, 1), first_prune_iter=5, saliency_momentum=0.5, **floors)
+    compared, of, outcome = compare(Case(tp=2), config, rules, iterations=14)
+    assert compared == of == (64 - 50) + (32 - 25)
+    counts = [sum(r["iteration"] == i for r in outcome.removals) for i in range(1, 15)]
+    assert counts == [0] * 4 + [3] * 7 + [0] * 3
+    last = outcome.removals[-1]
+    assert (last["num_attention_heads"], last["ffn_hidden_size"], last["hidden_size"]) == (6, 50, 25)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("factors", everything(), ids=name_of)
 def test_everything(factors):

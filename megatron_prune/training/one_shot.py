@@ -1,0 +1,137 @@
+"""Scoring and pruning without training: the post-training way, on the loop's own scorer, selector and compaction.
+
+    OneShot.unit_scores   sums of a criterion per unit on the calibration batch
+    OneShot.rounds        score, remove the least groups, score again, until the target is reached
+
+The calibration batch is one global batch, the first of the data set, and every scoring sees the same one. No optimizer
+step is taken, so Adam's moments are never allocated and the weights are the source's (but for second-order updates).
+How many groups go between two scorings is the configuration's ratio, see `launch.one_shot.one_shot_config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_prune.config import Config
+from megatron_prune.data.datasets import BatchStream, Dataset
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.pruning.history import Removal
+from megatron_prune.pruning.selector import Decision, choose
+from megatron_prune.resharding.coordinator import Coordinator
+from megatron_prune.saliency.scores import UnitScores
+from megatron_prune.training.pruner import Pruner, selector_settings
+from megatron_prune.training.state import RunState
+from megatron_prune.training.step import Batches, forward_backward
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody wants to know."""
+
+
+class OneShot:
+    """A model and the batch that its units are scored on. All ranks call the same methods in the same order.
+
+    Args:
+        config: see `launch.one_shot.one_shot_config`; its global batch is the calibration batch.
+        dataset: where the calibration batch comes from.
+        on_batch: called with every micro-batch of this rank. on_removal: called with the architecture after every
+            removal.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: ShardedModel,
+        dataset: Dataset,
+        on_batch: Callable[[], None] = _ignore,
+        on_removal: Callable[[Architecture], None] = _ignore,
+    ) -> None:
+        self.config, self.model, self.dataset = config, model, dataset
+        self.coordinator = _Announcing(model, config.training.check_invariants, on_removal)
+        self._on_batch = on_batch
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches that this rank sees per scoring."""
+        training = self.config.training
+        return training.global_batch_size // (training.micro_batch_size * self.model.mesh.dp_size)
+
+    def unit_scores(self, metric: str) -> UnitScores:
+        """Sums per unit of the criterion called `metric`, as training would score the same batch; nothing is removed.
+
+        Raises:
+            UserError: a sum is not finite, on all ranks.
+        """
+        pruner = Pruner(self._config_of(metric), self.model, self.coordinator, RunState())
+        self._score(pruner)
+        scores = pruner.unit_scores()
+        if not scores.is_finite:
+            raise UserError(f"{metric}: a saliency is not finite on this data; check the model and the data")
+        return scores
+
+    def first_choice(self, scores: UnitScores, metric: str) -> Decision | None:
+        """The group that would go first by these scores; None when every kind is at its floor."""
+        return choose(scores, scores.architecture, selector_settings(self._config_of(metric)))
+
+    def rounds(self, state: RunState) -> Iterator[list[Removal]]:
+        """Prune to the target; yields what each scoring led to. `state.history` grows, the model is compacted at the
+        end.
+
+        Raises:
+            UserError: the target cannot be reached: floors, or saliencies that are not finite.
+        """
+        target = self.config.pruning.target_params
+        assert target is not None
+        pruner = Pruner(self.config, self.model, self.coordinator, state)
+        while (parameters := self.model.layout.architecture.parameters) > target:
+            self._score(pruner)
+            removed = pruner.prune(stepped=True)
+            if not removed:
+                raise UserError(
+                    f"pruning.target_params: {target} is not reached; at {parameters} parameters every kind of group "
+                    "is at its floor, or a saliency is not finite; nothing was saved"
+                )
+            self.coordinator.compact_if_due(force=self.model.layout.architecture.parameters <= target)
+            yield removed
+
+    def _config_of(self, metric: str) -> Config:
+        """For scoring by `metric`; a target, which every pruner has, is made up where none is given."""
+        pruning = self.config.pruning
+        changed = dataclasses.replace(pruning, metric=metric, target_params=pruning.target_params or 1)
+        return dataclasses.replace(self.config, pruning=changed)
+
+    def _score(self, pruner: Pruner) -> None:
+        """Gradients of the calibration batch, seen by `pruner` as in training."""
+        mesh, training = self.model.mesh, self.config.training
+        batches = BatchStream(self.dataset, training.micro_batch_size, mesh.dp_rank, mesh.dp_size)
+        pruner.begin(self.num_microbatches)
+        forward_backward(
+            self.model,
+            self._announced(batches),
+            self.num_microbatches,
+            training.micro_batch_size,
+            self.config.data.seq_length,
+        )
+        pruner.score()
+
+    def _announced(self, batches: Batches) -> Batches:
+        for batch in batches:
+            self._on_batch()
+            yield batch
+
+
+class _Announcing(Coordinator):
+    """Tells of every removal."""
+
+    def __init__(self, model: ShardedModel, check_invariants: bool, on_removal: Callable[[Architecture], None]) -> None:
+        super().__init__(model, check_invariants)
+        self._on_removal = on_removal
+
+    def commit(self, group: Group) -> None:
+        """Retire `group` everywhere, and say so."""
+        super().commit(group)
+        self._on_removal(self.model.layout.architecture)

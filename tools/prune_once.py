@@ -1,0 +1,92 @@
+"""Prune a trained model to a target without training it: post-training pruning by any criterion, as a baseline.
+
+    python tools/prune_once.py --hf-model DIR | --load DIR --data-path P --prune-target-params 130K --save DIR
+        [--prune-metric NAME] [--rescore-every K] [--batches N]
+
+Scores once on a calibration batch (or again after every K removals) and removes the least group by group, with the
+scorer, selector and compaction of a training run, until parameters <= target. The result is a checkpoint at iteration 0
+with the history of what was removed: convert_to_hf exports it, `pretrain --load` trains it on. The validation loss
+before and after is measured where --split or --valid-data-path leaves data for it.
+
+Besides the flags below it takes those of pretrain (its --help lists them): layout, batch, data, --prune-gqa and so on,
+also as --config FILE. Works under torchrun as well. A mistake is one line on stderr and exit status 2; nothing is
+written then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """(own flags, those for pretrain's configuration)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="All flags of megatron_prune.pretrain are taken as well: model, data, layout, --prune-...",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--batches", type=int, metavar="N", help="micro-batches to score on; the run's global batch unless given")
+    add("--rescore-every", type=int, metavar="K", help="score again after K removals; once unless given")
+    return parser.parse_known_args(argv)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Prune and save; the exit status. Raises UserError."""
+    arguments, rest = parse(argv)
+    from megatron_prune.launch.one_shot import check_pruning, one_shot_config, opened, parse_run, prune_and_save
+
+    world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    config = one_shot_config(parse_run(rest), arguments.batches, arguments.rescore_every)
+    config = check_pruning(config, world_size)
+    with opened(config) as run, tqdm(disable=not (is_first and sys.stderr.isatty()), unit=" parameters") as bar:
+        source = run.inputs.architecture
+        bar.reset(total=source.parameters - config.pruning.target_params)
+
+        def on_removal(now: Any) -> None:
+            bar.update(min(source.parameters - now.parameters, bar.total) - bar.n)
+
+        result = prune_and_save(config, run, on_removal)
+    if is_first:
+        print("\n".join(lines(config, source, result)))
+    return 0
+
+
+def lines(config: Any, source: Any, result: Any) -> Iterator[str]:
+    """What was done, as text."""
+    final, kinds = result.architecture, Counter(removal.kind for removal in result.removed)
+    yield (
+        f"{config.pruning.metric}, {config.training.global_batch_size} sequences of {config.data.seq_length} tokens, "
+        f"scored {result.scorings} time{'s' if result.scorings > 1 else ''}: removed {len(result.removed)} groups ("
+        + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+        + ")"
+    )
+    yield f"{'':8} {'parameters':>14} {'heads':>6} {'ffn':>6} {'hidden':>6} {'validation loss':>16}"
+    for name, a, stage in (("before", source, "source"), ("after", final, "pruned")):
+        loss = result.state.stages.get(stage, {}).get("validation_loss")
+        shown = "not measured" if loss is None else f"{loss:.4f}"
+        widths = f"{a.num_attention_heads:>6} {a.ffn_hidden_size:>6} {a.hidden_size:>6}"
+        yield f"{name:8} {a.parameters:>14,} {widths} {shown:>16}"
+    yield f"saved: {result.path}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run on this rank; returns the exit status."""
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")  # remarks on absent accelerators
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    from megatron_prune.launch.failures import exit_status
+
+    return exit_status(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
