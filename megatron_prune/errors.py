@@ -12,3 +12,13 @@ class UserError(ValueError):
 
 class DisagreementError(RuntimeError):
     """Ranks hold different decisions or layouts; raised before any weight is touched, naming the ranks that differ."""
+
+
+class TrainingStoppedError(UserError):
+    """The run cannot go on by its own rules (losses that are not finite, a checkpoint that cannot be written); raised
+    by all ranks after the same step, with the checkpoint to go on from.
+    """
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed because another rank died or hung; says what to resume from."""

@@ -12,7 +12,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the slow imports wait until the command line has been read
+    from megatron_prune.config import Config
+    from megatron_prune.runtime.mesh import Mesh
+    from megatron_prune.training.trainer import Trainer
 
 # Optional accelerators that megatron-core misses are its own remark at every import, not news for the user.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
@@ -45,38 +54,72 @@ def _run(argv: list[str]) -> int:
     return _train(config)
 
 
-def _train(config: object) -> int:
-    from megatron_prune.config import Config
-    from megatron_prune.launch.build import build_trainer
-    from megatron_prune.launch.failures import agreed
-    from megatron_prune.launch.inputs import open_inputs
-    from megatron_prune.launch.outputs import write_config, write_summary
+def _train(config: Config) -> int:
+    from megatron_prune.errors import PeerLostError
+    from megatron_prune.launch.signals import StopSignals
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
-    assert isinstance(config, Config)
-    logger, parallel = logging.getLogger(__name__), config.parallel
-    mesh = init_mesh(
-        choose_device(parallel.device),
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.distributed_timeout_minutes,
-    )
-    try:
-        inputs = agreed(mesh, lambda: open_inputs(config))
-        logger.info("%s; %d parameters to start with", mesh.describe(), inputs.architecture.parameters)
-        trainer = build_trainer(config, inputs, mesh)
-        if trainer.history is not None:
-            write_config(config, trainer.history.path.parent)
-        trainer.fit()
-        trainer.reporter.close()
-        if trainer.history is not None:
-            trainer.history.close()
-            write_summary(config, trainer.state, trainer.history.path.parent)
-    finally:
+    started, parallel = time.monotonic(), config.parallel
+    with StopSignals() as signals:
+        mesh = init_mesh(
+            choose_device(parallel.device),
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.distributed_timeout_minutes,
+        )
+        try:
+            _fit(config, mesh, signals.is_asked, started)
+        except PeerLostError:
+            raise  # nobody is left to tear the mesh down with
+        except BaseException:
+            close_mesh()
+            raise
         close_mesh()
     return 0
 
 
+def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float) -> None:
+    from megatron_prune.errors import PeerLostError, TrainingStoppedError
+    from megatron_prune.launch import outputs
+    from megatron_prune.launch.build import build_trainer
+    from megatron_prune.launch.failures import agreed, lost_contact
+    from megatron_prune.launch.inputs import open_inputs
+    from megatron_prune.training.stopping import STOPPED
+
+    inputs = agreed(mesh, lambda: open_inputs(config))
+    logging.getLogger(__name__).info("%s; %d parameters to start with", mesh.describe(), inputs.architecture.parameters)
+    trainer = build_trainer(config, inputs, mesh, signalled, started)
+    directory = trainer.history.path.parent if trainer.history is not None else None  # on the rank that writes
+    if directory is not None:
+        outputs.clear_run_status(directory)
+        outputs.write_config(config, directory)
+    status = STOPPED
+    try:
+        status = trainer.fit()
+    except TrainingStoppedError:
+        _close(trainer, directory, status)
+        raise
+    except RuntimeError as error:
+        reason = lost_contact(error)
+        if reason is None:
+            raise
+        where = f"iteration {trainer.state.iteration + 1}: {trainer.where_to_resume()}"
+        raise PeerLostError(f"another rank died or hung ({reason}) in {where}") from error
+    _close(trainer, directory, status)
+
+
+def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
+    from megatron_prune.launch import outputs
+
+    trainer.reporter.close()
+    if trainer.history is not None and directory is not None:
+        trainer.history.close()
+        outputs.write_summary(trainer.config, trainer.state, directory)
+        outputs.write_run_status(directory, status, trainer.state.iteration)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_prune.launch.failures import leave
+
+    leave(main())

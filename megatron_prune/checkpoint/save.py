@@ -156,6 +156,11 @@ class AsyncSaver:
         """True between the start of a save and its `finalize`; the same on all ranks."""
         return self._save is not None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self, save: _Save) -> None:
         """Write `save` in a thread; its values are in host memory already."""
         assert self._save is None, "finalize the save before this one first"

@@ -158,6 +158,9 @@ class CheckpointConfig:
         None, "newest checkpoints to keep beside those; null: all, or one with save_retain_interval", at_least=1
     )
     async_save: bool = option(False, "write checkpoints in the background")
+    on_save_error: Literal["continue", "stop"] = option(
+        "continue", "a checkpoint cannot be written (disk full): say so and train on, or stop; older ones stay"
+    )
     load: str | None = option(None, "folder to resume from; null: start from hf_model")
     ckpt_step: int | None = option(None, "iteration to load; null: the latest complete one", at_least=0)
     finetune: bool = option(False, "take only the weights from load, and start at iteration 0 with a new optimizer")

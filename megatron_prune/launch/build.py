@@ -8,16 +8,19 @@ build_trainer    all of it, resumed where the checkpoint says
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_prune.checkpoint import AsyncSaver, Retention, load_checkpoint, save_checkpoint
-from megatron_prune.config import Config, dump
+from megatron_prune.checkpoint import load_checkpoint
+from megatron_prune.config import Config
 from megatron_prune.data import datasets as data
 from megatron_prune.launch.inputs import Inputs
+from megatron_prune.launch.saving import CheckpointSaver
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
 from megatron_prune.model.param_axes import ParamTable
@@ -26,6 +29,7 @@ from megatron_prune.pruning.history import HistoryWriter
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.training.metrics import Reporter
 from megatron_prune.training.state import RunState
+from megatron_prune.training.stopping import StepAgreement
 from megatron_prune.training.trainer import Datasets, Trainer
 
 logger = logging.getLogger(__name__)
@@ -112,8 +116,18 @@ def build_datasets(config: Config, inputs: Inputs) -> Datasets:
     return Datasets(train, valid)
 
 
-def build_trainer(config: Config, inputs: Inputs, mesh: Mesh) -> Trainer:
-    """The trainer, at the point where the run starts or goes on."""
+def build_trainer(
+    config: Config,
+    inputs: Inputs,
+    mesh: Mesh,
+    signalled: Callable[[], bool] = lambda: False,
+    started: float | None = None,
+) -> Trainer:
+    """The trainer, at the point where the run starts or goes on.
+
+    Args:
+        signalled, started: see `StepAgreement`; None: it starts now.
+    """
     model = build_model(config, inputs, mesh)
     state = RunState()
     if inputs.resumes and not config.checkpoint.finetune:
@@ -124,42 +138,8 @@ def build_trainer(config: Config, inputs: Inputs, mesh: Mesh) -> Trainer:
     reporter = Reporter(config, mesh.world_size, directory, is_active=is_writer)
     history = HistoryWriter(directory, state.history) if directory is not None and is_writer else None
     saver = None if directory is None else CheckpointSaver(config, inputs, model, directory, reporter)
-    return Trainer(config, model, build_datasets(config, inputs), state, reporter, saver, history)
-
-
-class CheckpointSaver:
-    """Writes the run's checkpoints into `directory`, at once or in the background (`checkpoint.async_save`)."""
-
-    def __init__(
-        self, config: Config, inputs: Inputs, model: ShardedModel, directory: Path, reporter: Reporter
-    ) -> None:
-        self.model, self.directory, self.reporter = model, directory, reporter
-        self.retain = Retention(config.checkpoint.keep_last, config.checkpoint.save_retain_interval)
-        self.background = AsyncSaver() if config.checkpoint.async_save else None
-        self.constants = {
-            "config": dump(config),
-            "tokenizer_model": inputs.tokenizer.path,
-            "tokenizer_type": inputs.tokenizer.kind,
-            "source": inputs.source_facts,
-        }
-
-    def save(self, state: RunState) -> None:
-        """Save now; in the background, the one before is waited for and reported first."""
-        self.finish()
-        values = {**state.to_state(), **self.constants}
-        path = save_checkpoint(
-            self.model, self.directory, state.iteration, values, retain=self.retain, saver=self.background
-        )
-        self._report(path)
-
-    def finish(self) -> None:
-        """Wait for a save in the background."""
-        if self.background is not None:
-            self._report(self.background.finalize(blocking=True))
-
-    def _report(self, path: Path | None) -> None:
-        if path is not None:
-            self.reporter.message(f" saved checkpoint {path}")
+    agreement = StepAgreement(config.training, mesh, signalled, time.monotonic() if started is None else started)
+    return Trainer(config, model, build_datasets(config, inputs), state, reporter, saver, history, agreement)
 
 
 def _run_state(values: dict[str, object]) -> dict[str, object]:

@@ -1,25 +1,32 @@
 """Errors for people: one line, on one rank, non-zero exit on all.
 
-    agreed        run a step that may fail on some ranks only; all ranks learn of it together
-    exit_status   run a whole job and turn what it raises into an exit status
+    agreed         run a step that may fail on some ranks only; all ranks learn of it together
+    lost_contact   what a collective said when another rank died or hung, else None
+    exit_status    run a whole job and turn what it raises into an exit status
 
-Exit status: 0 done or stopped as asked, 1 a defect or a broken run, 2 a mistake that the user can mend.
+Exit status: 0 done or stopped as asked, 1 a defect or a broken run, 2 a mistake that the user can mend or a run that
+broke its own rules, 3 another rank died or hung.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from megatron_prune.errors import DisagreementError, UserError
+import torch.distributed as dist
+
+from megatron_prune.errors import DisagreementError, PeerLostError, UserError
 from megatron_prune.runtime.mesh import Mesh, agree
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+PEER_LOST = 3
 
 
 def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
@@ -39,6 +46,20 @@ def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def lost_contact(error: BaseException) -> str | None:
+    """The reason in a few words when `error` comes from a collective whose other side is gone, else None.
+
+    gloo raises plain RuntimeErrors, told by their words; NCCL and the store have classes of their own.
+    """
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)):
+        return text or type(error).__name__
+    found = re.search(r"Connection (closed|reset) by peer|Timed out waiting \d+\s?ms|Broken pipe|Socket closed", text)
+    if isinstance(error, RuntimeError) and ("gloo" in text or found):
+        return found[0] if found else text
+    return None
+
+
 def exit_status(job: Callable[[], int]) -> int:
     """Run `job`; a mistake becomes one line on stderr of one rank (of each node's first, before ranks know each
     other).
@@ -49,15 +70,30 @@ def exit_status(job: Callable[[], int]) -> int:
         if _speaks():
             sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, UserError) else 1
+    except PeerLostError as error:
+        sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: {error}\n")
+        return PEER_LOST
     except MemoryError as error:  # of one rank, perhaps: the launcher ends the others
         sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
+        if lost_contact(error) is not None:
+            sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: lost another rank: {lost_contact(error)}\n")
+            return PEER_LOST
         # Ranks of a broken run fail in different ways; each one's own traceback is wanted then.
         sys.stderr.write(f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}\n")
         return 1
+
+
+def leave(status: int) -> None:
+    """End the process. After a rank was lost at once: tearing communicators down would wait for the dead one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == PEER_LOST:
+        os._exit(status)
+    sys.exit(status)
 
 
 def _speaks() -> bool:

@@ -6,6 +6,7 @@ open_inputs   Config -> Inputs; raises UserError for whatever does not fit
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_prune.checkpoint import Header, read_header
-from megatron_prune.checkpoint.files import LATEST
+from megatron_prune.checkpoint.files import LATEST, steps
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
@@ -24,10 +25,11 @@ from megatron_prune.huggingface.config import read_source
 from megatron_prune.huggingface.weights import FolderWeights, source_view
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.pruning.history import FILE_NAME
 from megatron_prune.pruning.selector import least_parameters
 from megatron_prune.saliency.criteria import find_criterion
 from megatron_prune.training.pruner import selector_settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def open_inputs(config: Config) -> Inputs:
         UserError: missing or damaged files, vocabularies that disagree, a target that cannot be reached, an output
             folder that already holds a run.
     """
-    header = read_header(config.checkpoint.load, config.checkpoint.ckpt_step) if config.checkpoint.load else None
+    header = _header(config)
     read: Callable[[str], Tensor] | None = None
     if header is not None:
         architecture, facts = header.architecture, dict(header.state.get("source") or {})
@@ -88,6 +90,26 @@ def open_inputs(config: Config) -> Inputs:
     _check_target(config, architecture)
     _check_output(config)
     return Inputs(architecture, header, read, tokenizer, train, valid, facts)
+
+
+def _header(config: Config) -> Header | None:
+    """What to resume, or None to start from hf_model.
+
+    A command that names one folder as save and load can be given again and again: as long as nothing is saved there,
+    it starts from hf_model.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint.load is None:
+        return None
+    is_own = checkpoint.save is not None and Path(checkpoint.load).resolve() == Path(checkpoint.save).resolve()
+    if is_own and config.model.hf_model and checkpoint.ckpt_step is None and not _holds_checkpoint(checkpoint.load):
+        logger.info("%s: no checkpoint yet, starting from %s", checkpoint.load, config.model.hf_model)
+        return None
+    return read_header(checkpoint.load, checkpoint.ckpt_step)
+
+
+def _holds_checkpoint(folder: str) -> bool:
+    return (Path(folder) / LATEST).exists() or bool(steps(Path(folder)))
 
 
 def _tokenizer_place(config: Config, header: Header | None) -> tuple[str | None, str]:
@@ -142,10 +164,9 @@ def _check_output(config: Config) -> None:
     if config.checkpoint.save is None:
         return
     save, load = Path(config.checkpoint.save), config.checkpoint.load
-    held = [name for name in (LATEST, FILE_NAME) if (save / name).exists()]
-    if held and (load is None or Path(load).resolve() != save.resolve()):
+    if _holds_checkpoint(str(save)) and (load is None or Path(load).resolve() != save.resolve()):
         raise UserError(
-            f"checkpoint.save: {save} already holds a run ({held[0]}); resume it with --load {save}, or give another "
+            f"checkpoint.save: {save} already holds a run's checkpoints; resume it with --load {save}, or give another "
             "folder"
         )
     if save.exists() and not save.is_dir():

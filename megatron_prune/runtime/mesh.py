@@ -116,7 +116,12 @@ def init_mesh(device: DeviceRuntime, tp: int, pp: int, timeout_minutes: float = 
             f"tensor_model_parallel_size ({tp}) x pipeline_model_parallel_size ({pp}) = {tp * pp} does not divide "
             f"the {world_size} launched ranks; launch a multiple of {tp * pp}"
         )
-    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=device.backend == "gloo")
+    parallel_state.initialize_model_parallel(
+        tp,
+        pp,
+        create_gloo_process_groups=device.backend == "gloo",
+        distributed_timeout_minutes=timeout_minutes,  # of the groups it makes; the default is its own
+    )
     return Mesh(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),

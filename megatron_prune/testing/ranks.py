@@ -1,7 +1,8 @@
 """Run a function on N gloo ranks on the CPU of this machine, as tests of distributed code need it.
 
-    run_ranks   call function(rank, world_size, *args) on every rank, with torch.distributed initialised; results back
-    RankError   a rank raised, died or did not finish; names the rank and carries its traceback and output
+    run_ranks    call function(rank, world_size, *args) on every rank, with torch.distributed initialised; results back
+    RankError    a rank raised, died or did not finish; names the rank and carries its traceback and output
+    watch_ranks  the same for ranks that are meant to die: how each ended, and when
 
 Ranks are forked from a server process that has imported torch and megatron-core once (seconds), so that one call takes
 a fraction of a second. They meet through a file in a temporary folder: no port is chosen. Each rank leads its own
@@ -30,6 +31,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -84,6 +86,46 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             rank.kill()
         for rank in ranks:
             sys.stdout.write(rank.output())
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """How a rank ended.
+
+    Args:
+        exit_code: of its process (negative: the signal that ended it); None: it did not end, and was killed.
+        seconds: from the call until its end.
+        output: what it printed.
+    """
+
+    exit_code: int | None
+    seconds: float
+    output: str
+
+
+def watch_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Fate]:
+    """As `run_ranks`, for a function under which ranks die: waits until every rank has ended, however it does.
+
+    What the function returns is dropped; for an exit code of its own it calls `os._exit`.
+    """
+    call = pickle.dumps((function, args))
+    folder, ranks, ends = Path(tempfile.mkdtemp(prefix="run_ranks_")), list[_Rank](), dict[int, float]()
+    context, begin = _context(), time.monotonic()
+    try:
+        for number in range(world_size):
+            ranks.append(_Rank(context, number, world_size, folder, call, timeout))
+        while len(ends) < world_size and time.monotonic() < begin + timeout:
+            alive = {rank.process.sentinel: rank.rank for rank in ranks if rank.rank not in ends}
+            for sign in connection.wait(list(alive), begin + timeout - time.monotonic()):
+                ends[alive[sign]] = time.monotonic() - begin
+        codes = [rank.process.exitcode if rank.rank in ends else None for rank in ranks]
+        return [
+            Fate(code, ends.get(rank.rank, timeout), rank.output()) for rank, code in zip(ranks, codes, strict=True)
+        ]
+    finally:
+        for rank in ranks:
+            rank.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,4 +1,6 @@
-"""What the server of `ranks` imports once, so that no rank has to: torch and the slow parts of megatron-core."""
+"""What the server of `ranks` imports once, so that no rank has to: torch, the slow parts of megatron-core, and what a
+whole run imports.
+"""
 
 import warnings
 
@@ -13,5 +15,8 @@ with warnings.catch_warnings():
     import megatron.core.pipeline_parallel
     import torch
     import torch.distributed
+    import torch.utils.tensorboard
 
-__all__ = ["megatron", "torch"]
+    import megatron_prune.launch.build
+
+__all__ = ["megatron", "megatron_prune", "torch"]

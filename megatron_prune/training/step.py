@@ -90,8 +90,10 @@ def _mean_loss(losses: list[dict[str, Tensor]], mesh: Mesh) -> float:
     return float(total) / mesh.dp_size
 
 
-def any_rank(flag: bool, mesh: Mesh) -> bool:
-    """True on every rank when `flag` is on any (a signal or a clock is seen by one rank first)."""
-    seen = torch.tensor([int(flag)], device=mesh.device.device)
+def most(values: list[int], mesh: Mesh) -> list[int]:
+    """The largest of each of `values` over all ranks, on every rank (collective; costs nothing on one rank)."""
+    if mesh.world_size == 1:
+        return values
+    seen = torch.tensor(values, device=mesh.device.device)
     dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=mesh.world)
-    return bool(seen)
+    return [int(value) for value in seen.tolist()]

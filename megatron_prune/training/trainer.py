@@ -5,7 +5,7 @@
 3. optimizer step, unless something is not finite                    (optimizer.clip_and_step)
 4. every rank sees the stepped weights; decide, broadcast, retire    (Pruner.prune)
 5. compact when a quantum is free                                    (Coordinator.compact_if_due)
-6. log; evaluate, save and stop when due
+6. log; evaluate, save and stop when due                             (StepAgreement.after_step)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import BatchStream
-from megatron_prune.errors import UserError
+from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.optimizer.build import ShardedModel, clip_and_step
 from megatron_prune.pruning.history import HistoryWriter, Removal
@@ -29,7 +29,8 @@ from megatron_prune.training.learning_rate import build_scheduler, current_lr
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.state import CONTINUED, PRUNING, RunState
-from megatron_prune.training.step import any_rank, forward_backward, validation_loss
+from megatron_prune.training.step import forward_backward, validation_loss
+from megatron_prune.training.stopping import FINISHED, StepAgreement, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,15 @@ class Datasets:
 
 
 class Saver(Protocol):
-    """Writes checkpoints; all ranks call both together."""
+    """Writes checkpoints; all ranks call its methods together. A failed save is its own to report."""
+
+    @property
+    def complete(self) -> int | None:
+        """Iteration of the newest complete checkpoint of this run, if there is one."""
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes in the background."""
 
     def save(self, state: RunState) -> None:
         """Write one, or begin to."""
@@ -58,6 +67,7 @@ class Trainer:
     Args:
         saver: writes a checkpoint when one is due, or None.
         history: where removals are recorded on this rank, or None.
+        agreement: when to stop early; None: as `config` says, signals are not looked at.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class Trainer:
         reporter: Reporter,
         saver: Saver | None = None,
         history: HistoryWriter | None = None,
+        agreement: StepAgreement | None = None,
     ) -> None:
         self.config, self.model, self.datasets, self.state = config, model, datasets, state
         self.reporter, self.saver, self.history = reporter, saver, history
@@ -79,7 +90,7 @@ class Trainer:
         self.num_microbatches = training.global_batch_size // (training.micro_batch_size * model.mesh.dp_size)
         self.batches = self._stream(datasets.train, state.consumed_samples)
         self._seconds: dict[str, float] = defaultdict(float)
-        self._started = time.monotonic()
+        self.agreement = agreement or StepAgreement(config.training, model.mesh)
 
     @property
     def architecture(self) -> Architecture:
@@ -88,36 +99,46 @@ class Trainer:
 
     # The run ---------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> bool:
-        """Run until the end or an exit condition; returns whether the run is finished."""
-        is_finished = self._loop()
-        if self.saver:
-            self.saver.finish()
-        return is_finished
+    def fit(self) -> str:
+        """Run until the end or an exit condition; returns the run's status (see `stopping`).
 
-    def _loop(self) -> bool:
+        Raises:
+            TrainingStoppedError: the run broke one of its own rules; what was being written is complete then.
+        """
+        try:
+            status = self._loop()
+        except TrainingStoppedError:
+            self._finish_saving()
+            raise
+        self._finish_saving()
+        if self.saver and self.saver.complete != self.state.iteration:
+            raise TrainingStoppedError(
+                f"the run ends at iteration {self.state.iteration} and could not save it; {self.where_to_resume()}"
+            )
+        return status
+
+    def _loop(self) -> str:
         if self.config.training.eval_interval and "source" not in self.state.stages:
             self._measure("source")
         if self.state.phase == PRUNING and self._target_reached():
             self._enter_continued()
-        last_saved = self.state.iteration
         while not self._is_finished():
             self.iterate()
             if self._due(self.config.training.eval_interval):
                 self.reporter.evaluation(self.state.iteration, self._validation_loss()[0])
-            stop = self._should_stop()
-            if self.saver and (stop or self._due(self.config.checkpoint.save_interval)):
+            stop, is_writing = self.agreement.after_step(
+                self.state.iteration, self.saver is not None and self.saver.is_writing
+            )
+            if not is_writing:
+                self._finish_saving()
+            if stop or self._due(self.config.checkpoint.save_interval):
                 self._save()
-                last_saved = self.state.iteration
             if stop:
-                self.reporter.message(
-                    f"stopping at iteration {self.state.iteration}, as asked; --load goes on from here"
-                )
-                return False
+                self.reporter.message(self._farewell(stop))
+                return stop.status
         if self.config.training.eval_interval:
             self._measure("final")
-        if self.saver and last_saved != self.state.iteration:
-            self._save()
+        self._save()
         if self.pruner and self.state.phase == PRUNING:
             logger.warning(
                 "training.train_iters ended at %d parameters, above the target of %s; give more iterations or a "
@@ -125,7 +146,7 @@ class Trainer:
                 self.architecture.parameters,
                 self.config.pruning.target_params,
             )
-        return True
+        return FINISHED
 
     def iterate(self) -> None:
         """One iteration, in the order of the module's docstring."""
@@ -191,11 +212,17 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % int(interval or 1) == 0
 
-    def _should_stop(self) -> bool:
-        minutes = self.config.training.exit_duration_in_mins
-        if minutes is not None and any_rank(time.monotonic() - self._started > minutes * 60, self.model.mesh):
-            return True
-        return self._due(self.config.training.exit_interval)
+    def _farewell(self, stop: Stop) -> str:
+        reason = {Stop.PREEMPTED: "a signal asked for it", Stop.TIME_LIMIT: "training.exit_duration_in_mins is over"}
+        then = "--load goes on from here" if self.saver else "nothing is saved: checkpoint.save is not set"
+        return f"stopping at iteration {self.state.iteration}, {reason.get(stop, 'as asked')}; {then}"
+
+    def where_to_resume(self) -> str:
+        """What to do after this run has failed, as a phrase."""
+        complete = self.saver.complete if self.saver else None
+        if complete is None:
+            return "there is no checkpoint of this run to resume from"
+        return f"resume from iteration {complete} of {self.config.checkpoint.save}"
 
     def _count_nonfinite(self, stepped: bool, loss: float) -> None:
         state, limit = self.state, self.config.training.max_nonfinite_steps
@@ -206,9 +233,9 @@ class Trainer:
         state.nonfinite_in_a_row += 1
         self.reporter.message(f"iteration {state.iteration}: loss {loss}, gradients not finite: step skipped")
         if state.nonfinite_in_a_row >= limit:
-            raise UserError(
+            raise TrainingStoppedError(
                 f"training.max_nonfinite_steps: {limit} steps in a row were not finite (up to iteration "
-                f"{state.iteration}); resume from the last checkpoint with a lower learning rate or other data"
+                f"{state.iteration}); {self.where_to_resume()}, with a lower learning rate or other data"
             )
 
     def _record(self, removed: list[Removal]) -> None:
@@ -233,10 +260,16 @@ class Trainer:
         self.reporter.iteration(report, self.architecture)
 
     def _save(self) -> None:
-        assert self.saver is not None
+        if self.saver is None or self.saver.complete == self.state.iteration:
+            return
         with self._timed("save"):
             self.saver.save(self.state)
-        self.coordinator.last_checkpoint = self.state.iteration
+        self.coordinator.last_checkpoint = self.saver.complete
+
+    def _finish_saving(self) -> None:
+        if self.saver is not None:
+            self.saver.finish()
+            self.coordinator.last_checkpoint = self.saver.complete
 
     def _stream(self, dataset: Any, consumed: int) -> BatchStream:
         mesh = self.model.mesh

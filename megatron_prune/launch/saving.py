@@ -1,0 +1,87 @@
+"""The run's checkpoints: when one is written it is at once or in the background, and what happens when it cannot be.
+
+CheckpointSaver   what the loop calls; owns the policy `checkpoint.on_save_error`
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_prune.checkpoint import AsyncSaver, CheckpointSaveError, Retention, save_checkpoint
+from megatron_prune.config import Config, dump
+from megatron_prune.errors import TrainingStoppedError
+from megatron_prune.launch.inputs import Inputs
+from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.training.metrics import Reporter
+from megatron_prune.training.state import RunState
+
+
+class CheckpointSaver:
+    """Writes checkpoints of `model` into `directory`; all ranks call it together.
+
+    A save that fails leaves older checkpoints as they are. With `checkpoint.on_save_error: continue` it is reported
+    and training goes on to the next one; with `stop` the run ends.
+    """
+
+    def __init__(
+        self, config: Config, inputs: Inputs, model: ShardedModel, directory: Path, reporter: Reporter
+    ) -> None:
+        self.model, self.directory, self.reporter = model, directory, reporter
+        self.stops_on_error = config.checkpoint.on_save_error == "stop"
+        self.retain = Retention(config.checkpoint.keep_last, config.checkpoint.save_retain_interval)
+        self.background = AsyncSaver() if config.checkpoint.async_save else None
+        self.constants = {
+            "config": dump(config),
+            "tokenizer_model": inputs.tokenizer.path,
+            "tokenizer_type": inputs.tokenizer.kind,
+            "source": inputs.source_facts,
+        }
+        self.complete = inputs.header.iteration if inputs.header and _is_in(inputs.header.path, directory) else None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes in the background."""
+        return self.background is not None and self.background.is_writing
+
+    def save(self, state: RunState) -> None:
+        """Save now; in the background, the one before is waited for and reported first.
+
+        Raises:
+            TrainingStoppedError: it failed, and on_save_error is `stop`.
+        """
+        self.finish()
+        values = {**state.to_state(), **self.constants}
+        try:
+            path = save_checkpoint(
+                self.model, self.directory, state.iteration, values, retain=self.retain, saver=self.background
+            )
+        except CheckpointSaveError as error:
+            self._failed(error)
+        else:
+            self._succeeded(path)
+
+    def finish(self) -> None:
+        """Wait for a save in the background. Raises as `save` does."""
+        if self.background is None:
+            return
+        try:
+            path = self.background.finalize(blocking=True)
+        except CheckpointSaveError as error:
+            self._failed(error)
+        else:
+            self._succeeded(path)
+
+    def _succeeded(self, path: Path | None) -> None:
+        if path is not None:
+            self.complete = int(path.name.removeprefix("iter_"))
+            self.reporter.message(f" saved checkpoint {path}")
+
+    def _failed(self, error: CheckpointSaveError) -> None:
+        safe = "there is no earlier one" if self.complete is None else f"iteration {self.complete} is safe"
+        if self.stops_on_error:
+            raise TrainingStoppedError(f"{error}; {safe}; checkpoint.on_save_error is stop, so the run ends") from error
+        self.reporter.message(f" WARNING: {error}; {safe}, training goes on")
+
+
+def _is_in(folder: Path, directory: Path) -> bool:
+    return folder.parent.resolve() == directory.resolve()
