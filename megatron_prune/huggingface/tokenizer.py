@@ -138,8 +138,11 @@ def export_tokenizer(
             text = json.dumps(content, ensure_ascii=False, indent=2)
             (Path(staged) / name).write_text(text + "\n", encoding="utf-8")
         shutil.copyfile(tokenizer_model, Path(staged) / "tokenizer.model")
-        if (save_dir / "config.json").exists():  # its model_type may change the class AutoTokenizer picks
-            shutil.copyfile(save_dir / "config.json", Path(staged) / "config.json")
+        config = save_dir / "config.json"
+        # A stock model_type may change the class AutoTokenizer picks; with code of its own, a folder's says nothing,
+        # and transformers would ask whether to run that code.
+        if config.exists() and "auto_map" not in json.loads(config.read_text(encoding="utf-8")):
+            shutil.copyfile(config, Path(staged) / "config.json")
         verify_tokenizer(tokenizer_model, Path(staged), NASTY_TEXTS)
         save_dir.mkdir(parents=True, exist_ok=True)
         for name in (*files, "tokenizer.model"):

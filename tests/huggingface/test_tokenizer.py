@@ -320,6 +320,20 @@ def test_a_config_that_makes_transformers_pick_its_own_class_is_refused(small: P
         verify_tokenizer(small, tmp_path, CORPUS)
 
 
+def test_nobody_is_asked_whether_to_run_a_folders_own_code(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "model_type": "cluster_llama",
+        "auto_map": {"AutoConfig": "configuration_cluster_llama.ClusterLlamaConfig"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    export_tokenizer(small, tmp_path, 2048)
+    said = capfd.readouterr()
+    assert "trust_remote_code" not in said.out + said.err
+    assert {path.name for path in tmp_path.iterdir()} == WRITTEN | {"config.json"}
+
+
 def test_bos_is_added_only_when_asked_for(small: Path, tmp_path: Path) -> None:
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(small))
     export_tokenizer(small, tmp_path / "without", None)
