@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-full lint types dry-run checks demo bench clean
+.PHONY: help install test test-full test-slurm lint types dry-run checks demo bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ test: install  ## the tests (a few minutes)
 
 test-full: install  ## the same and the rest of the covers that `make test` samples
 	@$(PYTEST) -m "not soak and not slurm and not gguf" --hypothesis-profile=full $(ARGS)
+
+test-slurm: install  ## job scripts on a real Slurm with two nodes (skipped, with the reason, where there is none)
+	@$(PYTEST) -m slurm -rs tests/slurm $(ARGS)
 
 lint: install  ## ruff: rules and formatting
 	@$(BIN)/ruff check --quiet --output-format=concise $(SOURCES)

@@ -114,6 +114,9 @@ class TrainingConfig:
         None, "stop at an iteration that is a multiple of this; schedules do not change; null: never", at_least=1
     )
     exit_duration_in_mins: int | None = option(None, "save and stop after this many minutes; null: never", at_least=1)
+    exit_at_target: bool = option(
+        False, "stop when pruning.target_params is reached; the same run without this goes on with continue_tokens"
+    )
     max_nonfinite_steps: int = option(3, "stop after this many losses in a row that are NaN or infinite", at_least=1)
     check_invariants: bool = option(
         False, "after every step, check that retired units are zero and parameters are counted right (slow)"
@@ -181,6 +184,17 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What the launcher's `evaluate` stage measures source and pruned model on; training itself reads none of it."""
+
+    eval_data_path: str | None = option(
+        None, "prefix of a data set for perplexity, or several; null: valid_data_path", several_words=True
+    )
+    eval_tasks: str | None = option(None, "zero-shot tasks, separated by commas; null: none")
+    eval_task_data: str | None = option(None, "folder with the tasks' data, for machines without network")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines a run. Checked against the number of processes by `validation.validate`."""
 
@@ -193,6 +207,7 @@ class Config:
     continued: ContinuedConfig = ContinuedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @property
     def tokens_per_iteration(self) -> int:

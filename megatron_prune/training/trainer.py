@@ -136,7 +136,7 @@ class Trainer:
             if stop:
                 self.reporter.message(self._farewell(stop))
                 return stop.status
-        if self.config.training.eval_interval:
+        if self.config.training.eval_interval and not self.config.training.exit_at_target:
             self._measure("final")
         self._save()
         if self.pruner and self.state.phase == PRUNING:
@@ -201,7 +201,8 @@ class Trainer:
     def _is_finished(self) -> bool:
         state = self.state
         if state.phase == CONTINUED:
-            return state.iteration - state.phase_start >= self.config.continue_iters
+            done = state.iteration - state.phase_start >= self.config.continue_iters
+            return done or self.config.training.exit_at_target
         return state.iteration >= self.config.training.train_iters
 
     def _total_iterations(self) -> int:

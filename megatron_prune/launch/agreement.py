@@ -1,0 +1,161 @@
+"""Before ranks know each other: do all of them read the same configuration with the same code?
+
+    Facts           what one rank brings: its complaint if it has one, its configuration, its code's version
+    verdict         all ranks' facts -> what is wrong with them, or None   (pure)
+    code_version    a digest of the package's sources
+    consult         exchange facts and rank 0's plan over a key-value store, before any process group exists
+
+A node with an older copy of the code or another config file does not fail: it trains something else. The exchange goes
+over the store that torchrun's agent (or, without one, rank 0) keeps, so that even a rank that cannot read its
+configuration takes part, and all of them stop together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import UserError
+
+_PREFIX = "megatron_prune/agreement"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank knows.
+
+    Args:
+        complaint: a UserError's text, or None.
+        config: the effective configuration as YAML. code: see `code_version`.
+    """
+
+    complaint: str | None = None
+    config: str = ""
+    code: str = ""
+
+
+def verdict(facts: Sequence[Facts]) -> str | None:
+    """What is wrong, in one line; None when all ranks agree and none complains."""
+    complaining = [rank for rank, fact in enumerate(facts) if fact.complaint is not None]
+    if complaining:
+        where = "" if len(complaining) == len(facts) else f" ({_ranks(complaining)} only)"
+        return f"{facts[complaining[0]].complaint}{where}"
+    others = [rank for rank, fact in enumerate(facts) if fact.code != facts[0].code]
+    if others:
+        return (
+            f"code: megatron_prune on {_ranks(others)} is not what rank 0 runs ({facts[others[0]].code} instead of "
+            f"{facts[0].code}); bring all nodes to one version"
+        )
+    others = [rank for rank, fact in enumerate(facts) if fact.config != facts[0].config]
+    if others:
+        return (
+            f"configuration: {_ranks(others)} read {_difference(facts[0].config, facts[others[0]].config)}; give all "
+            "nodes the same file and flags"
+        )
+    return None
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
+
+
+def _difference(ours: str, theirs: str) -> str:
+    """The first line in which two configurations differ."""
+    pairs = zip(ours.splitlines(), theirs.splitlines(), strict=False)
+    for one, other in pairs:
+        if one != other:
+            return f'"{other.strip()}" where rank 0 has "{one.strip()}"'
+    return "a configuration of another length than rank 0's"
+
+
+def code_version() -> str:
+    """Version and a digest of the sources of megatron_prune, as this rank sees them."""
+    import megatron_prune
+
+    root, total = Path(megatron_prune.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"{megatron_prune.__version__}+{total.hexdigest()[:12]}"
+
+
+def consult(
+    rank: int, world_size: int, facts: Facts, plan: Callable[[], Any], environ: Mapping[str, str], minutes: float = 10
+) -> tuple[Any, Any]:
+    """Compare facts over all ranks; then everybody gets what rank 0 plans.
+
+    Args:
+        plan: called on rank 0 only, once all agree; returns something JSON can hold; may raise UserError.
+        minutes: how long ranks may be late.
+
+    Returns:
+        (rank 0's plan, on every rank; the store, to be kept alive until the process ends: other ranks and
+        torch.distributed may still use it).
+
+    Raises:
+        UserError: on every rank, with the same text: facts differ, a rank complains, or the plan failed.
+    """
+    if world_size == 1:
+        outcome, server = _outcome([facts], plan), None
+    else:
+        outcome, server = _exchange(rank, world_size, facts, plan, environ, minutes)
+    if outcome["error"] is not None:
+        raise UserError(outcome["error"])
+    return outcome["plan"], server
+
+
+def _outcome(facts: Sequence[Facts], plan: Callable[[], Any]) -> dict[str, Any]:
+    error = verdict(facts)
+    if error is None:
+        try:
+            return {"error": None, "plan": plan()}
+        except UserError as refused:
+            error = str(refused)
+    return {"error": error, "plan": None}
+
+
+def _exchange(
+    rank: int, world_size: int, facts: Facts, plan: Callable[[], Any], environ: Mapping[str, str], minutes: float
+) -> tuple[dict[str, Any], Any]:
+    from torch.distributed import PrefixStore, TCPStore
+
+    hosts = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        server = TCPStore(
+            environ["MASTER_ADDR"],
+            int(environ["MASTER_PORT"]),
+            is_master=hosts,
+            timeout=timedelta(minutes=minutes),
+            wait_for_workers=False,
+            multi_tenant=True,  # torch.distributed opens a store at the same port later
+        )
+        store = PrefixStore(f"{_PREFIX}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+        store.set(f"facts/{rank}", json.dumps(dataclasses.asdict(facts)))
+        if rank == 0:
+            everyone = [Facts(**json.loads(store.get(f"facts/{r}"))) for r in range(world_size)]
+            store.set("outcome", json.dumps(_outcome(everyone, plan)))
+        outcome = json.loads(store.get("outcome"))
+        store.set(f"read/{rank}", "1")
+        if hosts and outcome["error"] is not None:
+            store.wait([f"read/{r}" for r in range(world_size)], timedelta(seconds=30))
+        return outcome, server
+    except (RuntimeError, OSError) as error:
+        place = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: rank {rank} could not meet the other {world_size - 1} ranks at {place} within "
+            f"{minutes:g} minutes ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def own_facts(read: Callable[[], str]) -> Facts:
+    """This rank's facts; `read` returns its configuration as YAML or raises UserError."""
+    try:
+        return Facts(None, read(), code_version())
+    except UserError as error:
+        return Facts(str(error))

@@ -1,0 +1,382 @@
+"""A job as users start it: `SCRIPT CONFIG [--stage NAME] [-- training flags]`, in whichever way it was launched.
+
+    Request   the command line
+    main      be what `places.find_place` says: start torchrun on this node, or be a rank
+    _Rank     agree with the others, train, then (rank 0) export and evaluate
+
+All ranks compare configuration and code before anything is built (`agreement`), rank 0 alone decides what is left to
+do (`stages`) and keeps SAVE/launch_status.json. Training is `megatron_prune.pretrain`; the stages after it are the
+tools, each in a process of its own, while the other ranks have left.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_prune.config import Config, dump, load_config
+from megatron_prune.errors import UserError
+from megatron_prune.launch import stages
+from megatron_prune.launch.agreement import consult, own_facts
+from megatron_prune.launch.places import Torchrun, find_place, rank_settings
+from megatron_prune.launch.stages import Ledger, Plan, make_plan, read_progress, read_run_status
+from megatron_prune.launch.supervisor import SIGNALS, supervise
+
+logger = logging.getLogger(__name__)
+
+USAGE = """\
+usage: pretrain_efficientllm.sh CONFIG [--stage prune|continue|export|evaluate|all[,...]] [-- training flags]
+
+Runs the stages that are not done yet; the same command goes on where a job stopped. Start it by torchrun, by bash
+(which starts torchrun; NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE), or by srun with one task per node
+(NPROC_PER_NODE set) or one per rank. Training flags are those of `python -m megatron_prune.pretrain --help`.
+
+  --stage NAMES      what to run, separated by commas (all)
+  --should-requeue   start nothing; exit 0 if the job was told to leave before these stages were done, else 1
+
+LOG_DIR: folder for one log file per rank. GRACE_SECONDS (240): time to save after SIGTERM or SIGUSR1.
+"""
+_NO_RUN = {"--dry-run", "--help", "-h", "--print-default-config"}  # training flags that start nothing
+_OF_RANKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+Train = Callable[[list[str]], int]
+
+
+class ToldToLeave(BaseException):
+    """SIGTERM or SIGUSR1 arrived while this process was not training."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line.
+
+    Args:
+        stages: in order. flags: for the training. words: the command line itself, to hand on.
+    """
+
+    config_file: str
+    stages: tuple[str, ...]
+    flags: tuple[str, ...]
+    words: tuple[str, ...]
+    asks_requeue: bool = False
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Request:
+        """Read the command line. Raises UserError for what is wrong with it."""
+        own, flags = list(argv), list[str]()
+        if "--" in own:
+            cut = own.index("--")
+            own, flags = own[:cut], own[cut + 1 :]
+        files, text, asks = [], stages.ALL, False
+        while own:
+            word = own.pop(0)
+            name, equals, value = word.partition("=")
+            if name == "--stage":
+                if not equals and not own:
+                    raise UserError("--stage needs a value: one of " + ", ".join((*stages.STAGES, stages.ALL)))
+                text = value if equals else own.pop(0)
+            elif word == "--should-requeue":
+                asks = True
+            elif word.startswith("-"):
+                raise UserError(f"unknown option {word}; flags of the training go after --, as in CONFIG -- {word} ...")
+            else:
+                files.append(word)
+        if len(files) != 1:
+            given = "no configuration is given" if not files else f"one configuration, please, not {len(files)}"
+            raise UserError(f"{given}: pretrain_efficientllm.sh CONFIG [--stage NAME] [-- training flags]")
+        words = tuple(word for word in argv if word != "--should-requeue")
+        return cls(files[0], stages.parse_stages(text), tuple(flags), words, asks)
+
+    def training_arguments(self, more: Sequence[str] = ()) -> list[str]:
+        """The training's command line; `more` wins over the user's own flags."""
+        return ["--config", self.config_file, *self.flags, *more]
+
+    def read(self) -> Config:
+        """The effective configuration. Raises UserError."""
+        config = load_config(self.training_arguments())
+        if config.checkpoint.save is None:
+            raise UserError("checkpoint.save (--save) is not set: stages need a folder to keep their results in")
+        return config
+
+
+def main(argv: Sequence[str], train: Train, script: Path) -> int:
+    """Run a job, or this process's part of it.
+
+    Args:
+        train: runs a training from its command line in this process and returns the exit status.
+        script: what torchrun starts for each rank; its grandparent folder holds `tools`.
+
+    Returns:
+        Exit status: 0 done, or told to leave and saved; 2 a mistake of the user; else a failure.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    speaks = _speaks(os.environ)
+    logging.getLogger("megatron_prune").setLevel(logging.INFO if speaks else logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")
+    if set(argv[: list(argv).index("--")] if "--" in argv else argv) & {"--help", "-h"}:
+        sys.stdout.write(USAGE if speaks else "")
+        return 0
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+    try:
+        request = Request.parse(argv)
+        if request.asks_requeue:  # asked outside of the job's container, maybe
+            return _should_requeue(request)
+        missing = [name for name in ("torch", "megatron.core") if not _is_installed(name)]
+        if missing:
+            raise UserError(f"{sys.executable} has no {missing[0]}; name the right interpreter: PYTHON=.../bin/python")
+        if _NO_RUN & set(request.flags):
+            return train(request.training_arguments())
+        place = find_place(os.environ)
+        if isinstance(place, Torchrun):
+            return _node(request, place, script)
+        os.environ.update(place.environment)
+        return _Rank(request, place.rank, place.world_size, train, script.resolve().parents[1]).run()
+    except UserError as error:
+        if speaks:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    except ToldToLeave:
+        return 0
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    raise ToldToLeave
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _speaks(environ: Mapping[str, str]) -> bool:
+    """Whether this process is the one that tells people: rank 0, or node 0, or the only one that knows itself."""
+    for name in ("RANK", "NODE_RANK", "SLURM_PROCID"):
+        if name in environ:
+            return environ[name] == "0"
+    return True
+
+
+def _should_requeue(request: Request) -> int:
+    config = request.read()
+    save = Path(str(config.checkpoint.save))
+    signalled = bool(os.environ.get("JOB_SIGNALLED"))
+    ledger, progress = Ledger.read(save), read_progress(save)
+    wanted = stages.wants_requeue(request.stages, config, progress, ledger, signalled)
+    logger.info("job %s at iteration %s: %s", ledger.status, progress.iteration, "requeue" if wanted else "no requeue")
+    return 0 if wanted else 1
+
+
+# A node ---------------------------------------------------------------------------------------------------------------
+
+
+def _node(request: Request, place: Torchrun, script: Path) -> int:
+    """Start torchrun and see it through."""
+    if place.nnodes == 1:
+        request.read()  # a mistake in it is told before anything starts; with several nodes their ranks agree on it
+    nproc = place.nproc_per_node or _visible_gpus(os.environ) or 1
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    logs = environment.get("LOG_DIR")
+    if logs is not None:
+        logs = str(Path(logs) / f"node-{place.node_rank}")
+        Path(logs).mkdir(parents=True, exist_ok=True)
+    command = place.command(sys.executable, nproc, str(script), list(request.words), logs)
+    if logs is not None and place.node_rank:
+        command.remove("--tee=0:3")
+    outcome = supervise(command, environment, float(environment.get("GRACE_SECONDS", "240")))
+    if outcome.told is None or outcome.code == 0:
+        return outcome.code if outcome.code >= 0 else 128 - outcome.code
+    save = Path(str(request.read().checkpoint.save))
+    ledger = Ledger.read(save)
+    if ledger.status == stages.RUNNING and place.node_rank == 0:
+        ledger.with_status(stages.PREEMPTED).write(save)
+    return 1 if ledger.status == stages.FAILED else 0
+
+
+def _visible_gpus(environ: Mapping[str, str]) -> int:
+    """GPUs this process may use, without starting CUDA."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip()])
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+# A rank ---------------------------------------------------------------------------------------------------------------
+
+
+class _Rank:
+    """One rank of a job."""
+
+    def __init__(self, request: Request, rank: int, world_size: int, train: Train, root: Path) -> None:
+        self.request, self.rank, self.world_size, self.train, self.root = request, rank, world_size, train, root
+        self.ledger = Ledger()
+        self._config: Config | None = None
+        self._store: Any = None
+
+    @property
+    def config(self) -> Config:
+        """The effective configuration."""
+        assert self._config is not None
+        return self._config
+
+    @property
+    def save(self) -> Path:
+        """The job's folder."""
+        return Path(str(self.config.checkpoint.save))
+
+    def run(self) -> int:
+        """Everything this rank has to do; returns the exit status."""
+        try:
+            return self._run()
+        except ToldToLeave:
+            logger.info("told to leave; the same command goes on from here")
+            self._note(stages.PREEMPTED)
+            return 0
+
+    def _run(self) -> int:
+        plan = self._agree()
+        for note in plan.notes:
+            logger.info("%s", note)
+        self._note(stages.RUNNING)
+        if plan.train is not None:
+            self._forget_unsaved()
+            code = self.train(self.request.training_arguments(plan.train))
+            for number in SIGNALS:
+                signal.signal(number, _leave)
+            if code != 0:
+                self._note(stages.FAILED)
+                return code
+        if self.rank != 0:
+            return 0
+        if self._plan().train is not None:
+            status = read_run_status(self.save) or "stopped"
+            self._note(status)
+            logger.info("training stopped (%s); the same command goes on from here", status)
+            return 0
+        return self._after(plan.after)
+
+    def _agree(self) -> Plan:
+        """Compare configuration and code with the other ranks, and learn what rank 0 plans."""
+        facts = own_facts(self._read)
+        minutes = self._config.parallel.distributed_timeout_minutes if self._config is not None else 10
+        if self._config is not None:
+            os.environ.update(rank_settings(self._config, os.environ))
+        plan, self._store = consult(
+            self.rank, self.world_size, facts, lambda: self._plan().to_json(), os.environ, minutes
+        )
+        return Plan.from_json(plan)
+
+    def _read(self) -> str:
+        self._config = self.request.read()
+        return dump(self._config)
+
+    def _plan(self) -> Plan:
+        return make_plan(self.request.stages, self.config, read_progress(self.save), Ledger.read(self.save))
+
+    def _note(self, status: str) -> None:
+        """Rank 0 writes down how the job stands."""
+        if self.rank == 0 and self._config is not None:
+            self.ledger = Ledger.read(self.save).with_status(status)
+            self.ledger.write(self.save)
+
+    def _forget_unsaved(self) -> None:
+        """Put aside what is of no use to anyone: the last status, and the history of a run that never saved."""
+        if self.rank != 0:
+            return
+        (self.save / stages.RUN_STATUS_FILE).unlink(missing_ok=True)
+        history = self.save / "pruning_history.jsonl"
+        if history.exists() and not list(self.save.glob("iter_*")):
+            logger.info("%s: of a run that left no checkpoint; set aside, training starts anew", history)
+            history.replace(history.with_name(history.name + ".unsaved"))
+
+    # After training ---------------------------------------------------------------------------------------------------
+
+    def _after(self, todo: Sequence[str]) -> int:
+        iteration = read_progress(self.save).iteration
+        assert iteration is not None
+        for stage in todo:
+            command, reason = self._tool(stage)
+            if command is None:
+                logger.info("stage %s: skipped, %s", stage, reason)
+                self.ledger.skipped[stage] = reason
+                self.ledger.write(self.save)
+                continue
+            logger.info("stage %s: iteration %d", stage, iteration)
+            code = _run(command)
+            if code != 0:
+                sys.stderr.write(f"error: stage {stage}: {Path(command[1]).name} ended with status {code}\n")
+                self._note(stages.FAILED)
+                return code if code > 0 else 1
+            self.ledger.skipped.pop(stage, None)
+            self.ledger = self.ledger.with_done(stage, iteration)
+            self.ledger.write(self.save)
+        self._note(stages.FINISHED)
+        logger.info("done: stages %s; everything is in %s", ", ".join(self.request.stages), self.save)
+        return 0
+
+    def _tool(self, stage: str) -> tuple[list[str] | None, str]:
+        """(command of a stage, "") or (None, why there is none)."""
+        exported, tools = self.save / stages.EXPORTED, self.root / "tools"
+        if stage == stages.EXPORT:
+            tool = tools / "convert_to_hf.py"
+            return [sys.executable, str(tool), "--load", str(self.save), "--save", str(exported), "--overwrite"], ""
+        tool, evaluation = tools / "evaluate.py", self.config.evaluation
+        if not tool.is_file():
+            return None, f"{tool} is not there"
+        inputs: list[str] = []
+        data = evaluation.eval_data_path or self.config.data.valid_data_path
+        if data:
+            inputs += ["--data-path", *data.split()]
+        if evaluation.eval_tasks:
+            inputs += ["--tasks", evaluation.eval_tasks]
+        if evaluation.eval_task_data:
+            inputs += ["--task-data", evaluation.eval_task_data]
+        if not data and not evaluation.eval_tasks:
+            return None, "the configuration names nothing to evaluate on (evaluation.eval_data_path, eval_tasks)"
+        models = [str(path) for path in (self._source(), exported) if path is not None]
+        output = ["--output-dir", str(self.save / stages.EVALUATION)]
+        return [sys.executable, str(tool), "--hf-model", *models, *inputs, *output], ""
+
+    def _source(self) -> Path | None:
+        """The source model's folder, when its weights are there to be evaluated too."""
+        folder = Path(self.config.model.hf_model or "")
+        has_weights = self.config.model.hf_model and self.config.model.init == "source"
+        return folder if has_weights and [*folder.glob("*.safetensors"), *folder.glob("*.bin")] else None
+
+
+def _run(command: list[str]) -> int:
+    """Run a tool in a process of its own, which belongs to no process group; ends it when this one is told to leave."""
+    environment = {k: v for k, v in os.environ.items() if k not in _OF_RANKS and not k.startswith("TORCHELASTIC")}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait()
+    except ToldToLeave:
+        process.terminate()
+        process.wait()
+        raise

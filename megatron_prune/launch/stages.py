@@ -1,0 +1,220 @@
+"""The stages of a job, which of them are done, and what is left to do: pure decisions over small files in SAVE.
+
+    prune      train and prune until the target is reached
+    continue   train the small model for `continue_tokens` (the same run goes on)
+    export     the newest checkpoint as a Hugging Face folder, SAVE/hf
+    evaluate   source and exported model side by side, SAVE/evaluation
+
+    parse_stages    `prune,continue` -> stages in order
+    Progress        what the newest checkpoint says about training
+    Ledger          SAVE/launch_status.json: how the job stands, and which checkpoint was exported and evaluated
+    make_plan       stages, progress, ledger -> Plan: how to train (or not), what to do afterwards
+    wants_requeue   whether a job that has ended should be started again
+
+Training is one process group and one run, whichever stages are asked for: `prune` alone stops it at the target
+(training.exit_at_target), everything else lets it go on. So a job that is started again asks for the same stages and
+does what is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.config import Config
+from megatron_prune.errors import UserError
+
+PRUNE, CONTINUE, EXPORT, EVALUATE = STAGES = ("prune", "continue", "export", "evaluate")
+ALL = "all"
+LEDGER_FILE, RUN_STATUS_FILE = "launch_status.json", "run_status.json"
+EXPORTED, EVALUATION = "hf", "evaluation"
+RUNNING, FINISHED, FAILED, PREEMPTED, TIME_LIMIT = "running", "finished", "failed", "preempted", "time_limit"
+
+
+def parse_stages(text: str) -> tuple[str, ...]:
+    """Stages named in `text`, each once, in the order in which they run. Raises UserError for an unknown one."""
+    words = text.split(",")
+    unknown = [word for word in words if word not in (*STAGES, ALL)]
+    if unknown:
+        raise UserError(f'--stage: unknown stage "{unknown[0]}"; there are {", ".join(STAGES)} and {ALL}')
+    return STAGES if ALL in words else tuple(stage for stage in STAGES if stage in words)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Training so far.
+
+    Args:
+        iteration: of the newest complete checkpoint; None: there is none yet.
+        phase: `pruning` (also of plain training) or `continued`. phase_start: iteration at which it began.
+    """
+
+    iteration: int | None = None
+    phase: str = "pruning"
+    phase_start: int = 0
+
+    def is_pruned(self, config: Config) -> bool:
+        """Whether the pruning phase is over: the target reached, or its limit of iterations."""
+        return self.iteration is not None and (
+            self.phase == "continued" or self.iteration >= config.training.train_iters
+        )
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether no training is left."""
+        if self.iteration is None:
+            return False
+        if self.phase == "continued":
+            return self.iteration - self.phase_start >= config.continue_iters
+        return self.iteration >= config.training.train_iters
+
+
+def read_progress(save: Path) -> Progress:
+    """What the newest complete checkpoint in `save` says; reads two small files and no tensors."""
+    latest = save / "latest_checkpointed_iteration.txt"
+    if not latest.is_file():
+        return Progress()
+    text = latest.read_text().strip()
+    if not re.fullmatch(r"\d+", text):
+        raise UserError(f"{latest}: not an iteration number; see tools/inspect_checkpoint.py --load {save}")
+    path = save / f"iter_{int(text):07d}" / "run_state.json"
+    try:
+        run = json.loads(path.read_text())
+        state = run["state"]
+        return Progress(run["iteration"], state.get("phase", "pruning"), state.get("phase_start", 0))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); see tools/inspect_checkpoint.py --load {save}") from error
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """How the job stands; written by one process at a time.
+
+    Args:
+        status: `running`, `finished`, `failed`, or why training stopped (`preempted`, `time_limit`, `exit_interval`,
+            `stopped`).
+        done: stage -> iteration of the checkpoint that was exported (evaluated).
+        skipped: stage -> why it was left out.
+    """
+
+    status: str = RUNNING
+    done: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, save: Path) -> Ledger:
+        """The ledger in `save`; an empty one where there is none, or none that can be read."""
+        try:
+            values = json.loads((save / LEDGER_FILE).read_text())
+            return cls(values["status"], dict(values["done"]), dict(values["skipped"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    def write(self, save: Path) -> None:
+        """Replace the ledger in `save` at once."""
+        save.mkdir(parents=True, exist_ok=True)
+        temporary = save / f"{LEDGER_FILE}.tmp"
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        temporary.replace(save / LEDGER_FILE)
+
+    def with_status(self, status: str) -> Ledger:
+        """The same with another status."""
+        return dataclasses.replace(self, status=status)
+
+    def with_done(self, stage: str, iteration: int) -> Ledger:
+        """The same with `stage` done for the checkpoint of `iteration`."""
+        return dataclasses.replace(self, done={**self.done, stage: iteration})
+
+
+def read_run_status(save: Path) -> str | None:
+    """The status that the training process left behind, or None."""
+    try:
+        return str(json.loads((save / RUN_STATUS_FILE).read_text())["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this job does.
+
+    Args:
+        train: flags to append to the training's command line; None: no training.
+        after: stages for one process, once training is finished.
+        notes: lines about stages that are done already.
+    """
+
+    train: tuple[str, ...] | None
+    after: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        """Inverse of `to_json`."""
+        train = None if values["train"] is None else tuple(values["train"])
+        return cls(train, tuple(values["after"]), tuple(values["notes"]))
+
+
+def make_plan(stages: Sequence[str], config: Config, progress: Progress, ledger: Ledger) -> Plan:
+    """Decide what is left of `stages`.
+
+    Raises:
+        UserError: a stage was asked for whose input does not exist yet.
+    """
+    notes, at = [], f"iteration {progress.iteration}"
+    training = [stage for stage in stages if stage in (PRUNE, CONTINUE)]
+    pruned, finished = progress.is_pruned(config), progress.is_finished(config)
+    if CONTINUE in stages and PRUNE not in stages and not pruned:
+        reached = "there is no checkpoint yet" if progress.iteration is None else f"the newest checkpoint is of {at}"
+        raise UserError(f"--stage {CONTINUE}: the target is not reached ({reached}); run --stage {PRUNE} first, or all")
+    for stage, is_done in ((PRUNE, pruned), (CONTINUE, finished)):
+        if stage in training and is_done:
+            notes.append(f"stage {stage}: done ({at}), skipped")
+            training.remove(stage)
+    flags = None
+    if training:
+        flags = _resume_flags(config, progress)
+        flags += ("--exit-at-target",) if training == [PRUNE] and CONTINUE not in stages else ()
+    after = []
+    for stage in (EXPORT, EVALUATE):
+        if stage not in stages:
+            continue
+        if flags is None and progress.iteration is None:
+            raise UserError(f"--stage {stage}: there is no checkpoint yet in {config.checkpoint.save}")
+        is_done = flags is None and ledger.done.get(stage) == progress.iteration
+        if is_done and EXPORT not in after:
+            notes.append(f"stage {stage}: done ({at}), skipped")
+        else:
+            after.append(stage)
+    if after == [EVALUATE] and flags is None and ledger.done.get(EXPORT) is None:
+        raise UserError(f"--stage {EVALUATE}: nothing is exported yet; run --stage {EXPORT},{EVALUATE}")
+    return Plan(flags, tuple(after), tuple(notes))
+
+
+def _resume_flags(config: Config, progress: Progress) -> tuple[str, ...]:
+    """Go on from the run's own newest checkpoint once there is one, whatever the run started from."""
+    if progress.iteration is None:
+        return ()
+    assert config.checkpoint.save is not None
+    return ("--load", config.checkpoint.save, "--ckpt-step", "null", "--no-finetune", "--load-optim")
+
+
+def wants_requeue(stages: Sequence[str], config: Config, progress: Progress, ledger: Ledger, signalled: bool) -> bool:
+    """Whether a job that has just ended was asked to leave before its stages were done.
+
+    Args:
+        signalled: the job was told to leave. It then counts as preempted even when it was killed before it could write
+            so.
+    """
+    plan = make_plan(stages, config, progress, ledger)
+    if plan.train is None and not [stage for stage in plan.after if stage not in ledger.skipped]:
+        return False
+    return ledger.status in (PREEMPTED, TIME_LIMIT) or (signalled and ledger.status == RUNNING)

@@ -1,0 +1,86 @@
+"""Ranks that must not train together: other configuration, other code, or a rank that cannot even begin."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from megatron_prune.errors import UserError
+from megatron_prune.launch.agreement import Facts, code_version, consult, own_facts, verdict
+
+GOOD = Facts(None, "training:\n  seed: 1\n  lr: 2\n", "0.1.0+aaaa")
+
+
+def test_all_alike_is_fine():
+    assert verdict([GOOD] * 4) is None
+
+
+def test_the_first_difference_is_named():
+    other = Facts(None, GOOD.config.replace("seed: 1", "seed: 2"), GOOD.code)
+    assert verdict([GOOD, GOOD, other, other]) == (
+        'configuration: ranks 2, 3 read "seed: 2" where rank 0 has "seed: 1"; give all nodes the same file and flags'
+    )
+    assert "another length" in verdict([GOOD, Facts(None, GOOD.config + "  more: 1\n", GOOD.code)])
+
+
+def test_other_code_is_named_before_other_configuration():
+    old = Facts(None, "", "0.1.0+bbbb")
+    assert verdict([GOOD, old]).startswith("code: megatron_prune on rank 1 is not what rank 0 runs (0.1.0+bbbb")
+
+
+def test_complaints_of_some_say_whose():
+    assert verdict([Facts("cannot read run.yaml")] * 2) == "cannot read run.yaml"
+    assert verdict([GOOD, Facts("cannot read run.yaml")]) == "cannot read run.yaml (rank 1 only)"
+
+
+def test_own_facts_hold_the_complaint():
+    def fails():
+        raise UserError("no such file")
+
+    assert own_facts(fails) == Facts("no such file")
+    found = own_facts(lambda: "x: 1")
+    assert (found.config, found.code) == ("x: 1", code_version()) and found.code.startswith("0.")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(*facts, plan=lambda: {"train": None}):
+    """What each rank gets; the ranks are threads here."""
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def one(rank):
+        def only_rank_0():
+            assert rank == 0
+            return plan()
+
+        try:
+            return consult(rank, len(facts), facts[rank], only_rank_0, environ, minutes=0.5)[0]
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(facts)) as pool:
+        return list(pool.map(one, range(len(facts))))
+
+
+def test_everybody_gets_rank_0s_plan():
+    assert together(GOOD, GOOD, GOOD) == [{"train": None}] * 3
+
+
+def test_everybody_stops_with_the_same_words():
+    told = together(GOOD, Facts("cannot read run.yaml"))
+    assert told == ["cannot read run.yaml (rank 1 only)"] * 2
+
+    def refuses():
+        raise UserError("nothing to export")
+
+    assert together(GOOD, GOOD, plan=refuses) == ["nothing to export"] * 2
+
+
+def test_a_rank_that_never_comes_is_said_so():
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with pytest.raises(UserError, match="rank 0 could not meet the other 1 ranks at 127.0.0.1"):
+        consult(0, 2, GOOD, dict, environ, minutes=0.02)

@@ -1,0 +1,174 @@
+"""examples/slurm/pretrain_efficientllm.sbatch on a real Slurm: preempted in mid-pruning, requeued, finished.
+
+`make test-slurm` runs these; they need a cluster with two idle nodes of at least two CPUs whose file system is shared
+with this machine, and the real inputs that MEGATRON_PRUNE_DATA names. Elsewhere they are skipped, with the reason.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SBATCH = ROOT / "examples" / "slurm" / "pretrain_efficientllm.sbatch"
+CONFIG = """
+model: {{hf_model: {stories}, make_vocab_size_divisible_by: 8}}
+parallel: {{device: cpu}}
+data: {{data_path: {folder}/stories, data_cache_path: {folder}/cache, split: "90,10,0", seq_length: 128}}
+training: {{micro_batch_size: 2, global_batch_size: 8, train_iters: 600}}
+optimizer: {{lr: 1.0e-3, lr_decay_style: constant}}
+pruning: {{target_params: 150K, ratio: "1:1", normalize: none}}
+continued: {{continue_tokens: 10240, continue_lr: 1.0e-3}}
+checkpoint: {{save: {folder}/run, save_interval: 20, keep_last: 2}}
+logging: {{log_interval: 5}}
+"""
+
+
+def command(*words, ok=True):
+    """Output of a command."""
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 or not ok, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """Skips, with the reason, where there is no Slurm with two nodes to be had."""
+    missing = [name for name in ("sbatch", "srun", "scontrol", "squeue", "sinfo") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"Slurm is not here: {missing[0]} is not on the path")
+    nodes = subprocess.run(["sinfo", "-h", "-t", "idle,mix", "-o", "%D"], capture_output=True, text=True, check=False)
+    if nodes.returncode != 0:
+        pytest.skip(f"Slurm does not answer: {nodes.stderr.strip()}")
+    if sum(map(int, nodes.stdout.split())) < 2:
+        pytest.skip("needs a Slurm cluster with two nodes that are not busy")
+
+
+@pytest.fixture
+def job(stories260k, tinystories, tmp_path, monkeypatch):
+    """A folder with data and run.yaml; `job(*options)` submits it and returns its number; cancelled at the end."""
+    prepare = [ROOT / "tools" / "preprocess_data.py", "--input", tinystories, "--output-prefix", tmp_path / "stories"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command(sys.executable, *prepare, "--tokenizer-model", stories260k / "tokenizer.model", "--prepend-bos")
+    (tmp_path / "run.yaml").write_text(CONFIG.format(stories=stories260k, folder=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NNODES", "NPROC_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"MEGATRON_PRUNE_ROOT": ROOT, "PYTHON": sys.executable, "OMP_NUM_THREADS": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    submitted = []
+
+    def submit(*options):
+        submitted.append(int(command("sbatch", "--parsable", *options, SBATCH, "run.yaml")))
+        return submitted[-1]
+
+    yield submit
+    for number in submitted:
+        command("scancel", number, ok=False)
+
+
+def log(number):
+    """The job's log so far."""
+    path = Path(f"efficientllm-{number}.log")
+    return path.read_text() if path.exists() else ""
+
+
+def iteration():
+    """Of the newest checkpoint."""
+    path = Path("run/latest_checkpointed_iteration.txt")
+    return int(path.read_text()) if path.exists() else 0
+
+
+def wait(number, what, until, minutes=8):
+    """Wait for `until`, while the job is there."""
+    end = time.monotonic() + 60 * minutes
+    while not until():
+        assert time.monotonic() < end, f"{what}: not within {minutes} minutes\n{log(number)[-3000:]}"
+        assert command("squeue", "-h", "-j", number, ok=False), f"{what}: the job is gone\n{log(number)[-3000:]}"
+        time.sleep(0.5)
+
+
+def preempt(number, *how):
+    """Signal the job in mid-pruning, and see it saved and requeued; then let it start without Slurm's pause."""
+    wait(number, "first checkpoint", lambda: iteration() >= 20)
+    time.sleep(1.5)  # some iterations more, which only a save at the signal can keep
+    restarts = log(number).count("requeued")
+    command("scancel", *how, number)
+    wait(number, "requeue", lambda: log(number).count("requeued") > restarts)
+    wait(number, "pending", lambda: "PENDING" in command("squeue", "-h", "-j", number, "-o", "%T"))
+    status = json.loads(Path("run/run_status.json").read_text())
+    assert status["status"] == "preempted" and status["iteration"] == iteration()
+    assert not Path("run/hf").exists()
+    command("scontrol", "update", f"JobId={number}", "StartTime=now")
+    return iteration()
+
+
+def finished(number, stopped_at):
+    """Wait for the end and check what is there."""
+    end = time.monotonic() + 600
+    while command("squeue", "-h", "-j", number, ok=False) and time.monotonic() < end:
+        time.sleep(1)
+    text = log(number)
+    assert "JobState=COMPLETED" in command("scontrol", "show", "job", number), text[-3000:]
+    assert text.count("job finished at iteration") == 1
+    ledger = json.loads(Path("run/launch_status.json").read_text())
+    assert ledger["status"] == "finished" and ledger["done"]["export"] == iteration() > stopped_at
+    removals = [json.loads(line) for line in Path("run/pruning_history.jsonl").read_text().splitlines()]
+    parameters = [removal["parameters"] for removal in removals]
+    assert parameters == sorted(parameters, reverse=True) and len(set(parameters)) == len(parameters)
+    assert 150_000 * 0.995 <= parameters[-1] <= 150_000
+    before, after = ([r for r in removals if (r["iteration"] <= stopped_at) == early] for early in (True, False))
+    assert before and after, "it was preempted in mid-pruning"
+    assert json.loads(Path("run/hf/config.json").read_text())["vocab_size"] == 512
+
+
+def test_a_task_per_node_preempted_by_a_signal_to_its_steps(job, monkeypatch):
+    """torchrun on each of two nodes; `scancel --signal=TERM` reaches every process of the step."""
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    number = job("--nodes=2")
+    finished(number, preempt(number, "--signal=TERM"))
+    logs = sorted(Path(f"efficientllm-{number}").rglob("std*.log"))
+    assert {path.relative_to(f"efficientllm-{number}").parts[:2] for path in logs} == {
+        (f"run-{start}", f"node-{node}") for start in (0, 1) for node in (0, 1)
+    }
+
+
+def test_a_task_per_rank_preempted_by_its_time_limits_signal(job):
+    """Two ranks on one node, two on the other, no torchrun; the script alone gets USR1, as before a time limit."""
+    number = job("--nodes=2", "--ntasks-per-node=2")
+    finished(number, preempt(number, "--batch", "--signal=USR1"))
+    names = {path.name for path in Path(f"efficientllm-{number}/run-1").iterdir()}
+    assert names == {f"rank-{rank}.log" for rank in range(4)}
+
+
+def test_a_cancelled_job_stays_cancelled(job, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    number = job("--nodes=1")
+    wait(number, "first checkpoint", lambda: iteration() >= 20)
+    command("scancel", number)
+    end = time.monotonic() + 120
+    while command("squeue", "-h", "-j", number, ok=False) and time.monotonic() < end:
+        time.sleep(1)
+    assert "JobState=CANCELLED" in command("scontrol", "show", "job", number)
+    assert "requeued" not in log(number)
+
+
+def test_wrong_use_fails_with_one_line(job):
+    """Two ranks on each node, a batch that four do not divide."""
+    text = Path("run.yaml").read_text()
+    Path("run.yaml").write_text(text.replace("global_batch_size: 8", "global_batch_size: 6"))
+    number = job("--nodes=2", "--ntasks-per-node=2")
+    end = time.monotonic() + 300
+    while command("squeue", "-h", "-j", number, ok=False) and time.monotonic() < end:
+        time.sleep(1)
+    logs = [path.read_text() for path in Path(f"efficientllm-{number}").rglob("rank-*.log")]
+    assert sum(text.count("error: ") for text in logs) == 1
+    assert "JobState=FAILED" in command("scontrol", "show", "job", number)
+    assert os.listdir() and not Path("run/hf").exists()
