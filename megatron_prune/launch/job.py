@@ -29,8 +29,9 @@ from megatron_prune.errors import UserError
 from megatron_prune.launch import stages
 from megatron_prune.launch.agreement import consult, own_facts
 from megatron_prune.launch.places import Torchrun, find_place, rank_settings
+from megatron_prune.launch.signals import STOP_SIGNALS
 from megatron_prune.launch.stages import Ledger, Plan, make_plan, read_progress, read_run_status
-from megatron_prune.launch.supervisor import SIGNALS, supervise
+from megatron_prune.launch.supervisor import supervise
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def main(argv: Sequence[str], train: Train, script: Path) -> int:
     if set(argv[: list(argv).index("--")] if "--" in argv else argv) & {"--help", "-h"}:
         sys.stdout.write(USAGE if speaks else "")
         return 0
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, _leave)
     try:
         request = Request.parse(argv)
@@ -266,12 +267,17 @@ class _Rank:
         self._note(stages.RUNNING)
         if plan.train is not None:
             self._forget_unsaved()
-            code = self.train(self.request.training_arguments(plan.train))
-            for number in SIGNALS:
-                signal.signal(number, _leave)
+            # From here to where training listens, a signal waits: a rank that left now would let the others wait.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            try:
+                code = self.train(self.request.training_arguments(plan.train))
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             if code != 0:
+                from megatron_prune.launch.failures import leave  # imports torch, as the training has
+
                 self._note(stages.FAILED)
-                return code
+                leave(code)
         if self.rank != 0:
             return 0
         if self._plan().train is not None:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from megatron_prune.launch.signals import STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def supervise(command: Sequence[str], environment: dict[str, str], grace: float,
     def note(number: int, _frame: FrameType | None) -> None:
         told.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         process = subprocess.Popen(list(command), env=environment, preexec_fn=_ignore_signals)
         return _watch(process, told, grace, poll)
@@ -84,7 +84,7 @@ def _watch(process: subprocess.Popen[bytes], told: list[signal.Signals], grace: 
 
 
 def _ignore_signals() -> None:
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
