@@ -12,7 +12,7 @@ To add an option, add one field to one section: its flag, help, YAML, limits and
 """
 
 from megatron_prune.config.command_line import Command, help_text, load_config, parse_command
-from megatron_prune.config.pruning import ContinuedConfig, GroupCost, PruningConfig, Quantum, RoundWidths
+from megatron_prune.config.pruning import ContinuedConfig, GroupCost, PruningConfig, Quantum, RoundWidths, SecondOrder
 from megatron_prune.config.schema import (
     CheckpointConfig,
     Config,
@@ -40,6 +40,7 @@ __all__ = [
     "PruningConfig",
     "Quantum",
     "RoundWidths",
+    "SecondOrder",
     "TrainingConfig",
     "check_fields",
     "data_parallel_size",

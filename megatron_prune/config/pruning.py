@@ -61,6 +61,22 @@ class RoundWidths:
 
 
 @dataclass(frozen=True)
+class SecondOrder:
+    """The second-order weight update before a removal (EfficientLLM-B), and the Hessians it shares with metric obc."""
+
+    enabled: bool = option(False, "before a group leaves, the weights beside it take over what they can of its work")
+    stem: bool = option(True, "also before a stem channel leaves (qkv, gate/up and an untied LM head)")
+    damping: float = option(0.01, "added to the Hessian's diagonal, relative to its mean", above=0)
+    calibration_tokens: int = option(
+        32768,
+        "tokens of the iteration's own batch that a Hessian is made from, rounded up to whole micro-batches per rank",
+        at_least=1,
+        count=True,
+    )
+    refresh: int = option(1, "removals after which metric obc computes its Hessians anew", at_least=1)
+
+
+@dataclass(frozen=True)
 class PruningConfig:
     """Which groups leave, when, and by which score. All flags of this section begin with --prune-."""
 
@@ -78,7 +94,9 @@ class PruningConfig:
         ("head", "ffn", "stem"), "kinds of groups that may be removed"
     )
     metric: str = option(
-        "taylor_mix", "element-wise saliency criterion by its registered name, such as taylor_first or magnitude"
+        "taylor_mix",
+        "element-wise saliency criterion by its registered name: taylor_first, taylor_second, taylor_mix, obd, obc, "
+        "wanda, flap, minitron, magnitude, random",
     )
     fisher: Literal["microbatch", "adam", "batch"] = option(
         "microbatch",
@@ -105,6 +123,9 @@ class PruningConfig:
     finish: Literal["exact", "first"] = option(
         "exact",
         "exact: avoid groups that would end more than 0.5 percent below the target; first: always the least salient",
+    )
+    second_order: SecondOrder = option(
+        SecondOrder(), "second-order weight update before each removal, and the Hessians of metric obc"
     )
     min_heads: int = option(1, "query heads that every layer keeps", at_least=1)
     min_ffn: int = option(1, "FFN channels that every layer keeps", at_least=1)

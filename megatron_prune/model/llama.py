@@ -4,6 +4,7 @@ transformer_config   LlamaShape + layout + run options -> megatron-core's Transf
 build_llama          this rank's pipeline stage as a `PrunableLlama` (megatron-core's GPTModel with our layer spec)
 bind_layout          after slots changed: live widths, masks and KV maps of every layer
 named_rows           each local parameter with its row of THE table
+named_linears        the layers among them that multiply by a weight [out, in], whose inputs may be watched
 load_parameters      fill the stage from any source of canonical tensors
 """
 
@@ -238,6 +239,15 @@ def named_rows(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[str,
     """
     for _, name, parameter, row in _local_rows(inner_model(model), table):
         yield name, parameter, row
+
+
+def named_linears(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[str, torch.nn.Module, ParamAxes]]:
+    """(name of its weight, module, row) of each local linear layer, in model order: qkv, attention output, gate/up,
+    FFN down of every layer, and an LM head of its own (a tied one is the embedding)."""
+    llama = inner_model(model)
+    for local_name, name, parameter, row in _local_rows(llama, table):
+        if parameter.dim() == 2 and "embedding" not in row.name:
+            yield name, llama.get_submodule(local_name.removesuffix(".weight")), row
 
 
 def _local_rows(llama: PrunableLlama, table: ParamTable) -> Iterator[tuple[str, str, torch.nn.Parameter, ParamAxes]]:

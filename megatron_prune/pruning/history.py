@@ -28,6 +28,8 @@ class Removal:
         kind, units: see `Group`.
         scores: the saliencies it was chosen by, per kind. margin: gap to the runner-up, relative (null: no
         alternative). parameters: live parameters after it; the three widths after it follow.
+        layer_errors: with a second-order update, the layers' mean squared output error, `removed` without it and
+            `compensated` with it; else null.
     """
 
     iteration: int
@@ -40,6 +42,7 @@ class Removal:
     num_attention_heads: int
     ffn_hidden_size: int
     hidden_size: int
+    layer_errors: dict[str, float] | None = None
 
     @property
     def group(self) -> Group:

@@ -1,2 +1,3 @@
-"""What a unit costs: element-wise criteria (`criteria`), the Fisher estimate (`fisher`), sums per unit over all ranks
-(`reducer`), those sums as plain arrays (`scores`), and as pictures (`plots`)."""
+"""What a unit costs: element-wise criteria (`criteria`), the statistics they need (`fisher`, `inputs`, `hessian`,
+gathered by `collector`), sums per unit over all ranks (`reducer`), those as plain arrays (`scores`), and as pictures
+(`plots`)."""

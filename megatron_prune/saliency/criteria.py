@@ -8,18 +8,27 @@ arXiv 2502.06663, Eq. 9): that is where the sign in `taylor_mix` comes from. Add
     def my_score(elements: Elements) -> Tensor:
         return (elements.weight * elements.gradient).abs().sqrt()
 
-and name it in `pruning.metric`. Sums per unit, reduction over ranks and the choice follow by themselves.
+and name it in `pruning.metric`. Sums per unit, reduction over ranks and the choice follow by themselves. What a
+criterion may need, and what each of the shipped ones computes and costs, is in docs/criteria.md.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+
+GRADIENT, FISHER, LIVE = "gradient", "fisher", "live"
+INPUT_NORM, INPUT_VARIANCE, INPUT_MAGNITUDE = "input_norm", "input_variance", "input_magnitude"
+STEM_MAGNITUDE, INVERSE_HESSIAN = "stem_magnitude", "inverse_hessian"
+
+# Means per token of one column's input x, collected in one pass together.
+INPUT_MOMENTS = frozenset({INPUT_NORM, INPUT_VARIANCE, INPUT_MAGNITUDE, STEM_MAGNITUDE})
+STATISTICS = frozenset({GRADIENT, FISHER, LIVE, INVERSE_HESSIAN}) | INPUT_MOMENTS
 
 
 @dataclass(frozen=True)
@@ -29,32 +38,85 @@ class Elements:
     Args:
         weight: main weights w_t.
         gradient: reduced gradient of the mean loss over the global batch, before clipping.
-        fisher: diagonal empirical Fisher, or None when the criterion does not need it.
+        statistics: what else the criterion declared to need, by name; the properties below read it.
     """
 
     weight: Tensor
     gradient: Tensor
-    fisher: Tensor | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def _statistic(self, name: str) -> Tensor:
+        assert name in self.statistics, f'a criterion that reads {name} declares it: needs={{"{name}"}}'
+        return self.statistics[name]
+
+    @property
+    def fisher(self) -> Tensor:
+        """Diagonal empirical Fisher F, from the source that `pruning.fisher` names."""
+        return self._statistic(FISHER)
+
+    @property
+    def live(self) -> Tensor:
+        """1 where both the row and the column hold a unit, else 0. Only scores that ignore the weight need it: empty
+        slots must add nothing to a sum, and elsewhere their zero weights see to that."""
+        return self._statistic(LIVE)
+
+    @property
+    def input_norm(self) -> Tensor:
+        """Root mean square over the batch's tokens of the input of the element's column."""
+        return self._statistic(INPUT_NORM)
+
+    @property
+    def input_variance(self) -> Tensor:
+        """Variance of that input over the batch's tokens."""
+        return self._statistic(INPUT_VARIANCE)
+
+    @property
+    def input_magnitude(self) -> Tensor:
+        """Mean absolute value of that input."""
+        return self._statistic(INPUT_MAGNITUDE)
+
+    @property
+    def stem_magnitude(self) -> Tensor:
+        """Mean absolute value of the row's stem channel where the attention or FFN block reads it: after its norm."""
+        return self._statistic(STEM_MAGNITUDE)
+
+    @property
+    def inverse_hessian(self) -> Tensor:
+        """[H^-1]_pp of the element's column p, with H = X^T X / tokens + damping (see `saliency.hessian`)."""
+        return self._statistic(INVERSE_HESSIAN)
+
+
+Score = Callable[[Elements], Tensor]
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A registered criterion: its name, the statistics it needs (`gradient`, `fisher`), and the function."""
+    """A registered criterion.
+
+    Args:
+        needs: names out of `STATISTICS`.
+        score: S of every element; a unit's score is the sum over its elements.
+        stem: another S to sum for stem channels (rows), or None where the same one serves all kinds.
+    """
 
     name: str
     needs: frozenset[str]
-    score: Callable[[Elements], Tensor]
+    score: Score
+    stem: Score | None = None
 
 
 _REGISTRY: dict[str, Criterion] = {}
 
 
-def criterion(name: str, needs: Iterable[str] = ()) -> Callable[[Callable[[Elements], Tensor]], Criterion]:
-    """Decorator that registers an element-wise function under `name`."""
+def criterion(name: str, needs: Iterable[str] = (), stem: Score | None = None) -> Callable[[Score], Criterion]:
+    """Decorator that registers an element-wise function under `name`; see `Criterion` for the arguments."""
 
-    def register(function: Callable[[Elements], Tensor]) -> Criterion:
+    unknown = set(needs) - STATISTICS
+    assert not unknown, f"criterion {name} needs {sorted(unknown)}; there are {', '.join(sorted(STATISTICS))}"
+
+    def register(function: Score) -> Criterion:
         assert name not in _REGISTRY, f"criterion {name} is registered twice"
-        _REGISTRY[name] = Criterion(name, frozenset(needs), function)
+        _REGISTRY[name] = Criterion(name, frozenset(needs), function, stem)
         return _REGISTRY[name]
 
     return register
@@ -74,11 +136,6 @@ def find_criterion(name: str) -> Criterion:
     return _REGISTRY[name]
 
 
-def _fisher(elements: Elements) -> Tensor:
-    assert elements.fisher is not None
-    return elements.fisher
-
-
 @criterion("taylor_first", needs={"gradient"})
 def taylor_first(elements: Elements) -> Tensor:
     """|w g|: LLM-Pruner's param_first."""
@@ -88,20 +145,52 @@ def taylor_first(elements: Elements) -> Tensor:
 @criterion("taylor_second", needs={"gradient", "fisher"})
 def taylor_second(elements: Elements) -> Tensor:
     """|w^2 F|: LLM-Pruner's param_second."""
-    return elements.weight.square() * _fisher(elements)
+    return elements.weight.square() * elements.fisher
 
 
 @criterion("obd", needs={"gradient", "fisher"})
 def obd(elements: Elements) -> Tensor:
     """w^2 F / 2: Optimal Brain Damage (LeCun et al. 1990) with the empirical Fisher as the Hessian's diagonal."""
-    return elements.weight.square() * _fisher(elements) / 2
+    return elements.weight.square() * elements.fisher / 2
 
 
 @criterion("taylor_mix", needs={"gradient", "fisher"})
 def taylor_mix(elements: Elements) -> Tensor:
     """|w g - w^2 F / 2|: LLM-Pruner's param_mix and EfficientLLM-A."""
-    second = elements.weight.square().mul_(_fisher(elements)).div_(2)
+    second = elements.weight.square().mul_(elements.fisher).div_(2)
     return (elements.weight * elements.gradient).sub_(second).abs_()
+
+
+@criterion("obc", needs={INVERSE_HESSIAN})
+def obc(elements: Elements) -> Tensor:
+    """w^2 / [H^-1]_pp: how much the layer's squared output error grows (per token) when w goes and the rest of its row
+    is re-fitted; Optimal Brain Surgeon per layer (OBC, arXiv 2208.11580; SparseGPT, arXiv 2301.00774)."""
+    return elements.weight.square().div_(elements.inverse_hessian)
+
+
+@criterion("wanda", needs={INPUT_NORM})
+def wanda(elements: Elements) -> Tensor:
+    """|w| times the norm of its input feature (Wanda, arXiv 2306.11695); the norm is per token, so that scores do not
+    grow with the batch."""
+    return elements.weight.abs().mul_(elements.input_norm)
+
+
+@criterion("flap", needs={INPUT_VARIANCE})
+def flap(elements: Elements) -> Tensor:
+    """w^2 times the variance of its input feature: over a column FLAP's WIFV, variance x ||w_col||^2
+    (arXiv 2312.11983)."""
+    return elements.weight.square().mul_(elements.input_variance)
+
+
+def _minitron_stem(elements: Elements) -> Tensor:
+    return elements.stem_magnitude * elements.live
+
+
+@criterion("minitron", needs={INPUT_MAGNITUDE, STEM_MAGNITUDE, LIVE}, stem=_minitron_stem)
+def minitron(elements: Elements) -> Tensor:
+    """Mean absolute activation, whatever the weights (Minitron, arXiv 2407.14679): of the head's output
+    or FFN channel, and for the stem of the normed hidden state."""
+    return elements.input_magnitude * elements.live
 
 
 @criterion("magnitude")

@@ -11,7 +11,8 @@ No atomic adds: the sums of a rank are bit-reproducible.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,21 +23,31 @@ from megatron_prune.model.layout import EMPTY, ShardLayout
 from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.optimizer.owned import OwnedShard, owned_shards
 from megatron_prune.runtime.mesh import all_reduce_sum
-from megatron_prune.saliency.criteria import Criterion, Elements
+from megatron_prune.saliency.criteria import FISHER, GRADIENT, LIVE, STEM_MAGNITUDE, Criterion, Elements
 from megatron_prune.saliency.scores import UnitScores, score_length
+
+# Weight name -> statistic -> one value per stored column (`stem_magnitude`: per stored row) of this rank.
+ColumnStatistics = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass
 class ElementScores:
-    """S of every element of the output projections that this rank owns, at one (w_t, g_t)."""
+    """S of every element of the output projections that this rank owns, at one (w_t, g_t).
+
+    Args:
+        pieces: owned ranges and their S.
+        stem_pieces: the S to sum for stem channels, by weight name, where the criterion has one of its own.
+    """
 
     model: ShardedModel
     pieces: list[tuple[OwnedShard, Tensor]]
+    stem_pieces: dict[str, Tensor] = field(default_factory=dict)
 
     def drop(self, group: Group, layout: ShardLayout) -> None:
         """Forget the elements of a removed group; `layout` is the one before its removal."""
         for shard, scores in self.pieces:
-            shard.zero([scores], shard.row.group_positions(group, layout, self.model.mesh.tp_rank))
+            tensors = [scores, *([self.stem_pieces[shard.name]] if self.stem_pieces else [])]
+            shard.zero(tensors, shard.row.group_positions(group, layout, self.model.mesh.tp_rank))
 
     @torch.no_grad()
     def reduce(self) -> UnitScores:
@@ -53,6 +64,8 @@ class ElementScores:
         live_stem = torch.from_numpy(np.flatnonzero(layout.stem != EMPTY)).to(vector.device)
         for shard, scores in self.pieces:
             row_sums, column_sums = _sums(shard, scores)
+            if self.stem_pieces:
+                row_sums, _ = _sums(shard, self.stem_pieces[shard.name])
             stem += row_sums[live_stem]
             dim = shard.row.parts[0].dims[1]
             slots = layout.slots(dim.kind, shard.row.layer, mesh.tp_rank)
@@ -85,7 +98,11 @@ def _sums(shard: OwnedShard, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def score_elements(
-    model: ShardedModel, criterion: Criterion, fisher: str, microbatch_fisher: dict[str, Tensor] | None = None
+    model: ShardedModel,
+    criterion: Criterion,
+    fisher: str,
+    microbatch_fisher: dict[str, Tensor] | None = None,
+    inputs: ColumnStatistics | None = None,
 ) -> ElementScores:
     """S of this rank's owned output weights; call after the gradients are reduced and before the optimizer steps.
 
@@ -93,20 +110,50 @@ def score_elements(
         fisher: `microbatch` (then `microbatch_fisher` is `MicrobatchFisher.reduce()`), `adam` (exp_avg_sq as it is
             before this step; zeros at first) or `batch` (the reduced gradient squared). The latter two are free and
             unscaled: a squared mean gradient is far smaller than the mean of squares.
+        inputs: what the criterion needs to know of the layers' inputs (see `saliency.collector`).
     """
-    pieces = []
+    pieces, stem_pieces = [], {}
     for shard in owned_shards(model):
         if not shard.row.is_output:
             continue
-        gradient, weight = shard.grad.float(), shard.main.float()
-        squares = None
-        if "fisher" in criterion.needs:
-            if fisher == "microbatch":
-                assert microbatch_fisher is not None
-                squares = microbatch_fisher[shard.name]
-            elif fisher == "adam":
-                squares = shard.moments.get("exp_avg_sq", torch.zeros_like(gradient))
+        gradient, weight, statistics = shard.grad.float(), shard.main.float(), {}
+        for name in criterion.needs - {GRADIENT}:
+            if name == FISHER:
+                statistics[name] = _fisher(shard, gradient, fisher, microbatch_fisher)
+            elif name == LIVE:
+                statistics[name] = _live(shard, model)
             else:
-                squares = gradient.square()
-        pieces.append((shard, criterion.score(Elements(weight, gradient, squares))))
-    return ElementScores(model, pieces)
+                assert inputs is not None, f"criterion {criterion.name} needs {name}"
+                statistics[name] = _spread(shard, inputs[shard.name][name], by_row=name == STEM_MAGNITUDE)
+        elements = Elements(weight, gradient, statistics)
+        pieces.append((shard, criterion.score(elements)))
+        if criterion.stem is not None:
+            stem_pieces[shard.name] = criterion.stem(elements)
+    return ElementScores(model, pieces, stem_pieces)
+
+
+def _fisher(shard: OwnedShard, gradient: Tensor, source: str, microbatch_fisher: dict[str, Tensor] | None) -> Tensor:
+    if source == "microbatch":
+        assert microbatch_fisher is not None
+        return microbatch_fisher[shard.name]
+    if source == "adam":
+        return shard.moments.get("exp_avg_sq", torch.zeros_like(gradient))
+    return gradient.square()
+
+
+def _live(shard: OwnedShard, model: ShardedModel) -> Tensor:
+    """1 where both row and column of an element hold a unit, else 0."""
+    masks = [
+        torch.from_numpy(shard.row.element_ids(dim, model.layout, model.mesh.tp_rank) != EMPTY).to(shard.key.device)
+        for dim in range(2)
+    ]
+    return _spread(shard, masks[0].float(), by_row=True).mul_(_spread(shard, masks[1].float(), by_row=False))
+
+
+def _spread(shard: OwnedShard, values: Tensor, by_row: bool) -> Tensor:
+    """One value per row (or column) of the local matrix, at every element of the owned range; flat fp32."""
+    spread = torch.empty(shard.end - shard.start, dtype=torch.float32, device=values.device)
+    for offset, length, rows, columns in shard.blocks():
+        block = spread[offset : offset + length].view(rows.stop - rows.start, columns.stop - columns.start)
+        block.copy_(values[rows][:, None].expand_as(block) if by_row else values[columns].expand_as(block))
+    return spread

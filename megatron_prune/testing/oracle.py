@@ -1,6 +1,6 @@
 """The dense oracle: the whole method in plain torch, one process, no sharding, nothing hidden.
 
-    OracleSettings   optimizer, criterion, choice and schedule of a run
+    OracleSettings   optimizer, criterion, choice and schedule of a run (`oracle_settings`)
     DenseOracle      weights, Adam moments and live units; `train_step` does one pruning-aware iteration
     StepResult       loss, gradient norm and removals of an iteration
     Removal          one removed group
@@ -16,17 +16,16 @@ cannot come back and needs no mask. The sharded system must give the same losses
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_prune.errors import UserError
-from megatron_prune.testing import oracle_model, oracle_scores
+from megatron_prune.testing import oracle_model, oracle_scores, oracle_second_order
 from megatron_prune.testing.oracle_geometry import (
-    FFN,
     HEAD,
     STEM,
     Geometry,
@@ -37,87 +36,9 @@ from megatron_prune.testing.oracle_geometry import (
     weight_shapes,
 )
 from megatron_prune.testing.oracle_scores import Units, UnitScores
+from megatron_prune.testing.oracle_settings import OracleSettings
 
 MicroBatch = tuple[Tensor, Tensor]
-
-_CHOICES = {
-    "criterion": oracle_scores.CRITERIA,
-    "fisher": ("microbatch", "adam", "batch"),
-    "fisher_unit": ("sequence", "token"),
-    "head_score": ("per_column", "sum"),
-    "normalize": ("none", "per_parameter"),
-    "gqa": ("cluster", "uniform", "kv_group"),
-    "finish": ("exact", "any"),
-}
-
-
-@dataclass(frozen=True)
-class OracleSettings:
-    """What a run does; the defaults of the pruning fields are the project's.
-
-    Args:
-        lr: learning rate of an iteration, from the number of iterations before it (0 for the first), or a constant.
-        betas, eps, weight_decay: AdamW; decay is decoupled and on tensors of two dims only.
-        clip_grad: largest global gradient norm; 0 switches clipping off.
-        criterion: `taylor_first`, `taylor_second`, `taylor_mix`, `obd`, `magnitude`.
-        fisher: F = scale x mean over micro-batches of their own squared gradients (`microbatch`), exp_avg_sq before
-            this iteration's optimizer step (`adam`), or the square of the mean gradient (`batch`).
-        fisher_unit: scale of `microbatch`: the sequences (`sequence`) or tokens (`token`) of a micro-batch.
-        head_score: a head's sum of S divided by its columns of W_o (`per_column`) or as it is (`sum`).
-        normalize: `per_parameter` divides a group's score by the parameters that leave with it.
-        saliency_momentum: m of the moving average of unit scores; 0 switches it off.
-        score_idle: score (and smooth) at scheduled iterations that have no credit to remove anything, too.
-        types: kinds of groups that may go.
-        min_heads, min_ffn, min_hidden: widths that are kept.
-        gqa: the unit of a head group, see `oracle_scores.head_options`.
-        ratio: pruning steps p and gradient steps g of "p:g".
-        first_prune_iter: iteration from which every g-th one is scheduled, itself included (0: g, 2 g, 3 g, ...).
-        group_cost: pruning steps that a group of each kind uses up; default head_dim, 1, 1.
-        target_params: pruning ends once parameters <= target; None never prunes.
-        finish: `exact` avoids groups that overshoot the target by more than 0.5 %; `any` does not care.
-    """
-
-    lr: Callable[[int], float] | float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    criterion: str = "taylor_mix"
-    fisher: str = "microbatch"
-    fisher_unit: str = "sequence"
-    head_score: str = "per_column"
-    normalize: str = "per_parameter"
-    saliency_momentum: float = 0.9
-    score_idle: bool = False
-    types: tuple[str, ...] = oracle_scores.KINDS
-    min_heads: int = 1
-    min_ffn: int = 1
-    min_hidden: int = 1
-    gqa: str = "kv_group"
-    ratio: tuple[int, int] = (1, 1)
-    first_prune_iter: int = 0
-    group_cost: Mapping[str, float] = field(default_factory=dict)
-    target_params: int | None = None
-    finish: str = "exact"
-
-    def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
-
-    @property
-    def choice_rules(self) -> oracle_scores.ChoiceRules:
-        """The part that the choice of a group depends on; only where there is a target."""
-        assert self.target_params is not None
-        return oracle_scores.ChoiceRules(
-            head_score=self.head_score,
-            normalize=self.normalize,
-            gqa=self.gqa,
-            types=tuple(self.types),
-            min_widths={HEAD: max(1, self.min_heads), FFN: max(1, self.min_ffn), STEM: max(1, self.min_hidden)},
-            target_params=self.target_params,
-            finish=self.finish,
-        )
 
 
 @dataclass(frozen=True)
@@ -131,6 +52,7 @@ class Removal:
         margin: relative gap between its score and the best alternative's; infinite without one.
         parameters_after: parameters of the model once it is gone.
         iteration: the iteration it was removed in, counted from 1.
+        layer_errors: mean squared output error of the layers (without, with the second-order update), if one was made.
     """
 
     kind: str
@@ -139,6 +61,15 @@ class Removal:
     margin: float
     parameters_after: int
     iteration: int
+    layer_errors: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """S of the output projections by name, and the one to sum for stem channels where a criterion has two."""
+
+    columns: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,9 +162,10 @@ class DenseOracle:
         scheduled = self._is_scheduled()
         due = scheduled and (self.credits + self.settings.ratio[0] >= 1 or self.settings.score_idle)
         loss, gradient, squares = self.gradients(micro_batches)
-        scores = self.element_scores(gradient, squares) if due else {}
+        scores = self._scores(micro_batches, gradient, squares) if due else None
+        inputs = self.inputs(micro_batches) if due and self.settings.second_order else None
         grad_norm = self._optimizer_step(gradient)
-        removed = self._prune(scores) if scheduled else []
+        removed = self._prune(scores, inputs) if scheduled else []
         return StepResult(loss, grad_norm, removed)
 
     def gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
@@ -272,10 +204,51 @@ class DenseOracle:
             )
         return scores
 
+    @torch.no_grad()
+    def inputs(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        """The input [tokens, features] of every linear layer over these micro-batches, by its weight's name."""
+        found: dict[str, list[Tensor]] = {}
+        for tokens, _ in micro_batches:
+            oracle_model.logits(
+                tokens,
+                self.weights,
+                self.geometry,
+                self.live,
+                lambda name, x: found.setdefault(name, []).append(x.flatten(0, 1)),
+            )
+        return {name: torch.cat(pieces) for name, pieces in found.items()}
+
+    def input_scores(self, inputs: Mapping[str, Tensor]) -> Scores:
+        """S from the layers' inputs, for the criteria that are made of them."""
+        names, criterion = output_projections(self.geometry), self.settings.criterion
+        columns = {
+            name: oracle_scores.input_scores(criterion, self.weights[name], inputs[name], self.settings.damping)
+            for name in names
+        }
+        if criterion != "minitron":
+            return Scores(columns)
+        entrances = {"o_proj": "q_proj", "down_proj": "gate_proj"}
+        rows = {}
+        for name in names:
+            own = name.split(".")[-2]
+            mean = inputs[name.replace(own, entrances[own])].double().abs().mean(dim=0)
+            rows[name] = mean[:, None].expand_as(self.weights[name])
+        return Scores(columns, rows)
+
     def unit_scores(self, micro_batches: Sequence[MicroBatch]) -> UnitScores:
         """Sums of S per live unit for these micro-batches, unsmoothed; changes nothing."""
         _, gradient, squares = self.gradients(micro_batches)
-        return oracle_scores.unit_scores(self.element_scores(gradient, squares), self.geometry, self.live)
+        return self._summed(self._scores(micro_batches, gradient, squares))
+
+    def _scores(
+        self, micro_batches: Sequence[MicroBatch], gradient: Mapping[str, Tensor], squares: Mapping[str, Tensor]
+    ) -> Scores:
+        if self.settings.criterion in oracle_scores.INPUT_CRITERIA:
+            return self.input_scores(self.inputs(micro_batches))
+        return Scores(self.element_scores(gradient, squares))
+
+    def _summed(self, scores: Scores) -> UnitScores:
+        return oracle_scores.unit_scores(scores.columns, self.geometry, self.live, scores.rows)
 
     def _optimizer_step(self, gradient: Mapping[str, Tensor]) -> float:
         """Clip by the global norm as Megatron does, then AdamW (decoupled decay, bias correction)."""
@@ -305,31 +278,45 @@ class DenseOracle:
         since = self.iteration - self.settings.first_prune_iter
         return since >= 0 and since % self.settings.ratio[1] == 0 and self._above_target()
 
-    def _prune(self, scores: dict[str, Tensor]) -> list[Removal]:
+    def _prune(self, scores: Scores | None, inputs: dict[str, Tensor] | None) -> list[Removal]:
         """Spend this iteration's credit. Later choices reuse S, summed again without the units that are gone."""
         self.credits += self.settings.ratio[0]
         before = self.smoothed
-        if scores and self.credits < 1:  # score_idle
+        if scores is not None and self.credits < 1:  # score_idle
             self.smoothed = self._smooth(before, scores)
         removed: list[Removal] = []
         while self.credits >= 1 and self._above_target():
+            assert scores is not None
             self.smoothed = self._smooth(before, scores)
             rules = self.settings.choice_rules
             found = oracle_scores.candidates(self.smoothed, self.geometry, self.live, rules)
             if not found:
                 break
             best, margin = oracle_scores.choose(found, rules)
-            scores = self.remove(best.kind, best.units, scores)
+            live, errors = self.live, self._compensate(best.kind, best.units, inputs)
+            columns = self.remove(best.kind, best.units, scores.columns)
+            scores = Scores(columns, shrink(self.geometry, scores.rows or {}, live, self.live))
+            inputs = inputs and oracle_second_order.without(inputs, self.geometry, live, self.live, best.kind)
             self.credits -= self.settings.group_cost.get(best.kind, self.geometry.head_dim if best.kind == HEAD else 1)
             saliencies = {candidate.kind: candidate.score for candidate in found}
-            removal = Removal(best.kind, best.units, saliencies, margin, self.parameters(), self.iteration)
+            removal = Removal(best.kind, best.units, saliencies, margin, self.parameters(), self.iteration, errors)
             removed.append(removal)
         self.removals += removed
         return removed
 
-    def _smooth(self, before: UnitScores | None, scores: Mapping[str, Tensor]) -> UnitScores:
-        new = oracle_scores.unit_scores(scores, self.geometry, self.live)
-        return oracle_scores.smooth(before, new, self.settings.saliency_momentum)
+    def _compensate(self, kind: str, units: Units, inputs: Mapping[str, Tensor] | None) -> tuple[float, float] | None:
+        """Second-order update for a group that is about to leave, from the inputs of this iteration's batch."""
+        if inputs is None or (kind == STEM and not self.settings.second_order_stem):
+            return None
+        after = self.live.without(kind, units)
+        updated, errors = oracle_second_order.compensated(
+            self.weights, inputs, self.geometry, self.live, after, kind, self.settings.damping
+        )
+        self.weights.update(updated)
+        return errors
+
+    def _smooth(self, before: UnitScores | None, scores: Scores) -> UnitScores:
+        return oracle_scores.smooth(before, self._summed(scores), self.settings.saliency_momentum)
 
     def remove(self, kind: str, units: Units, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Cut a group out of weights and both moments, and out of `scores` (S by name), whose rest is returned."""

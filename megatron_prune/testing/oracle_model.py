@@ -4,6 +4,7 @@
     rms_norm           x / sqrt(mean(x^2) + eps) * weight, over the channels that are there
     attention          causal attention; every query head finds its KV head through `kv_index`
     mlp                SwiGLU: W_down (silu(W_gate x) * W_up x)
+    linear             x W^T, told to whoever records the inputs of weights
     logits             the whole model
 
 Tensors: B batch, S sequence, C live stem channels, H live query heads, G live KV heads, D head_dim, V vocabulary.
@@ -13,7 +14,7 @@ Weights are physically small: a removed unit is nowhere, so the RMSNorm width is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch.nn.functional import silu
 
 from megatron_prune.errors import UserError
 from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits
+
+Record = Callable[[str, Tensor], None]  # takes a weight's name and its input [B, S, features]
 
 
 def rope_frequencies(geometry: Geometry) -> Tensor:
@@ -59,15 +62,27 @@ def rotate(x_BHSD: Tensor, frequencies: Tensor) -> Tensor:
     return x_BHSD * angles_SD.cos() + torch.cat((-second, first), dim=-1) * angles_SD.sin()
 
 
+def linear(x: Tensor, weights: Mapping[str, Tensor], name: str, record: Record | None) -> Tensor:
+    """x W^T without a bias."""
+    if record is not None:
+        record(name, x)
+    return x @ weights[name].T
+
+
 def attention(
-    x_BSC: Tensor, weights: Mapping[str, Tensor], prefix: str, geometry: Geometry, kv_index: list[int]
+    x_BSC: Tensor,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    geometry: Geometry,
+    kv_index: list[int],
+    record: Record | None = None,
 ) -> Tensor:
     """Causal self-attention of one layer; `kv_index[h]` is the position of query head h's KV head. [B, S, C]."""
     B, S, _ = x_BSC.shape
     D = geometry.head_dim
 
     def project(name: str) -> Tensor:
-        y = x_BSC @ weights[f"{prefix}{name}_proj.weight"].T
+        y = linear(x_BSC, weights, f"{prefix}{name}_proj.weight", record)
         if geometry.qkv_bias:
             y = y + weights[f"{prefix}{name}_proj.bias"]
         y = y.view(B, S, -1, D)
@@ -83,25 +98,31 @@ def attention(
     future = torch.ones(S, S, dtype=torch.bool).triu(1)
     probabilities = scores_BHSS.masked_fill(future, -math.inf).softmax(-1)
     heads_BSHD = (probabilities @ v_BHSD).transpose(1, 2)
-    return heads_BSHD.reshape(B, S, -1) @ weights[f"{prefix}o_proj.weight"].T
+    return linear(heads_BSHD.reshape(B, S, -1), weights, f"{prefix}o_proj.weight", record)
 
 
-def mlp(x_BSC: Tensor, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
+def mlp(x_BSC: Tensor, weights: Mapping[str, Tensor], prefix: str, record: Record | None = None) -> Tensor:
     """SwiGLU feed-forward of one layer, [B, S, C]."""
-    gate = silu(x_BSC @ weights[f"{prefix}gate_proj.weight"].T)
-    up = x_BSC @ weights[f"{prefix}up_proj.weight"].T
-    return (gate * up) @ weights[f"{prefix}down_proj.weight"].T
+    gate = silu(linear(x_BSC, weights, f"{prefix}gate_proj.weight", record))
+    up = linear(x_BSC, weights, f"{prefix}up_proj.weight", record)
+    return linear(gate * up, weights, f"{prefix}down_proj.weight", record)
 
 
-def logits(tokens_BS: Tensor, weights: Mapping[str, Tensor], geometry: Geometry, live: LiveUnits) -> Tensor:
-    """Logits [B, S, V] of int64 tokens [B, S]."""
+def logits(
+    tokens_BS: Tensor,
+    weights: Mapping[str, Tensor],
+    geometry: Geometry,
+    live: LiveUnits,
+    record: Record | None = None,
+) -> Tensor:
+    """Logits [B, S, V] of int64 tokens [B, S]; `record` is told the input of every linear layer's weight."""
     embedding = weights["model.embed_tokens.weight"]
     x_BSC = embedding[tokens_BS]
     for layer in range(geometry.num_layers):
         prefix = f"model.layers.{layer}."
         normed = rms_norm(x_BSC, weights[prefix + "input_layernorm.weight"], geometry.epsilon)
-        x_BSC = x_BSC + attention(normed, weights, prefix + "self_attn.", geometry, live.kv_index(layer))
+        x_BSC = x_BSC + attention(normed, weights, prefix + "self_attn.", geometry, live.kv_index(layer), record)
         normed = rms_norm(x_BSC, weights[prefix + "post_attention_layernorm.weight"], geometry.epsilon)
-        x_BSC = x_BSC + mlp(normed, weights, prefix + "mlp.")
-    output = embedding if geometry.tied else weights["lm_head.weight"]
-    return rms_norm(x_BSC, weights["model.norm.weight"], geometry.epsilon) @ output.T
+        x_BSC = x_BSC + mlp(normed, weights, prefix + "mlp.", record)
+    normed = rms_norm(x_BSC, weights["model.norm.weight"], geometry.epsilon)
+    return linear(normed, weights, "model.embed_tokens.weight" if geometry.tied else "lm_head.weight", record)

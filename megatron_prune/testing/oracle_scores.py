@@ -1,6 +1,7 @@
 """The oracle's decision: element scores, unit scores, candidates, choice. Pure functions on small tensors and floats.
 
-    element_scores   S of one weight, the five criteria (EfficientLLM Eq. 9, LLM-Pruner's param_*, OBD)
+    element_scores   S of one weight, from gradient and Fisher (EfficientLLM Eq. 9, LLM-Pruner's param_*, OBD)
+    input_scores     S of one weight, from the inputs it multiplied (OBC, Wanda, FLAP, Minitron)
     unit_scores      S summed per query head, FFN channel and stem channel
     smooth           exponential moving average per unit
     candidates       the least salient group of each kind, with its runner-up and its size
@@ -22,7 +23,10 @@ from megatron_prune.testing.oracle_geometry import FFN, HEAD, STEM, Geometry, Li
 
 KINDS = (HEAD, FFN, STEM)
 CRITERIA = ("taylor_first", "taylor_second", "taylor_mix", "obd", "magnitude")
+INPUT_CRITERIA = ("obc", "wanda", "flap", "minitron")
 FIRST_ORDER_OR_NONE = ("taylor_first", "magnitude")
+
+_OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
 
 Units = tuple[tuple[int, ...], ...]
 
@@ -42,6 +46,28 @@ def element_scores(criterion: str, weight: Tensor, gradient: Tensor, fisher: Ten
     return (weight * gradient - weight.square() * fisher / 2).abs()
 
 
+def damped_hessian(x: Tensor, damping: float) -> Tensor:
+    """X^T X / tokens + damping x mean diagonal, fp64, of X [tokens, features]."""
+    gram = x.double().T @ x.double() / len(x)
+    return gram + (damping * gram.diagonal().mean().item() or 1.0) * torch.eye(len(gram), dtype=torch.float64)
+
+
+def input_scores(criterion: str, weight: Tensor, x: Tensor, damping: float) -> Tensor:
+    """S >= 0 of every element of W [out, in] whose input over the batch's tokens was X [tokens, in]; fp64.
+
+    Minitron's is the mean activation of the column; `unit_scores` is given another one for the stem.
+    """
+    w, inputs = weight.double(), x.double()
+    if criterion == "wanda":
+        return w.abs() * inputs.square().mean(dim=0).sqrt()
+    if criterion == "flap":
+        return w.square() * inputs.var(dim=0, correction=0)
+    if criterion == "minitron":
+        return inputs.abs().mean(dim=0).expand_as(w)
+    assert criterion == "obc", criterion
+    return w.square() / torch.linalg.inv(damped_hessian(x, damping)).diagonal()
+
+
 @dataclass(frozen=True)
 class UnitScores:
     """Sums of S per unit, by original id: heads and FFN channels per layer (over their input columns of W_o and
@@ -52,8 +78,11 @@ class UnitScores:
     stem: dict[int, float]
 
 
-def unit_scores(scores: Mapping[str, Tensor], geometry: Geometry, live: LiveUnits) -> UnitScores:
-    """Sum S (`scores`: the output projections' names -> [C, H x D] and [C, F]) over the elements of every live unit."""
+def unit_scores(
+    scores: Mapping[str, Tensor], geometry: Geometry, live: LiveUnits, stem_scores: Mapping[str, Tensor] | None = None
+) -> UnitScores:
+    """Sum S (`scores`: the output projections' names -> [C, H x D] and [C, F]) over the elements of every live unit;
+    for stem channels sum `stem_scores` where they are given."""
     head, ffn = [], []
     stem_sums = torch.zeros(())
     for layer in range(geometry.num_layers):
@@ -62,6 +91,8 @@ def unit_scores(scores: Mapping[str, Tensor], geometry: Geometry, live: LiveUnit
         head_sums = attention.reshape(len(live.stem), -1, geometry.head_dim).sum(dim=(0, 2))
         head.append(dict(zip(live.heads[layer], head_sums.tolist(), strict=True)))
         ffn.append(dict(zip(live.ffn[layer], down.sum(dim=0).tolist(), strict=True)))
+        if stem_scores:
+            attention, down = (stem_scores[f"model.layers.{layer}.{name}.weight"] for name in _OUTPUTS)
         stem_sums = stem_sums + attention.sum(dim=1) + down.sum(dim=1)
     return UnitScores(tuple(head), tuple(ffn), dict(zip(live.stem, stem_sums.tolist(), strict=True)))
 

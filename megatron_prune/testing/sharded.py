@@ -23,6 +23,7 @@ from megatron_prune.config import (
     PruningConfig,
     Quantum,
     RoundWidths,
+    SecondOrder,
     TrainingConfig,
 )
 from megatron_prune.model.architecture import Architecture, LlamaShape
@@ -163,6 +164,7 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             head_score=settings.head_score,  # type: ignore[arg-type]
             normalize=settings.normalize,  # type: ignore[arg-type]
             saliency_momentum=settings.saliency_momentum,
+            second_order=SecondOrder(settings.second_order, settings.second_order_stem, settings.damping),
             gqa=settings.gqa,  # type: ignore[arg-type]
             group_cost=GroupCost(**{kind: int(cost) for kind, cost in settings.group_cost.items()}),
             finish="exact" if settings.finish == "exact" else "first",

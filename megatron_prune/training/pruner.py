@@ -1,8 +1,9 @@
 """One iteration's pruning: what the loop calls around its optimizer step.
 
-Pruner.begin     before the forward pass: is a group due? then watch the micro-batches' gradients
+Pruner.begin     before the forward pass: is a group due? then watch gradients and inputs, as the criterion needs
 Pruner.score     gradients are reduced, weights not yet stepped: S at (w_t, g_t)
-Pruner.prune     after the step: decide on rank 0, broadcast, retire, until the schedule's credit is used up
+Pruner.prune     after the step: decide on rank 0, broadcast, update the survivors (variant B), retire, until the
+                 schedule's credit is used up
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import dataclasses
 import logging
 import math
 
+from torch import Tensor
+
 from megatron_prune.config import Config
 from megatron_prune.model.architecture import FFN, STEM, Architecture
 from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.schedule import PruningSchedule
+from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.pruning.selector import Decision, SelectorSettings, choose
 from megatron_prune.resharding.coordinator import Coordinator
-from megatron_prune.saliency.criteria import Criterion, find_criterion
-from megatron_prune.saliency.fisher import MicrobatchFisher
-from megatron_prune.saliency.reducer import ElementScores, score_elements
+from megatron_prune.saliency.collector import Collected, Collector, CollectorSettings
+from megatron_prune.saliency.criteria import INVERSE_HESSIAN, Criterion, find_criterion
+from megatron_prune.saliency.hessian import DiagonalCache
+from megatron_prune.saliency.inputs import InputNeeds
+from megatron_prune.saliency.reducer import ElementScores
 from megatron_prune.saliency.scores import UnitScores, smooth
 from megatron_prune.training.state import PRUNING, RunState
 
@@ -54,6 +60,19 @@ def pruning_schedule(config: Config, kv_channels: int) -> PruningSchedule:
     return PruningSchedule(steps, gradients, pruning.first_prune_iter, cost, pruning.target_params)
 
 
+def collector_settings(config: Config, num_microbatches: int, dp_size: int) -> CollectorSettings:
+    """The part of the configuration that statistics depend on."""
+    pruning, micro_batch_tokens = config.pruning, config.training.micro_batch_size * config.data.seq_length
+    kept = math.ceil(pruning.second_order.calibration_tokens / (micro_batch_tokens * dp_size))
+    return CollectorSettings(
+        fisher=pruning.fisher,
+        fisher_scale=micro_batch_tokens if pruning.fisher_unit == "token" else config.training.micro_batch_size,
+        num_microbatches=num_microbatches,
+        kept_microbatches=min(kept, num_microbatches),
+        damping=pruning.second_order.damping,
+    )
+
+
 class Pruner:
     """Scores and removes groups of `model` as the schedule says; progress is kept in `state`."""
 
@@ -63,8 +82,9 @@ class Pruner:
         self.settings = selector_settings(config)
         self.schedule = pruning_schedule(config, model.table.shape.kv_channels)
         self.criterion: Criterion = find_criterion(config.pruning.metric)
-        self._fisher: MicrobatchFisher | None = None
+        self._collector: Collector | None = None
         self._scores: ElementScores | None = None
+        self._update: SecondOrderUpdate | None = None
         self._due = self._scheduled = False
 
     @property
@@ -79,24 +99,43 @@ class Pruner:
         )
         credits = self.schedule.credited(self.state.credits)
         self._due = self._scheduled and self.schedule.may_prune(credits, parameters)
-        if self._due and "fisher" in self.criterion.needs and self.config.pruning.fisher == "microbatch":
-            training, pruning = self.config.training, self.config.pruning
-            scale = training.micro_batch_size * (self.config.data.seq_length if pruning.fisher_unit == "token" else 1)
-            self._fisher = MicrobatchFisher(self.model, num_microbatches, scale)
-            self._fisher.arm()
+        if self._due:
+            settings = collector_settings(self.config, num_microbatches, self.model.mesh.dp_size)
+            update = self._inputs_for_update(settings.kept_microbatches)
+            self._collector = Collector(self.model, self.criterion, settings, self._cached_diagonals(), update)
+            self._collector.arm()
 
     def score(self) -> None:
         """After the backward pass, before the optimizer step."""
-        if not self._due:
+        if self._collector is None:
             return
-        squares = self._fisher.reduce() if self._fisher is not None else None
-        self._fisher = None
-        self._scores = score_elements(self.model, self.criterion, self.config.pruning.fisher, squares)
+        collected, self._collector = self._collector.finish(), None
+        self._cache_diagonals(collected)
+        if self.config.pruning.second_order.enabled and collected.kept is not None:
+            self._update = SecondOrderUpdate(self.model, collected.kept, self.config.pruning.second_order.damping)
+        self._scores = collected.score(self.model, self.criterion, self.config.pruning.fisher)
 
-    def unit_scores(self) -> UnitScores:
-        """Sums per unit of what `score` found, not smoothed (a collective); for looking at them, nothing is removed."""
-        assert self._scores is not None, "begin, forward and backward, score: then there is something to sum"
-        return self._scores.reduce()
+    def _inputs_for_update(self, micro_batches: int) -> InputNeeds:
+        """What variant B wants to keep; nothing when it is off."""
+        settings = self.config.pruning.second_order
+        if not settings.enabled:
+            return InputNeeds()
+        return InputNeeds(kept=micro_batches, keep_stem=settings.stem and STEM in self.config.pruning.types)
+
+    def _cached_diagonals(self) -> dict[str, Tensor] | None:
+        """Inverse Hessians from an earlier step, while they are young enough."""
+        cache = self.state.diagonals
+        if cache is None or len(self.state.history) - cache.removals >= self.config.pruning.second_order.refresh:
+            return None
+        return cache.of_stage(self.model)
+
+    def _cache_diagonals(self, collected: Collected) -> None:
+        """Keep fresh inverse Hessians for later steps, where that is asked for."""
+        if INVERSE_HESSIAN not in self.criterion.needs or self.config.pruning.second_order.refresh == 1:
+            return
+        if self._cached_diagonals() is None:
+            assert collected.diagonals is not None
+            self.state.diagonals = DiagonalCache.of_stages(collected.diagonals, self.model, len(self.state.history))
 
     def prune(self, stepped: bool) -> list[Removal]:
         """After the optimizer step of iteration `state.iteration`; returns what was removed.
@@ -106,6 +145,11 @@ class Pruner:
                 then.
         """
         scores, self._scores = self._scores, None
+        removed = self._prune(scores, stepped)
+        self._update = None  # lets go of the inputs
+        return removed
+
+    def _prune(self, scores: ElementScores | None, stepped: bool) -> list[Removal]:
         if not self._scheduled or not stepped:
             return []
         state = self.state
@@ -159,6 +203,7 @@ class Pruner:
 
     def _commit(self, decision: Decision, scores: ElementScores) -> Removal:
         layout, state = self.model.layout, self.state
+        errors = self._update.compensate(decision.group) if self._update is not None else None
         self.coordinator.commit(decision.group)
         scores.drop(decision.group, layout)
         state.credits = self.schedule.spent(state.credits, decision.group.kind)
@@ -176,6 +221,7 @@ class Pruner:
             num_attention_heads=architecture.num_attention_heads,
             ffn_hidden_size=architecture.ffn_hidden_size,
             hidden_size=architecture.hidden_size,
+            layer_errors=None if errors is None else dataclasses.asdict(errors),
         )
         state.history.append(removal)
         return removal

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history import Removal
+from megatron_prune.saliency.hessian import DiagonalCache
 from megatron_prune.saliency.scores import UnitScores
 
 PRUNING, CONTINUED = "pruning", "continued"
@@ -23,6 +24,7 @@ class RunState:
         phase_start: iteration after which the phase began; its learning rate counts from there.
         credits: the pruning schedule's account.
         smoothed: smoothed scores of the units that are alive, or None before the first scoring.
+        diagonals: inverse Hessians that metric `obc` keeps over several removals, or None.
         history: all removals, in order.
         skipped_iterations, nonfinite_in_a_row: steps not taken because a loss or gradient was not finite.
         stages: measured facts by stage (`source`, `pruned`, `final`): parameters, widths, validation loss, tokens/s.
@@ -35,6 +37,7 @@ class RunState:
     phase_start: int = 0
     credits: float = 0.0
     smoothed: UnitScores | None = None
+    diagonals: DiagonalCache | None = None
     history: list[Removal] = field(default_factory=list)
     skipped_iterations: int = 0
     nonfinite_in_a_row: int = 0
@@ -45,6 +48,7 @@ class RunState:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["history"] = [removal.to_json() for removal in self.history]
         values["smoothed"] = None if self.smoothed is None else self.smoothed.to_state()
+        values["diagonals"] = None if self.diagonals is None else dataclasses.asdict(self.diagonals)
         return values
 
     def record_stage(self, stage: str, architecture: Architecture, loss: float, tokens_per_second: float) -> None:
@@ -68,4 +72,6 @@ class RunState:
         values["history"] = [Removal.from_json(removal) for removal in values["history"]]
         if values["smoothed"] is not None:
             values["smoothed"] = UnitScores.from_state(architecture, values["smoothed"])
+        if values.get("diagonals") is not None:
+            values["diagonals"] = DiagonalCache(**values["diagonals"])
         return cls(**values)

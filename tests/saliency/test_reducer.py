@@ -1,10 +1,11 @@
 """Scores summed over all ranks are the oracle's, on any layout, and only sums travel.
 
-One run per layout: two iterations, some removals whose slots stay empty, then the gradients of one more batch, scored
-by every registered criterion with every Fisher estimate.
+One run per layout: two iterations, some removals whose slots stay empty, then the gradients and inputs of one more
+batch, scored by every registered criterion with every Fisher estimate.
 """
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -14,19 +15,21 @@ from megatron_prune.checkpoint.pieces import pieces
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
 from megatron_prune.optimizer.owned import owned_shards
 from megatron_prune.resharding.retire import retire
+from megatron_prune.saliency.collector import Collector, CollectorSettings
 from megatron_prune.saliency.criteria import find_criterion, known_criteria
 from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.reducer import score_elements
 from megatron_prune.saliency.scores import score_length
 from megatron_prune.testing import oracle_scores
 from megatron_prune.testing.meters import Traffic
-from megatron_prune.testing.oracle import OracleSettings
+from megatron_prune.testing.oracle import DenseOracle, OracleSettings
 from megatron_prune.testing.ranks import run_ranks
 from megatron_prune.testing.sharded import Case
 from megatron_prune.training.step import forward_backward
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, assembled, oracle_of, start
 
 RULES = OracleSettings(lr=1e-5)  # small steps: weights are compared elsewhere
+CONFIGS = {"gqa": GQA, "qwen2": QWEN2}
 GROUPS = [Group(FFN, ((4,), (29,))), Group(STEM, ((7,),)), Group(HEAD, ((1,), (4,))), Group(HEAD, ((0,), (2,)))]
 SCALES = {"sequence": MICRO_BATCH, "token": MICRO_BATCH * SEQUENCE}
 ESTIMATES = [("microbatch", "sequence"), ("microbatch", "token"), ("adam", "sequence"), ("batch", "sequence")]
@@ -43,6 +46,15 @@ def whole(model, squares):
     return assembled(mesh, found)
 
 
+def arrays(scores):
+    return scores.head, scores.ffn, scores.stem
+
+
+def arrays_of_oracle(scores):
+    layers = [np.array([list(layer.values()) for layer in kind]) for kind in (scores.head, scores.ffn)]
+    return *layers, np.array(list(scores.stem.values()))
+
+
 def score_all(_rank, _world_size, case, config):
     trainer = start(case, config, RULES)
     model = trainer.model
@@ -52,18 +64,23 @@ def score_all(_rank, _world_size, case, config):
     for group in GROUPS:
         retire(model, group)
     watchers = {unit: MicrobatchFisher(model, trainer.num_microbatches, scale) for unit, scale in SCALES.items()}
-    for watcher in watchers.values():
+    count = trainer.num_microbatches
+    settings = CollectorSettings(num_microbatches=count, kept_microbatches=count)
+    collectors = {name: Collector(model, find_criterion(name), settings) for name in oracle_scores.INPUT_CRITERIA}
+    for watcher in (*watchers.values(), *collectors.values()):
         watcher.arm()
     forward_backward(model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
     with Traffic() as fisher_traffic:
         squares = {"sequence": watchers["sequence"].reduce()}
     squares["token"] = watchers["token"].reduce()
     sums = {}
+    for name, collector in collectors.items():
+        sums[name] = arrays(collector.finish().score(model, find_criterion(name), "batch").reduce())
     for name in known_criteria():
-        for source, unit in ESTIMATES:
+        for source, unit in ESTIMATES if name not in collectors else []:
             with Traffic() as score_traffic:
                 scores = score_elements(model, find_criterion(name), source, squares[unit]).reduce()
-            sums[name, source, unit] = (scores.head, scores.ffn, scores.stem)
+            sums[name, source, unit] = arrays(scores)
     outputs = sum(p.numel() for n, p in model.module.named_parameters() if "linear_proj" in n or "linear_fc2" in n)
     facts = {
         "fisher": dict(fisher_traffic.by_operator),
@@ -77,7 +94,7 @@ def score_all(_rank, _world_size, case, config):
 @functools.cache
 def expected_of(name):
     """The oracle at the same place: ({unit: squares}, {(criterion, source, unit): sums})."""
-    oracle, batches = oracle_of({"gqa": GQA, "qwen2": QWEN2}[name], RULES)
+    oracle, batches = oracle_of(CONFIGS[name], RULES)
     for number in range(2):
         oracle.train_step(batches[number])
     for group in GROUPS:
@@ -93,8 +110,10 @@ def expected_of(name):
                 fisher = {"microbatch": microbatch, "adam": adam, "batch": batch}[source]
                 elements[key] = oracle_scores.element_scores(criterion, oracle.weights[key], gradient[key], fisher)
             found = oracle_scores.unit_scores(elements, oracle.geometry, oracle.live)
-            layers = [np.array([list(layer.values()) for layer in kind]) for kind in (found.head, found.ffn)]
-            sums[criterion, source, unit] = (*layers, np.array(list(found.stem.values())))
+            sums[criterion, source, unit] = arrays_of_oracle(found)
+    for criterion in oracle_scores.INPUT_CRITERIA:
+        scorer = DenseOracle(CONFIGS[name], oracle.weights, OracleSettings(criterion=criterion), live=oracle.live)
+        sums[criterion] = arrays_of_oracle(scorer.unit_scores(batches[2]))
     return by_unit, sums
 
 
@@ -104,20 +123,38 @@ CASES = [
     (Case(dp=2, distributed_optimizer=True), "qwen2"),
     (Case(tp=2, dp=2, distributed_optimizer=True, overlap=True, sequence_parallel=True), "gqa"),
     (Case(tp=2, pp=2, recompute="full"), "gqa"),
+    (Case(tp=3, recompute="selective"), "gqa"),
+]
+EVERYTHING = [
+    (Case(tp, pp, dp, sp, do, recompute=recompute), name)
+    for tp, pp, dp, sp, do, recompute, name in itertools.product(
+        (1, 2, 3), (1, 2), (1, 2), (False, True), (False, True), (None, "full", "selective"), CONFIGS
+    )
+    if tp * pp * dp <= 4 and (tp == 2 or not sp)  # a sequence of 8 does not split over 3
 ]
 
 
 @pytest.mark.parametrize(("case", "name"), CASES, ids=lambda value: getattr(value, "name", value))
 def test_scores_on_any_layout_are_the_oracles(case, name):
+    check(case, name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("case", "name"), EVERYTHING, ids=lambda value: getattr(value, "name", value))
+def test_everything(case, name):
+    check(case, name)
+
+
+def check(case, name):
     squares, sums = expected_of(name)
-    results = run_ranks(score_all, case.world_size, case, {"gqa": GQA, "qwen2": QWEN2}[name])
+    results = run_ranks(score_all, case.world_size, case, CONFIGS[name])
     found, fisher, _ = results[0]
     for unit, tensors in squares.items():
         assert fisher[unit].keys() == tensors.keys()
         for key, expected in tensors.items():
             atol = 1e-6 * float(expected.max())
             torch.testing.assert_close(fisher[unit][key], expected, rtol=1e-5, atol=atol)
-    assert {key[0] for key in found} == {*oracle_scores.CRITERIA, "random"}
+    assert {key[0] if isinstance(key, tuple) else key for key in found} == {*known_criteria()}
     for key, expected in sums.items():
         for mine, theirs in zip(found[key], expected, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-5, err_msg=str(key))

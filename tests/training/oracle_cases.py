@@ -121,5 +121,16 @@ SPECIAL = {
         MODELS["mha"],
         {"criterion": "magnitude"},
     ),
+    "second-order": (
+        Case(tp=2, dp=2, distributed_optimizer=True, overlap=True),
+        MODELS["gqa-untied"],
+        {"second_order": True, "gqa": "cluster"},
+    ),
+    "second-order-obc": (
+        Case(pp=2, dp=2, recompute="full"),
+        MODELS["gqa-tied"],
+        {"second_order": True, "criterion": "obc", "ratio": (2, 1), "damping": 0.05},
+    ),
+    "minitron": (Case(tp=2, sequence_parallel=True), MODELS["qwen2"], {"criterion": "minitron", "ratio": (2, 1)}),
     "taylor-second": (Case(tp=3), MODELS["gqa-untied"], {"criterion": "taylor_second", "fisher": "batch"}),
 }

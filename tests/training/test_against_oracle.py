@@ -59,6 +59,9 @@ def compare(case, config, settings, iterations=ITERATIONS, micro_batches=2):
         assert same, where
         assert mine["iteration"] == removal.iteration and mine["parameters"] == removal.parameters_after, where
         assert mine["scores"] == pytest.approx(dict(removal.scores), rel=2e-3), where
+        if removal.layer_errors is not None:
+            errors = mine["layer_errors"]
+            assert (errors["removed"], errors["compensated"]) == pytest.approx(removal.layer_errors, rel=5e-3), where
         compared += 1
     agrees = compared == len(oracle.removals)
     last = iterations if agrees else oracle.removals[compared].iteration

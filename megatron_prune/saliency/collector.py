@@ -1,0 +1,137 @@
+"""Everything a scoring step needs besides weights and gradients, collected in one global batch's ordinary passes.
+
+    Collector    arm() before the forward passes, finish() after the backward passes
+    Collected    what `score_elements` takes, and the inputs that a second-order update will want
+
+Nothing is collected that neither the criterion nor the update asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.saliency.criteria import (
+    FISHER,
+    INPUT_MAGNITUDE,
+    INPUT_NORM,
+    INPUT_VARIANCE,
+    INVERSE_HESSIAN,
+    STEM_MAGNITUDE,
+    Criterion,
+)
+from megatron_prune.saliency.fisher import MicrobatchFisher
+from megatron_prune.saliency.hessian import inverse_diagonals, local_columns
+from megatron_prune.saliency.inputs import InputNeeds, InputWatcher, KeptInputs, Moments
+from megatron_prune.saliency.reducer import ColumnStatistics, ElementScores, score_elements
+
+# The layer whose normed input stands for the stem in a criterion, beside each output projection of the same layer.
+_ENTRANCES = {"self_attention.linear_proj": "self_attention.linear_qkv", "mlp.linear_fc2": "mlp.linear_fc1"}
+
+
+@dataclass(frozen=True)
+class CollectorSettings:
+    """What the statistics depend on.
+
+    Args:
+        fisher: source of squared gradients, as `pruning.fisher`.
+        fisher_scale: see `saliency.fisher`.
+        num_microbatches: per iteration and data-parallel rank.
+        kept_microbatches: of them, how many a Hessian is made from.
+        damping: of that Hessian, relative to its mean diagonal.
+    """
+
+    fisher: str = "microbatch"
+    fisher_scale: float = 1.0
+    num_microbatches: int = 1
+    kept_microbatches: int = 1
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Statistics of one global batch.
+
+    Args:
+        fisher: `MicrobatchFisher.reduce()`, where the criterion wants it.
+        columns: statistics of the inputs per stored column.
+        diagonals: [H^-1]_pp per live column, where they were computed.
+        kept: inputs for a second-order update, or None.
+    """
+
+    fisher: dict[str, Tensor] | None
+    columns: ColumnStatistics
+    diagonals: dict[str, Tensor] | None
+    kept: KeptInputs | None
+
+    def score(self, model: ShardedModel, criterion: Criterion, fisher: str) -> ElementScores:
+        """`score_elements` with these statistics."""
+        return score_elements(model, criterion, fisher, self.fisher, self.columns)
+
+
+class Collector:
+    """Collects what `criterion` needs, and inputs for an update where `for_update` asks for them.
+
+    Args:
+        diagonals: [H^-1]_pp to use instead of computing them.
+        for_update: inputs that are kept beyond what the criterion needs.
+    """
+
+    def __init__(
+        self,
+        model: ShardedModel,
+        criterion: Criterion,
+        settings: CollectorSettings,
+        diagonals: dict[str, Tensor] | None = None,
+        for_update: InputNeeds | None = None,
+    ) -> None:
+        self._model, self._criterion, self._settings, self._diagonals = model, criterion, settings, diagonals
+        needs = criterion.needs - ({INVERSE_HESSIAN} if diagonals is not None else set())
+        own = InputNeeds.of_criterion(frozenset(needs), settings.kept_microbatches)
+        update = for_update or InputNeeds()
+        wanted = InputNeeds(own.moments, own.stem_moments, max(own.kept, update.kept), update.keep_stem)
+        self._watcher = InputWatcher(model, wanted) if wanted else None
+        self._fisher = None
+        if FISHER in criterion.needs and settings.fisher == "microbatch":
+            self._fisher = MicrobatchFisher(model, settings.num_microbatches, settings.fisher_scale)
+
+    def arm(self) -> None:
+        """Hook the layers; call before the forward passes."""
+        for part in (self._fisher, self._watcher):
+            if part is not None:
+                part.arm()
+
+    @torch.no_grad()
+    def finish(self) -> Collected:
+        """Unhook and reduce over ranks (collective); call when the gradients are reduced."""
+        model, diagonals = self._model, self._diagonals
+        squares = self._fisher.reduce() if self._fisher is not None else None
+        inputs = self._watcher.finish() if self._watcher is not None else None
+        kept = inputs.kept if inputs is not None else None
+        if INVERSE_HESSIAN in self._criterion.needs and diagonals is None:
+            assert kept is not None
+            diagonals = inverse_diagonals(kept, model, self._settings.damping)
+        moments = inputs.moments if inputs is not None else {}
+        return Collected(squares, _columns(model, moments, diagonals or {}), diagonals, kept)
+
+
+def _columns(model: ShardedModel, moments: dict[str, Moments], diagonals: dict[str, Tensor]) -> ColumnStatistics:
+    """Statistics by output weight and name."""
+    columns: dict[str, dict[str, Tensor]] = {}
+    for name, found in moments.items():
+        if not model.table.row(name).is_output:
+            continue
+        columns[name] = {
+            INPUT_NORM: found.mean_square.sqrt(),
+            INPUT_VARIANCE: found.variance,
+            INPUT_MAGNITUDE: found.magnitude,
+        }
+        entrance = next(name.replace(ours, theirs) for ours, theirs in _ENTRANCES.items() if ours in name)
+        if entrance in moments:
+            columns[name][STEM_MAGNITUDE] = moments[entrance].magnitude
+    for name, diagonal in diagonals.items():
+        columns.setdefault(name, {})[INVERSE_HESSIAN] = local_columns(diagonal, model, name, empty=1.0)
+    return columns

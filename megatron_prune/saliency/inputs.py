@@ -1,0 +1,198 @@
+"""What the linear layers' inputs X [tokens, features] say about their columns, collected in the ordinary forward pass.
+
+    InputWatcher   arm() before the forward passes of a global batch, finish() after them
+    InputNeeds     which layers, which of the two below, and how much
+    Moments        per feature, means over the tokens of the whole global batch: x^2, |x|, and the variance of x
+    KeptInputs     X itself of the first micro-batches, for second-order methods (`saliency.hessian`)
+
+Every token counts once. A recomputed layer runs twice per micro-batch, the second time with gradients on: only calls
+with gradients count in training mode, and all calls in evaluation mode. The features of the output projections are
+split over TP and see the whole sequence; those of qkv, gate/up and the LM head are whole on each TP rank, which sees a
+part of the sequence under sequence parallelism and all of it otherwise. An empty slot's input is exactly zero.
+
+Cost: three fp64 numbers per feature and one all-reduce of them over DP; for kept inputs tokens x features elements in
+the model's dtype (no copy: autograd holds the same tensor until the backward pass).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from megatron_prune.model.architecture import STEM
+from megatron_prune.model.layout import EMPTY
+from megatron_prune.model.llama import inner_model, named_linears
+from megatron_prune.model.param_axes import ParamAxes
+from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
+from megatron_prune.saliency.criteria import INPUT_MOMENTS, INVERSE_HESSIAN, STEM_MAGNITUDE
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per feature, fp64 [local columns], over all tokens of the global batch: mean x^2, variance of x, mean |x|."""
+
+    mean_square: Tensor
+    variance: Tensor
+    magnitude: Tensor
+
+    @classmethod
+    def of_sums(cls, sums: Tensor, tokens: int) -> Moments:
+        """From the sums over tokens of x^2, x and |x|, fp64 [3, columns]."""
+        mean_square, mean, magnitude = sums / tokens
+        return cls(mean_square, (mean_square - mean.square()).clamp_(min=0), magnitude)
+
+
+@dataclass(frozen=True)
+class InputNeeds:
+    """What to collect.
+
+    Args:
+        moments: of the output projections' inputs. stem_moments: of the inputs of qkv and gate/up.
+        kept: micro-batches per data-parallel rank whose inputs to the output projections are kept; 0: none.
+        keep_stem: keep those of qkv, gate/up and an untied LM head as well.
+    """
+
+    moments: bool = False
+    stem_moments: bool = False
+    kept: int = 0
+    keep_stem: bool = False
+
+    @classmethod
+    def of_criterion(cls, needs: frozenset[str], kept: int) -> InputNeeds:
+        """What a criterion with these `needs` wants; `kept` counts only where it wants the inverse Hessian."""
+        return cls(bool(needs & INPUT_MOMENTS), STEM_MAGNITUDE in needs, kept if INVERSE_HESSIAN in needs else 0)
+
+    def wants_moments(self, row: ParamAxes) -> bool:
+        """Whether moments of the inputs of `row`'s layer are collected."""
+        return self.moments if row.is_output else self.stem_moments and row.name != "output_layer.weight"
+
+    def wants_inputs(self, row: ParamAxes) -> bool:
+        """Whether the inputs of `row`'s layer are kept."""
+        return self.kept > 0 and (row.is_output or self.keep_stem)
+
+    def __bool__(self) -> bool:
+        return self.moments or self.stem_moments or self.kept > 0
+
+
+class KeptInputs:
+    """X of some layers over the kept micro-batches, by weight name; all ranks of a stage hold the same names."""
+
+    def __init__(self, model: ShardedModel, pieces: dict[str, list[Tensor]], rows: dict[str, ParamAxes]) -> None:
+        self._model, self._pieces, self.rows = model, pieces, rows
+
+    def gather(self, name: str) -> Tensor:
+        """[tokens of this data-parallel rank, live features in canonical order] in the model's dtype; over TP together.
+
+        Features that were removed after X was kept are left out.
+        """
+        row, layout, mesh = self.rows[name], self._model.layout, self._model.mesh
+        x = torch.cat(self._pieces[name])
+        if row.parts[0].dims[1].is_sharded:
+            x = torch.cat(_all_gather(x, mesh), dim=1)
+            ids = np.concatenate([row.element_ids(1, layout, rank) for rank in range(mesh.tp_size)])
+        else:
+            if splits_sequences(self._model):
+                x = torch.cat(_all_gather(x, mesh))
+            ids = row.element_ids(1, layout, mesh.tp_rank)
+        live = torch.from_numpy(np.flatnonzero(ids != EMPTY)).to(x.device)
+        return x.index_select(1, live)
+
+    def features(self, name: str) -> int:
+        """Live features of the layer now."""
+        dim = self.rows[name].parts[0].dims[1]
+        return len(self._model.layout.architecture.live(dim.kind, self.rows[name].layer)) * dim.size
+
+
+def _all_gather(x: Tensor, mesh: Mesh) -> list[Tensor]:
+    if mesh.tp_size == 1:
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(mesh.tp_size)]
+    dist.all_gather(parts, x.contiguous(), group=mesh.tp)
+    return parts
+
+
+def splits_sequences(model: ShardedModel) -> bool:
+    """Whether tensor-parallel ranks see different tokens of the normed hidden states."""
+    return bool(inner_model(model.module).config.sequence_parallel)
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What a watcher found: moments by weight name, and kept inputs (None where none were asked for)."""
+
+    moments: dict[str, Moments]
+    kept: KeptInputs | None
+
+
+class InputWatcher:
+    """Watches the inputs of linear layers through one global batch.
+
+    Args:
+        model: this rank's part of the model.
+        needs: what to collect.
+    """
+
+    def __init__(self, model: ShardedModel, needs: InputNeeds) -> None:
+        self._model, self.needs = model, needs
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = defaultdict(int)
+        self._kept: dict[str, list[Tensor]] = defaultdict(list)
+        self._rows: dict[str, ParamAxes] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def arm(self) -> None:
+        """Hook the layers."""
+        for name, module, row in named_linears(self._model.module, self._model.table):
+            if self.needs.wants_moments(row) or self.needs.wants_inputs(row):
+                self._rows[name] = row
+
+                def hook(module: torch.nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                    if torch.is_grad_enabled() or not module.training:
+                        self._add(name, args[0].detach().flatten(0, 1))
+
+                self._handles.append(module.register_forward_pre_hook(hook))
+
+    def _add(self, name: str, x: Tensor) -> None:
+        row = self._rows[name]
+        if self.needs.wants_moments(row):
+            norm = torch.linalg.vector_norm
+            square, magnitude = (norm(x, order, dim=0, dtype=torch.float64) for order in (2, 1))
+            sums = torch.stack([square.square(), x.sum(dim=0, dtype=torch.float64), magnitude])
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+            self._tokens[name] += len(x)
+        if self.needs.wants_inputs(row) and len(self._kept[name]) < self.needs.kept:
+            self._kept[name].append(x)
+
+    @torch.no_grad()
+    def finish(self) -> InputStatistics:
+        """Unhook; moments are reduced over all ranks that saw other tokens (collectives over DP and TP)."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        moments = {**self._reduced(stem=False), **self._reduced(stem=True)}
+        rows = {name: row for name, row in self._rows.items() if name in self._kept}  # model order on every rank
+        kept = KeptInputs(self._model, dict(self._kept), rows) if self.needs.kept else None
+        self._sums, self._kept = {}, defaultdict(list)
+        return InputStatistics(moments, kept)
+
+    def _reduced(self, stem: bool) -> dict[str, Moments]:
+        """Moments of the layers whose features are (or are not) stem channels: one all-reduce for all of them."""
+        names = [n for n, row in self._rows.items() if n in self._sums and (row.parts[0].dims[1].kind == STEM) == stem]
+        if not names:
+            return {}
+        mesh = self._model.mesh
+        groups = [mesh.dp, *([mesh.tp] if stem and splits_sequences(self._model) else [])]
+        flat = all_reduce_sum(torch.cat([self._sums[name].view(-1) for name in names]), *groups)
+        ranks = [dist.get_world_size(group) for group in groups]
+        tokens = self._tokens[names[0]] * int(np.prod(ranks))
+        sizes = [self._sums[name].numel() for name in names]
+        parts = zip(names, flat.split(sizes), strict=True)
+        return {name: Moments.of_sums(part.view(3, -1), tokens) for name, part in parts}

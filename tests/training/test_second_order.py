@@ -1,0 +1,127 @@
+"""The second-order update in the model: main and model weights, on any layout, equal the dense least-squares answer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune.checkpoint.tensors import optimizer_key, weight_key
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
+from megatron_prune.pruning.second_order import SecondOrderUpdate
+from megatron_prune.resharding.retire import retire
+from megatron_prune.resharding.verify import verify
+from megatron_prune.runtime.mesh import agree
+from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
+from megatron_prune.testing import oracle_second_order
+from megatron_prune.testing.oracle import OracleSettings
+from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.sharded import Case
+from megatron_prune.training.step import forward_backward
+from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, canonical, oracle_of, start
+
+RULES = OracleSettings(lr=1e-3)
+GROUPS = [
+    Group(HEAD, ((1,), (4,))),  # one query head (cluster)
+    Group(FFN, ((4,), (29,))),
+    Group(STEM, ((7,),)),
+    Group(HEAD, ((4, 5), (0, 1))),  # a KV head with its queries
+    Group(HEAD, ((0, 2), (2, 5))),  # queries of several KV heads: on TP 2 of several ranks
+]
+
+
+def compensate(_rank, _world_size, case, config):
+    """Every group in turn: (main weights before, after; model weights after; X of all ranks; errors)."""
+    trainer = start(case, config, RULES)
+    model, mesh = trainer.model, trainer.model.mesh
+    trainer.iterate()
+    model.force_param_sync()
+    watcher = InputWatcher(model, InputNeeds(kept=trainer.num_microbatches, keep_stem=True))
+    watcher.arm()
+    forward_backward(model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
+    kept = watcher.finish().kept
+    update, seen = SecondOrderUpdate(model, kept, 0.01), []
+    for group in GROUPS:
+        inputs = {row.parts[0].hf_name: kept.gather(name) for name, row in kept.rows.items()}
+        inputs = agree(mesh, inputs if mesh.tp_rank == 0 else {})
+        before = canonical(model)
+        errors = update.compensate(group)
+        after = canonical(model)
+        copies = agree(mesh, {name: p.double().sum().item() for name, p in model.module.named_parameters()})
+        mine = range(mesh.rank % mesh.tp_size, mesh.world_size, mesh.tp_size)
+        if mesh.pp_size == 1:
+            assert all(copies[r] == copies[mesh.rank] for r in mine), "data-parallel copies are alike"
+        retire(model, group)
+        verify(model, thorough=True)
+        seen.append((before, after, inputs, dataclasses.astuple(errors)))
+    return seen if mesh.rank == 0 else None
+
+
+def joined(inputs):
+    """X over all data-parallel ranks by name, under the names of all weights that read it."""
+    names = {name for part in inputs for name in part}
+    x = {name: torch.cat([part[name] for part in inputs if name in part]) for name in names}
+    for name in names:
+        for one, others in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
+            if one in name:
+                x |= {name.replace(one, other): x[name] for other in others}
+    return x
+
+
+def main_of(tensors, name):
+    return tensors.get(optimizer_key("main", name), tensors[weight_key(name)])
+
+
+def check(case, config):
+    results = run_ranks(compensate, case.world_size, case, config)
+    oracle, batches = oracle_of(config, RULES)
+    oracle.train_step(batches[0])
+    if not case.bf16:
+        dense = oracle.inputs(batches[1])
+        for name, x in joined(results[0][0][2]).items():
+            assert sorted(x.square().sum(1).tolist()) == pytest.approx(
+                sorted(dense[name].square().sum(1).tolist()), rel=1e-5
+            )
+    live = oracle.live
+    for group, (before, after, inputs, errors) in zip(GROUPS, results[0], strict=True):
+        left = live.without(group.kind, group.units)
+        readers = dict(oracle_second_order.readers(oracle.geometry, group.kind, live, left))
+        weights = {name: main_of(before, name) for name in oracle.weights}
+        expected, predicted = oracle_second_order.compensated(
+            weights, joined(inputs), oracle.geometry, live, left, group.kind, 0.01
+        )
+        assert expected.keys() == readers.keys()
+        for name, kept in readers.items():
+            found = main_of(after, name)
+            # Damped normal equations amplify what little the partial sums round on the wire.
+            atol = 1e-5 * float(expected[name].abs().max())
+            torch.testing.assert_close(found[:, kept], expected[name][:, kept], rtol=1e-5, atol=atol)
+            gone = np.setdiff1d(np.arange(found.shape[1]), kept.numpy())
+            assert float(found[:, gone].abs().max()) < 1e-12, "the removed columns vanish by themselves"
+            if case.bf16:
+                assert torch.equal(after[weight_key(name)], found.bfloat16()), "the model weight is the main's rounding"
+        assert errors == pytest.approx(predicted, rel=1e-4) and errors[1] < errors[0]
+        touched = {key for name in readers for key in (weight_key(name), optimizer_key("main", name))}
+        for key, tensor in before.items():
+            assert key in touched or torch.equal(after[key], tensor), f"{key} is none of the update's business"
+        live = left
+
+
+CASES = {
+    "tp2-dp2": (Case(tp=2, dp=2), QWEN2),
+    "tp2-dp2-bf16": (Case(tp=2, dp=2, bf16=True, distributed_optimizer=True, overlap=True), GQA),
+    "pp2-dp2": (Case(pp=2, dp=2, distributed_optimizer=True, recompute="full"), QWEN2),
+    "tp2-sp": (Case(tp=2, sequence_parallel=True), QWEN2),
+    "tp3-bf16": (Case(tp=3, bf16=True), QWEN2),
+}
+
+
+@pytest.mark.parametrize("name", ["tp2-dp2", "tp2-dp2-bf16", "tp2-sp"])
+def test_any_layout_gives_the_dense_answer(name):
+    check(*CASES[name])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", sorted({*CASES} - {"tp2-dp2", "tp2-dp2-bf16", "tp2-sp"}))
+def test_more_layouts(name):
+    check(*CASES[name])
