@@ -185,6 +185,11 @@ class DiagonalCache:
         total = torch.from_numpy(values).to(model.mesh.device.device)
         return cls(all_reduce_sum(total, model.mesh.pp).cpu().numpy(), removals)
 
+    @property
+    def is_finite(self) -> bool:
+        """False when some layer's inputs were not."""
+        return bool(np.isfinite(self.values).all())
+
     def of_stage(self, model: ShardedModel) -> dict[str, Tensor]:
         """This stage's part for the columns that are still alive, as `inverse_diagonals` returns it."""
         found = {}

@@ -115,6 +115,11 @@ class Pruner:
             self._update = SecondOrderUpdate(self.model, collected.kept, self.config.pruning.second_order.damping)
         self._scores = collected.score(self.model, self.criterion, self.config.pruning.fisher)
 
+    def unit_scores(self) -> UnitScores:
+        """Sums per unit of what `score` found, not smoothed (a collective); for looking at them, nothing is removed."""
+        assert self._scores is not None, "begin, forward and backward, score: then there is something to sum"
+        return self._scores.reduce()
+
     def _inputs_for_update(self, micro_batches: int) -> InputNeeds:
         """What variant B wants to keep; nothing when it is off."""
         settings = self.config.pruning.second_order
@@ -135,7 +140,8 @@ class Pruner:
             return
         if self._cached_diagonals() is None:
             assert collected.diagonals is not None
-            self.state.diagonals = DiagonalCache.of_stages(collected.diagonals, self.model, len(self.state.history))
+            cache = DiagonalCache.of_stages(collected.diagonals, self.model, len(self.state.history))
+            self.state.diagonals = cache if cache.is_finite else None
 
     def prune(self, stepped: bool) -> list[Removal]:
         """After the optimizer step of iteration `state.iteration`; returns what was removed.

@@ -3,6 +3,7 @@
 Their comparison with the oracle on every layout is in test_reducer.py.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_prune.saliency.inputs import InputNeeds, InputWatcher, Moments
 from megatron_prune.testing.oracle import OracleSettings
 from megatron_prune.testing.ranks import run_ranks
 from megatron_prune.testing.sharded import Case
+from megatron_prune.training.state import RunState
 from megatron_prune.training.step import evaluate, forward_backward
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, start
 
@@ -126,3 +128,33 @@ def test_nothing_is_watched_that_nobody_asked_for():
     assert InputNeeds.of_criterion(find_criterion("wanda").needs, kept=3) == InputNeeds(moments=True)
     assert InputNeeds.of_criterion(find_criterion("minitron").needs, 3) == InputNeeds(moments=True, stem_moments=True)
     assert InputNeeds.of_criterion(find_criterion("obc").needs, kept=3) == InputNeeds(kept=3)
+
+
+def refreshing(_rank, _world_size, refresh):
+    """Which iterations compute Hessians anew, and the removals, over 5 iterations that remove a group each."""
+    settings = OracleSettings(criterion="obc", target_params=100, types=("ffn",))
+    trainer = start(Case(), GQA, settings)
+    config = trainer.config
+    second = dataclasses.replace(config.pruning.second_order, refresh=refresh)
+    trainer.pruner.config = dataclasses.replace(
+        config, pruning=dataclasses.replace(config.pruning, second_order=second)
+    )
+    fresh = []
+    for _ in range(5):
+        before = trainer.state.diagonals
+        trainer.iterate()
+        fresh.append(trainer.state.diagonals is not before)
+        state = trainer.state.to_state()  # as a checkpoint stores it, and back
+        again = RunState.from_state(state, trainer.architecture)
+        if refresh > 1:
+            assert np.array_equal(again.diagonals.values, trainer.state.diagonals.values)
+            assert again.diagonals.removals == trainer.state.diagonals.removals
+    return fresh, [removal.units for removal in trainer.state.history]
+
+
+def test_hessians_are_kept_for_as_many_removals_as_asked_for():
+    ((fresh, removed),) = run_ranks(refreshing, 1, 2)
+    assert fresh == [True, False, True, False, True] and len(removed) == 5
+    ((never_kept, others),) = run_ranks(refreshing, 1, 1)
+    assert not any(never_kept) and len(others) == 5
+    assert others[0] == removed[0]
