@@ -173,7 +173,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(workshop, tmp_path):
     nan = ("--hf-model", tmp_path / "nan")
     cases = {
         ("score", "--criterion", "taylor_frist"): "--criterion: unknown criterion 'taylor_frist'; did you mean",
-        ("score", "--criterion", "xyz"): "known: magnitude, ",
+        ("score", "--criterion", "xyz"): "known: flap, magnitude, ",
         ("score", "--batches", 0): "--batches must be between 1",
         ("score", "--plot", tmp_path / "nowhere" / "x.png"): "--plot",
         ("score", "--plot", tmp_path / "x.doc"): "ends in .png, .svg or .pdf",
