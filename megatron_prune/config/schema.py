@@ -177,9 +177,14 @@ class LoggingConfig:
     log_interval: int = option(10, "iterations between log lines and scalars", at_least=1)
     tensorboard_dir: str | None = option(None, "folder for TensorBoard; null: `tensorboard` in save")
     wandb_project: str | None = option(None, "Weights & Biases project; null: not used")
-    log_throughput: bool = option(True, "report TFLOP/s per device")
-    progress: Literal["auto", "bar", "lines"] = option(
-        "auto", "auto: a progress bar on a terminal, plain lines elsewhere"
+    log_throughput: bool = option(True, "report tokens per second, TFLOP/s per device and MFU")
+    peak_tflops: float | None = option(
+        None,
+        "dense peak of one device in TFLOP/s, which MFU is a share of; null: known GPUs' bf16 peak, else no MFU",
+        above=0,
+    )
+    progress: Literal["auto", "dashboard", "bar", "lines"] = option(
+        "auto", "auto: a dashboard on a terminal, plain lines elsewhere"
     )
 
 

@@ -17,7 +17,10 @@ _WIDTHS = {
 
 
 def plot_history(history: Sequence[Removal], directory: Path) -> list[Path]:
-    """Write pruning_saliencies.png and pruning_widths.png into `directory`; returns their paths. Needs matplotlib."""
+    """Write pruning_saliencies.png and pruning_widths.png into `directory`; returns their paths.
+
+    Each file is replaced in one piece, so a run may redraw them while somebody looks. Needs matplotlib.
+    """
     from matplotlib.figure import Figure
 
     is_one_shot = len(history) > 1 and history[0].tokens == history[-1].tokens  # no training in between
@@ -46,5 +49,7 @@ def plot_history(history: Sequence[Removal], directory: Path) -> list[Path]:
 
     paths = [directory / "pruning_saliencies.png", directory / "pruning_widths.png"]
     for figure, path in zip((saliencies, widths), paths, strict=True):
-        figure.savefig(path, dpi=120)
+        temporary = path.with_suffix(".tmp")
+        figure.savefig(temporary, dpi=120, format="png")
+        temporary.replace(path)
     return paths

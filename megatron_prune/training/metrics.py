@@ -1,32 +1,48 @@
-"""What is shown and recorded, by one rank: Megatron's log line, TensorBoard scalars, a progress bar on a terminal.
+"""What is shown and recorded, by one rank: Megatron's log line, scalars, figures, a dashboard on a terminal.
 
-Window      sums over the iterations since the last log line
-Reporter    takes one record per iteration and shows it
+IterationReport   what one iteration did
+Window            sums over the iterations since the last log line
+Reporter          takes one report per iteration and shows it
+
+Nothing here makes the device wait, except reading the clock once per log line.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_prune.config import Config
-from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import GROUP_KINDS, Architecture
 from megatron_prune.pruning.history import Removal
-from megatron_prune.training.flops import training_flops_per_token
+from megatron_prune.pruning.plots import plot_history
+from megatron_prune.training.clock import PARTS
+from megatron_prune.training.dashboard import Dashboard, Snapshot
+from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token
+from megatron_prune.training.sinks import Sinks
 
 logger = logging.getLogger(__name__)
+MIB = 1 << 20
+_WIDTHS = {"heads": "num_attention_heads", "ffn": "ffn_hidden_size", "hidden": "hidden_size"}
 
 
 @dataclass(frozen=True)
 class IterationReport:
-    """What one iteration did; `seconds` is wall time by part (`forward-backward`, `scoring`, `optimizer`, `retire`,
-    ...).
+    """What one iteration did.
+
+    Args:
+        seconds: time by part since the last call (see `clock`); called once per log line.
+        memory: peak bytes of this rank's device (see `DeviceRuntime`).
     """
 
     iteration: int
@@ -38,58 +54,76 @@ class IterationReport:
     learning_rate: float
     skipped_iterations: int
     removed: tuple[Removal, ...]
-    seconds: dict[str, float]
+    seconds: Callable[[], dict[str, float]] = dict
+    memory: Callable[[], int] = int
 
 
 @dataclass
 class Window:
     """Iterations since the last line."""
 
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=lambda: time.perf_counter())
     iterations: int = 0
     flops: float = 0.0
     removed: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speed over one window or a whole session: per second, TFLOP/s per device, and their share of its peak."""
+
+    seconds_per_iteration: float
+    tokens_per_second: float
+    tflops: float
+    mfu: float | None
 
 
 class Reporter:
     """Shows iterations; does nothing on ranks where `is_active` is False.
 
     Args:
-        directory: default place of TensorBoard files, or None to write none.
+        directory: the run's folder, for figures and TensorBoard files; None: neither is written.
     """
 
     def __init__(self, config: Config, world_size: int, directory: Path | None, is_active: bool) -> None:
-        self.config, self.world_size, self.is_active = config, world_size, is_active
-        self.window = Window()
-        self._board: Any = None
-        self._wandb: Any = None
+        self.config, self.world_size, self.is_active, self.directory = config, world_size, is_active, directory
+        self.window, self.session = Window(), Window()
+        self._first: Architecture | None = None
+        self._dashboard: Dashboard | None = None
         self._bar: Any = None
+        self._drawn = -1
+        self._facts: dict[str, str] = {}
+        self._seconds: dict[str, float] = {}
         if not is_active:
             return
-        board = config.logging.tensorboard_dir or (directory / "tensorboard" if directory else None)
-        if board is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(board))
-        if config.logging.wandb_project:
-            self._wandb = _start_wandb(config)
-        wants_bar = config.logging.progress == "bar" or (config.logging.progress == "auto" and sys.stderr.isatty())
-        if wants_bar:
+        self._peak = config.logging.peak_tflops or _own_peak(config)
+        self._sinks = Sinks(config, directory)
+        progress = config.logging.progress
+        if progress == "auto":
+            progress = "dashboard" if sys.stderr.isatty() else "lines"
+        if progress == "dashboard":
+            self._dashboard = Dashboard(sys.stderr, shutil.get_terminal_size((100, 24)).columns)
+        elif progress == "bar":
             from tqdm import tqdm
 
             self._bar = tqdm(unit="it", dynamic_ncols=True, desc="training")
+
+    def begin(self, architecture: Architecture) -> None:
+        """The first iteration follows."""
+        self._first, self.window, self.session = architecture, Window(), Window()
 
     def iteration(self, report: IterationReport, architecture: Architecture) -> None:
         """Take in one iteration; print a line when `logging.log_interval` is complete."""
         if not self.is_active:
             return
-        window, tokens = self.window, self.config.tokens_per_iteration
-        window.iterations += 1
-        window.flops += tokens * training_flops_per_token(architecture, self.config.data.seq_length)
-        window.removed.update(removal.kind for removal in report.removed)
-        window.seconds.update(report.seconds)
-        self._scalars_of_removals(report)
+        flops = self.config.tokens_per_iteration * training_flops_per_token(architecture, self.config.data.seq_length)
+        for window in (self.window, self.session):
+            window.iterations += 1
+            window.flops += flops
+            window.removed.update(removal.kind for removal in report.removed)
+        for removal in report.removed:
+            scores = {f"saliency/{kind}": score for kind, score in removal.scores.items()}
+            self._sinks.record(scores, report.iteration)
         if self._bar is not None:
             self._bar.total = report.total_iterations
             self._bar.update(report.iteration - self._bar.n)
@@ -97,87 +131,144 @@ class Reporter:
         if report.iteration % self.config.logging.log_interval == 0:
             self._line(report, architecture)
             self.window = Window()
+        if self._dashboard is not None:
+            self._draw(self._dashboard, report, architecture)
 
     def evaluation(self, iteration: int, loss: float) -> None:
         """Take in a validation loss."""
         if not self.is_active:
             return
         self.message(f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} |")
-        self._record("validation loss", loss, iteration)
+        self._sinks.record({"validation loss": loss}, iteration)
 
     def message(self, text: str) -> None:
-        """A line of its own, above a progress bar if there is one."""
+        """A line of its own, above a progress display if there is one."""
         if not self.is_active:
             return
-        if self._bar is not None:
+        if self._dashboard is not None:
+            self._dashboard.write(text)
+        elif self._bar is not None:
             self._bar.write(text)
         else:
             logger.info("%s", text)
 
+    def figures(self, history: Sequence[Removal]) -> None:
+        """Draw the history so far into the run's folder, if it has grown; a failure is a warning, not the run's end."""
+        if not self.is_active or self.directory is None or len(history) <= max(self._drawn, 0):
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            return
+        try:
+            plot_history(history, self.directory)
+            self._drawn = len(history)
+        except OSError as error:
+            self.message(f"figures could not be written: {error}")
+
+    def summary(self, status: str, iteration: int, architecture: Architecture, memory: int) -> None:
+        """The run's last line."""
+        if not self.is_active or self._first is None:
+            return
+        rates, removed = self._rates(self.session), self.session.removed
+        groups = "/".join(str(removed[kind]) for kind in GROUP_KINDS)
+        minutes = (time.perf_counter() - self.session.started) / 60
+        mfu = "" if rates.mfu is None else f", MFU {rates.mfu:.1%}"
+        self.message(
+            f"{status}: iteration {iteration} ({self.session.iterations} in this session, {minutes:.1f} min), "
+            f"{self._first.parameters:,} to {architecture.parameters:,} parameters (heads "
+            f"{architecture.num_attention_heads}, ffn {architecture.ffn_hidden_size}, hidden "
+            f"{architecture.hidden_size}; groups removed, head/ffn/stem: {groups}), {rates.tokens_per_second:,.0f} "
+            f"tokens/s, {rates.tflops:.3g} TFLOP/s per device{mfu}, peak memory {memory / MIB:,.0f} MiB"
+        )
+
     def close(self) -> None:
         """Flush and close what is open."""
+        if self._dashboard is not None:
+            self._dashboard.close()
         if self._bar is not None:
             self._bar.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self.is_active:
+            self._sinks.close()
+
+    def _rates(self, window: Window) -> Rates:
+        elapsed = max(time.perf_counter() - window.started, 1e-9) / max(window.iterations, 1)
+        tflops = window.flops / max(window.iterations, 1) / elapsed / self.world_size / 1e12
+        mfu = None if self._peak is None else tflops / self._peak
+        return Rates(elapsed, self.config.tokens_per_iteration / elapsed, tflops, mfu)
 
     def _line(self, report: IterationReport, architecture: Architecture) -> None:
-        window = self.window
-        elapsed = (time.perf_counter() - window.started) / window.iterations
-        tokens_per_second = self.config.tokens_per_iteration / elapsed
-        tflops = window.flops / window.iterations / elapsed / self.world_size / 1e12
-        removed = "/".join(str(window.removed[kind]) for kind in GROUP_KINDS)
-        throughput = f" throughput per GPU (TFLOP/s/GPU): {tflops:.3f} |" if self.config.logging.log_throughput else ""
+        rates = self._rates(self.window)
+        memory = report.memory()
+        removed = "/".join(str(self.window.removed[kind]) for kind in GROUP_KINDS)
+        throughput = ""
+        if self.config.logging.log_throughput:
+            throughput = f" throughput per GPU (TFLOP/s/GPU): {rates.tflops:.3f} |"
+            throughput += f" tokens per second: {rates.tokens_per_second:.0f} |"
+            throughput += "" if rates.mfu is None else f" MFU: {rates.mfu:.2%} |"
         self.message(
             f" iteration {report.iteration:8d}/{report.total_iterations:8d} | "
             f"consumed samples: {report.consumed_samples:12d} | "
-            f"elapsed time per iteration (ms): {elapsed * 1000:.1f} |{throughput} "
+            f"elapsed time per iteration (ms): {rates.seconds_per_iteration * 1000:.1f} |{throughput} "
             f"learning rate: {report.learning_rate:.6E} | "
             f"global batch size: {self.config.training.global_batch_size:5d} | "
             f"lm loss: {report.loss:.6E} | grad norm: {report.grad_norm:.3f} | "
             f"number of skipped iterations: {report.skipped_iterations:3d} | parameters: {architecture.parameters} | "
             f"heads: {architecture.num_attention_heads} | ffn: {architecture.ffn_hidden_size} | "
             f"hidden: {architecture.hidden_size} | kv cache/token: {architecture.kv_cache_channels} | "
-            f"pruned groups (head/ffn/stem): {removed} |"
+            f"pruned groups (head/ffn/stem): {removed} | memory (MiB): {memory / MIB:.0f} |"
         )
-        self._scalars(report, architecture, tokens_per_second, tflops)
+        self._seconds = self._split(report.seconds(), rates)
+        parts = " | ".join(f"{part}: {1000 * seconds:.1f}" for part, seconds in self._seconds.items())
+        self.message(f" time per iteration (ms) | {parts} |")
+        self._facts = {"tokens/s": f"{rates.tokens_per_second:,.0f}", "memory": f"{memory / MIB:,.0f} MiB"}
+        self._facts |= {} if rates.mfu is None else {"MFU": f"{rates.mfu:.1%}"}
+        self._scalars(report, architecture, rates, memory)
 
-    def _scalars(
-        self, report: IterationReport, architecture: Architecture, tokens_per_second: float, tflops: float
-    ) -> None:
+    def _split(self, seconds: dict[str, float], rates: Rates) -> dict[str, float]:
+        """Seconds per iteration by part, and what is left over."""
+        known = [part for part in PARTS if part in seconds] + [part for part in seconds if part not in PARTS]
+        split = {part: seconds[part] / max(self.window.iterations, 1) for part in known}
+        return {**split, "other": max(rates.seconds_per_iteration - sum(split.values()), 0.0)}
+
+    def _scalars(self, report: IterationReport, architecture: Architecture, rates: Rates, memory: int) -> None:
         scalars = {
             "lm loss": report.loss,
             "learning rate": report.learning_rate,
             "grad norm": report.grad_norm,
-            "tokens per second": tokens_per_second,
-            "TFLOP/s per GPU": tflops,
+            "tokens per second": rates.tokens_per_second,
+            "TFLOP/s per GPU": rates.tflops,
+            **({} if rates.mfu is None else {"MFU": rates.mfu}),
+            "peak memory (MiB)": memory / MIB,
+            "consumed tokens": report.consumed_tokens,
             "parameters": architecture.parameters,
-            "width/heads": architecture.num_attention_heads,
-            "width/ffn": architecture.ffn_hidden_size,
-            "width/hidden": architecture.hidden_size,
+            **{f"width/{label}": getattr(architecture, name) for label, name in _WIDTHS.items()},
             "KV cache elements per token": architecture.kv_cache_channels,
-            **{f"seconds/{part}": s / self.window.iterations for part, s in self.window.seconds.items()},
+            **{f"seconds/{part}": seconds for part, seconds in self._seconds.items()},
         }
-        for name, value in scalars.items():
-            self._record(name, value, report.iteration)
+        self._sinks.record(scalars, report.iteration)
 
-    def _record(self, name: str, value: float, iteration: int) -> None:
-        if self._board is not None:
-            self._board.add_scalar(name, value, iteration)
-        if self._wandb is not None:
-            self._wandb.log({name: value, "iteration": iteration})
+    def _draw(self, dashboard: Dashboard, report: IterationReport, architecture: Architecture) -> None:
+        dashboard.losses.append(report.loss)
+        dashboard.saliencies.extend(removal.scores[removal.kind] for removal in report.removed)
+        if not dashboard.is_due() and report.iteration < report.total_iterations:
+            return
+        source = Architecture.full(architecture.shape)
+        dashboard.draw(
+            Snapshot(
+                iteration=report.iteration,
+                total_iterations=report.total_iterations,
+                consumed_tokens=report.consumed_tokens,
+                parameters=(source.parameters, architecture.parameters, self.config.pruning.target_params),
+                widths={label: (getattr(source, name), getattr(architecture, name)) for label, name in _WIDTHS.items()},
+                losses=tuple(dashboard.losses),
+                saliencies=tuple(dashboard.saliencies),
+                facts=self._facts,
+                seconds=self._seconds,
+            )
+        )
 
-    def _scalars_of_removals(self, report: IterationReport) -> None:
-        for removal in report.removed:
-            for kind, score in removal.scores.items():
-                self._record(f"saliency/{kind}", score, report.iteration)
 
-
-def _start_wandb(config: Config) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("logging.wandb_project: wandb is not installed; install it or leave the field null") from error
-    return wandb.init(project=config.logging.wandb_project)
+def _own_peak(config: Config) -> float | None:
+    """The peak of this process's GPU in bf16, when it is one whose data sheet is known."""
+    if config.parallel.device == "cpu" or not torch.cuda.is_available() or not config.training.bf16:
+        return None
+    return known_peak_tflops(torch.cuda.get_device_name())

@@ -11,10 +11,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +21,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.optimizer.build import ShardedModel, clip_and_step
 from megatron_prune.pruning.history import HistoryWriter, Removal
 from megatron_prune.resharding.coordinator import Coordinator
+from megatron_prune.training.clock import PartClock
 from megatron_prune.training.learning_rate import build_scheduler, current_lr
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.pruner import Pruner
@@ -89,7 +86,7 @@ class Trainer:
         training = config.training
         self.num_microbatches = training.global_batch_size // (training.micro_batch_size * model.mesh.dp_size)
         self.batches = self._stream(datasets.train, state.consumed_samples)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self.clock = PartClock(model.mesh.device)
         self.agreement = agreement or StepAgreement(config.training, model.mesh)
 
     @property
@@ -111,6 +108,8 @@ class Trainer:
             self._finish_saving()
             raise
         self._finish_saving()
+        memory = self.model.mesh.device.peak_memory_bytes()
+        self.reporter.summary(status, self.state.iteration, self.architecture, memory)
         if self.saver and self.saver.complete != self.state.iteration:
             raise TrainingStoppedError(
                 f"the run ends at iteration {self.state.iteration} and could not save it; {self.where_to_resume()}"
@@ -122,10 +121,14 @@ class Trainer:
             self._measure("source")
         if self.state.phase == PRUNING and self._target_reached():
             self._enter_continued()
+        self.clock.collect()  # what came before the first iteration is none of its parts
+        self.reporter.begin(self.architecture)
         while not self._is_finished():
             self.iterate()
             if self._due(self.config.training.eval_interval):
-                self.reporter.evaluation(self.state.iteration, self._validation_loss()[0])
+                with self.clock.part("evaluate"):
+                    loss, _ = self._validation_loss()
+                self.reporter.evaluation(self.state.iteration, loss)
             stop, is_writing = self.agreement.after_step(
                 self.state.iteration, self.saver is not None and self.saver.is_writing
             )
@@ -150,30 +153,29 @@ class Trainer:
 
     def iterate(self) -> None:
         """One iteration, in the order of the module's docstring."""
-        self._seconds.clear()
         state, training = self.state, self.config.training
         if self.pruner:
             self.pruner.begin(self.num_microbatches)
         learning_rate = current_lr(self.model)
-        with self._timed("forward-backward"):
+        with self.clock.part("forward-backward"):
             loss = forward_backward(
                 self.model, self.batches, self.num_microbatches, training.micro_batch_size, self.config.data.seq_length
             )
-        with self._timed("scoring"):
+        with self.clock.part("scoring"):
             if self.pruner:
                 self.pruner.score()
-        with self._timed("optimizer"):
+        with self.clock.part("optimizer"):
             stepped, grad_norm = clip_and_step(self.model)
         state.iteration += 1
         state.consumed_samples += training.global_batch_size
         state.consumed_tokens += self.config.tokens_per_iteration
         self.scheduler.step(1)
         self._count_nonfinite(stepped, loss)
-        with self._timed("retire"):
+        with self.clock.part("retire"):
             removed = self.pruner.prune(stepped) if self.pruner else []
         self._record(removed)
         reached = state.phase == PRUNING and bool(self.pruner) and self._target_reached()
-        with self._timed("compact"):
+        with self.clock.part("compact"):
             if self.coordinator.compact_if_due(force=reached):
                 self.scheduler.optimizer = self.model.optimizer
         self._report(loss, grad_norm, learning_rate, removed)
@@ -256,15 +258,18 @@ class Trainer:
             learning_rate=learning_rate,
             skipped_iterations=state.skipped_iterations,
             removed=tuple(removed),
-            seconds=dict(self._seconds),
+            seconds=self.clock.collect,
+            memory=self.model.mesh.device.peak_memory_bytes,
         )
         self.reporter.iteration(report, self.architecture)
 
     def _save(self) -> None:
         if self.saver is None or self.saver.complete == self.state.iteration:
             return
-        with self._timed("save"):
+        with self.clock.part("save"):
             self.saver.save(self.state)
+        with self.clock.part("figures"):
+            self.reporter.figures(self.state.history)
         self.coordinator.last_checkpoint = self.saver.complete
 
     def _finish_saving(self) -> None:
@@ -283,12 +288,7 @@ class Trainer:
 
     def _measure(self, stage: str) -> None:
         """Record loss and speed of the model as it stands now, under the stage's name."""
-        loss, tokens_per_second = self._validation_loss()
+        with self.clock.part("evaluate"):
+            loss, tokens_per_second = self._validation_loss()
         self.state.record_stage(stage, self.architecture, loss, tokens_per_second)
         self.reporter.evaluation(self.state.iteration, loss)
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[part] += time.perf_counter() - start

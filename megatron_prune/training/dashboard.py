@@ -1,0 +1,131 @@
+"""A run on a terminal: one screenful that is redrawn in place, messages scroll above it.
+
+Snapshot    what is shown
+render      Snapshot -> lines   (pure)
+sparkline   numbers -> a small curve in characters
+Dashboard   draws on a terminal, at most a few times a second
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+_CURVE = 60  # points of a curve
+_PAUSE = 0.2  # seconds between drawings, at least
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one drawing shows.
+
+    Args:
+        parameters: (at the start, now, target or None). widths: label -> (at the start, now).
+        losses, saliencies: the last ones, oldest first. facts: label -> text. seconds: part -> seconds per iteration.
+    """
+
+    iteration: int
+    total_iterations: int
+    consumed_tokens: int
+    parameters: tuple[int, int, int | None]
+    widths: Mapping[str, tuple[int, int]]
+    losses: Sequence[float]
+    saliencies: Sequence[float] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def render(snapshot: Snapshot, width: int) -> list[str]:
+    """Lines of at most `width` characters."""
+    done = snapshot.iteration / max(snapshot.total_iterations, 1)
+    first, now, target = snapshot.parameters
+    lines = [
+        f"iteration   {_bar(done, 30)} {snapshot.iteration:,} of {snapshot.total_iterations:,}, "
+        f"{snapshot.consumed_tokens:,} tokens"
+    ]
+    if target is not None and first > target:
+        pruned = (first - now) / (first - target)
+        lines.append(f"parameters  {_bar(pruned, 30)} {now:,} ({first:,} to {target:,})")
+    else:
+        lines.append(f"parameters  {now:,}")
+    lines += [
+        f"{label:<11} {_bar(live / max(start, 1), 30)} {live:,} of {start:,}"
+        for label, (start, live) in snapshot.widths.items()
+    ]
+    if snapshot.losses:
+        lines.append(f"loss        {sparkline(snapshot.losses)} {snapshot.losses[-1]:.4f}")
+    if snapshot.saliencies:
+        lines.append(f"saliency    {sparkline(snapshot.saliencies)} {snapshot.saliencies[-1]:.2e}")
+    if snapshot.facts:
+        lines.append("            " + " | ".join(f"{label} {text}" for label, text in snapshot.facts.items()))
+    if snapshot.seconds:
+        parts = sorted(snapshot.seconds.items(), key=lambda item: -item[1])
+        lines.append("ms          " + " | ".join(f"{part} {1000 * seconds:.1f}" for part, seconds in parts))
+    return [line[:width] for line in lines]
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The values as blocks of eight heights, the smallest lowest; what is not finite is a gap."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return " " * len(values)
+    low, span = min(finite), max(finite) - min(finite)
+    steps = len(_LEVELS) - 1
+    return "".join(
+        _LEVELS[round((value - low) / span * steps) if span else 0] if math.isfinite(value) else " " for value in values
+    )
+
+
+def _bar(share: float, width: int) -> str:
+    filled = round(min(max(share, 0.0), 1.0) * width)
+    return "█" * filled + "░" * (width - filled)
+
+
+class Dashboard:
+    """Draws snapshots over each other.
+
+    Args:
+        stream: a terminal. width: its columns.
+    """
+
+    def __init__(self, stream: IO[str], width: int) -> None:
+        self._stream, self._width = stream, width
+        self._lines: list[str] = []
+        self._drawn = -math.inf
+        self.losses: deque[float] = deque(maxlen=_CURVE)
+        self.saliencies: deque[float] = deque(maxlen=_CURVE)
+
+    def is_due(self) -> bool:
+        """Whether the last drawing is old enough."""
+        return time.monotonic() - self._drawn >= _PAUSE
+
+    def draw(self, snapshot: Snapshot) -> None:
+        """Replace the last drawing."""
+        self._erase()
+        self._lines = render(snapshot, self._width - 1)
+        self._show()
+        self._drawn = time.monotonic()
+
+    def write(self, text: str) -> None:
+        """A message above the drawing."""
+        self._erase()
+        self._stream.write(text + "\n")
+        self._show()
+
+    def close(self) -> None:
+        """Leave the last drawing where it is."""
+        self._lines = []
+
+    def _erase(self) -> None:
+        if self._lines:
+            self._stream.write(f"\x1b[{len(self._lines)}F\x1b[J")
+
+    def _show(self) -> None:
+        if self._lines:
+            self._stream.write("\n".join(self._lines) + "\n")
+        self._stream.flush()

@@ -1,0 +1,64 @@
+"""Where numbers go besides the log: TensorBoard, and Weights & Biases when it is asked for and installed.
+
+Sinks        everything that is open; `record` hands a set of numbers of one iteration to each
+start_wandb  a run that a requeued job goes on with, told by the folder it saves to
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.config import Config, dump
+from megatron_prune.errors import UserError
+
+
+class Sinks:
+    """Opens what the configuration names.
+
+    Args:
+        directory: where TensorBoard's files go unless `logging.tensorboard_dir` says otherwise; None: nowhere.
+    """
+
+    def __init__(self, config: Config, directory: Path | None) -> None:
+        self._board: Any = None
+        self._wandb: Any = None
+        board = config.logging.tensorboard_dir or (directory / "tensorboard" if directory else None)
+        if board is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(board))
+        if config.logging.wandb_project:
+            self._wandb = start_wandb(config)
+
+    def record(self, scalars: Mapping[str, float], iteration: int) -> None:
+        """Numbers by name, of one iteration."""
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log({**scalars, "iteration": iteration})
+
+    def close(self) -> None:
+        """Flush and close what is open."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def start_wandb(config: Config) -> Any:
+    """A run of Weights & Biases. Raises UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("logging.wandb_project: wandb is not installed; install it or leave the field null") from error
+    import yaml
+
+    same = {}
+    if config.checkpoint.save:
+        folder = Path(config.checkpoint.save).resolve()
+        same = {"id": hashlib.sha256(str(folder).encode()).hexdigest()[:16], "name": folder.name, "resume": "allow"}
+    return wandb.init(project=config.logging.wandb_project, config=yaml.safe_load(dump(config)), **same)
