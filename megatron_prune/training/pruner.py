@@ -28,6 +28,7 @@ from megatron_prune.saliency.hessian import DiagonalCache
 from megatron_prune.saliency.inputs import InputNeeds
 from megatron_prune.saliency.reducer import ElementScores
 from megatron_prune.saliency.scores import UnitScores, smooth
+from megatron_prune.training.clock import PartClock
 from megatron_prune.training.state import PRUNING, RunState
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,15 @@ def collector_settings(config: Config, num_microbatches: int, dp_size: int) -> C
 class Pruner:
     """Scores and removes groups of `model` as the schedule says; progress is kept in `state`."""
 
-    def __init__(self, config: Config, model: ShardedModel, coordinator: Coordinator, state: RunState) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: ShardedModel,
+        coordinator: Coordinator,
+        state: RunState,
+        clock: PartClock | None = None,
+    ) -> None:
+        self.clock = clock or PartClock(model.mesh.device)
         self.model, self.coordinator, self.state = model, coordinator, state
         self.config = config
         self.settings = selector_settings(config)
@@ -209,7 +218,10 @@ class Pruner:
 
     def _commit(self, decision: Decision, scores: ElementScores) -> Removal:
         layout, state = self.model.layout, self.state
-        errors = self._update.compensate(decision.group) if self._update is not None else None
+        errors = None
+        if self._update is not None:
+            with self.clock.part("second-order"):
+                errors = self._update.compensate(decision.group)
         self.coordinator.commit(decision.group)
         scores.drop(decision.group, layout)
         state.credits = self.schedule.spent(state.credits, decision.group.kind)

@@ -81,12 +81,14 @@ class Trainer:
         self.config, self.model, self.datasets, self.state = config, model, datasets, state
         self.reporter, self.saver, self.history = reporter, saver, history
         self.coordinator = Coordinator(model, config.training.check_invariants)
-        self.pruner = Pruner(config, model, self.coordinator, state) if config.pruning.target_params else None
+        self.clock = PartClock(model.mesh.device)
+        self.pruner: Pruner | None = None
+        if config.pruning.target_params:
+            self.pruner = Pruner(config, model, self.coordinator, state, self.clock)
         self.scheduler = build_scheduler(config, model, state)
         training = config.training
         self.num_microbatches = training.global_batch_size // (training.micro_batch_size * model.mesh.dp_size)
         self.batches = self._stream(datasets.train, state.consumed_samples)
-        self.clock = PartClock(model.mesh.device)
         self.agreement = agreement or StepAgreement(config.training, model.mesh)
 
     @property
