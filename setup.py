@@ -38,8 +38,9 @@ EXTRAS = {
     "hf": HUGGING_FACE,  # reloading exported models, their tokenizers
     "eval": [
         *HUGGING_FACE,
-        "lm-eval>=0.4.3",
+        "lm-eval>=0.4.13",
         "accelerate>=0.34",
+        "datasets>=2.16",
     ],  # the zero-shot tasks; pulls some 50 packages
     "plot": ["matplotlib>=3.8"],
     "gpu": ["transformer-engine[pytorch]>=2.9"],

@@ -13,7 +13,7 @@ The rooms, in the order in which data flows (none imports a later one):
     checkpoint   live units only, loadable on any layout
     training     the loop
     huggingface  Hugging Face folders in and out
-    evaluation   perplexity
+    evaluation   perplexity, zero-shot tasks
     launch       a configuration becomes a running job
     testing      gloo ranks on CPU and the dense oracle
 """

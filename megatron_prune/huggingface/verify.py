@@ -1,6 +1,7 @@
 """Does the exported folder compute what the training model does? Both run on the same tokens in fp32.
 
-    stock_logits      the folder, loaded with `AutoModelForCausalLM` and nothing of this project
+    load_stock_model  the folder, loaded with `AutoModelForCausalLM` alone, every weight accounted for
+    stock_logits      that model's logits
     training_logits   the training model (`PrunableLlama`) on one rank, filled with an architecture's live tensors
     sample_tokens     token ids of real text, as the exported tokenizer gives them
 
@@ -10,6 +11,7 @@ Call `stock_logits` first: with CUDA there, the CPU runtime of `training_logits`
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,8 @@ from megatron_prune.model.param_axes import ParamTable
 from megatron_prune.runtime.mesh import Mesh
 
 
-def stock_logits(folder: str | Path, tokens: Tensor, trust_remote_code: bool = False) -> Tensor:
-    """fp32 logits [B, S, vocabulary] of int64 `tokens` [B, S] from the folder, by transformers on the CPU.
+def load_stock_model(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The model in the folder, by transformers, on the CPU.
 
     Args:
         trust_remote_code: run the code that is in the folder.
@@ -36,7 +38,7 @@ def stock_logits(folder: str | Path, tokens: Tensor, trust_remote_code: bool = F
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise UserError("--verify needs transformers: install megatron-prune[hf]") from error
+        raise UserError("loading a model needs transformers: install megatron-prune[hf]") from error
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder), output_loading_info=True, local_files_only=True, trust_remote_code=trust_remote_code
@@ -48,6 +50,16 @@ def stock_logits(folder: str | Path, tokens: Tensor, trust_remote_code: bool = F
     complaints = [f"{kind}: {', '.join(names[:10])}" for kind, names in leftovers.items() if names]
     if complaints:
         raise UserError(f"{folder}: transformers loads it with {'; '.join(complaints)}")
+    return model
+
+
+def stock_logits(folder: str | Path, tokens: Tensor, trust_remote_code: bool = False) -> Tensor:
+    """fp32 logits [B, S, vocabulary] of int64 `tokens` [B, S] from the folder, by transformers on the CPU.
+
+    Raises:
+        UserError: as `load_stock_model`.
+    """
+    model = load_stock_model(folder, trust_remote_code)
     with torch.no_grad():
         return model.float().eval()(tokens, use_cache=False).logits
 

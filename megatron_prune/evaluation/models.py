@@ -1,0 +1,193 @@
+"""What is evaluated: a folder that transformers loads, and the tokenizer that belongs to it.
+
+    Candidate           a model's folder, name, size and tokenizer
+    open_candidate      folder -> Candidate; a bare SentencePiece file gets its exact Hugging Face form first
+    export_checkpoint   a training checkpoint -> a folder, as tools/convert_to_hf.py writes it
+    load_model          Candidate -> the model, by stock transformers
+
+`AutoTokenizer` on a folder that holds only a `tokenizer.model` builds merges of its own and gives other ids, which
+ruins every score without a word; therefore the conversion.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.config import read_json
+from megatron_prune.huggingface.export import export
+from megatron_prune.huggingface.provenance import source_of, tokenizer_of
+from megatron_prune.huggingface.shards import DTYPES, dtype_name
+from megatron_prune.huggingface.tokenizer import export_tokenizer
+from megatron_prune.huggingface.verify import load_stock_model
+from megatron_prune.huggingface.weights import HEAD_WEIGHT, FolderWeights
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate.
+
+    Attributes:
+        name: what tables call it.
+        folder: its Hugging Face folder.
+        tokenizer_folder: where transformers finds its tokenizer; the folder itself, or a converted form elsewhere.
+            None where there is none.
+        tokenizer_source: what `build_tokenizer` reads.
+        parameters: elements of all stored tensors, a tied output layer counted once.
+        dtype: of the stored weights.
+        vocab_size, max_length: ids the model knows, tokens it takes.
+    """
+
+    name: str
+    folder: Path
+    tokenizer_folder: Path | None
+    tokenizer_source: Path | None
+    parameters: int
+    dtype: str
+    vocab_size: int
+    max_length: int
+
+    def tokenizer(self, kind: str | None = None) -> Tokenizer:
+        """The tokenizer; of that kind if both kinds are there.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.tokenizer_source is None:
+            raise UserError(f"{self.folder}: holds no tokenizer; name one with --tokenizer-model")
+        both = kind == SENTENCEPIECE and (self.tokenizer_source / "tokenizer.model").is_file()
+        return build_tokenizer(SENTENCEPIECE if both else None, str(self.tokenizer_source))
+
+    def adds_bos(self) -> bool:
+        """Whether calling the tokenizer, as transformers loads it, begins with the begin-of-sequence id."""
+        from transformers import AutoTokenizer
+
+        if self.tokenizer_folder is None:
+            return False
+        tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer_folder))
+        return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model: str | None = None) -> Candidate:
+    """A model's folder, looked into but not loaded.
+
+    Args:
+        scratch: an empty folder of the caller's, for a converted tokenizer.
+        tokenizer_model: file or folder of the tokenizer, where the model's own folder holds none.
+
+    Raises:
+        UserError: the folder holds no model, or a tokenizer that cannot be read exactly.
+    """
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{config_file}: does not exist; name the folder of a Hugging Face model")
+    config = read_json(config_file)
+    weights = FolderWeights(folder)
+    tied = bool(config.get("tie_word_embeddings"))
+    sizes = [math.prod(stored.shape) for key, stored in weights.stored.items() if not (tied and key == HEAD_WEIGHT)]
+    source, converted = _tokenizer(folder, scratch, tokenizer_model)
+    return Candidate(
+        name=name,
+        folder=folder,
+        tokenizer_folder=converted,
+        tokenizer_source=source,
+        parameters=sum(sizes),
+        dtype=dtype_name(weights.dtype),
+        vocab_size=_whole(config, "vocab_size", config_file),
+        max_length=_whole(config, "max_position_embeddings", config_file),
+    )
+
+
+def _whole(config: dict[str, Any], field: str, file: Path) -> int:
+    if not isinstance(config.get(field), int):
+        raise UserError(f"{file}: {field}: is missing or no whole number")
+    return config[field]
+
+
+def _tokenizer(folder: Path, scratch: Path, tokenizer_model: str | None) -> tuple[Path | None, Path | None]:
+    """(what `build_tokenizer` reads, the folder that transformers reads)."""
+    if _holds_tokenizer(folder):
+        source = folder
+    elif tokenizer_model is not None:
+        source = Path(tokenizer_model)
+        if not source.exists():
+            raise UserError(f"--tokenizer-model {tokenizer_model}: does not exist")
+    else:
+        return None, None
+    if source.is_dir() and ((source / "tokenizer.json").is_file() or (source / "vocab.json").is_file()):
+        return source, source
+    if source.suffix == ".json":
+        return source, source.parent
+    converted = scratch / "tokenizer"
+    export_tokenizer(source / "tokenizer.model" if source.is_dir() else source, converted, None)
+    return source, converted
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def export_checkpoint(
+    load: str | Path, step: int | None, save: Path, tokenizer_model: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Write a checkpoint as a Hugging Face folder in its own dtype.
+
+    Returns:
+        The checkpoint's name (run and iteration), and its meta (see `CheckpointReader.meta`).
+
+    Raises:
+        UserError: there is no such checkpoint, or what it records as its tokenizer is gone and no other is named.
+    """
+    from megatron_prune.checkpoint import CheckpointReader
+
+    reader = CheckpointReader(load, step)
+    kind, path = (None, tokenizer_model) if tokenizer_model else tokenizer_of(reader.meta) or (None, None)
+    if path is not None and not Path(path).exists():
+        raise UserError(f"{load}: the tokenizer it was trained with, {path}, is gone; name it with --tokenizer-model")
+    export(
+        reader.read,
+        reader.architecture,
+        save,
+        dtype=reader.header.facts.dtype,
+        tokenizer_model=path,
+        tokenizer_type=kind,
+        source=source_of(reader.meta),
+    )
+    return f"{reader.path.parent.name} at {reader.header.iteration}", reader.meta
+
+
+def load_model(candidate: Candidate, device: str, dtype: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model on `device`, ready to evaluate; weights in their stored dtype unless another one is named.
+
+    Raises:
+        UserError: transformers is missing or refuses the folder, weights are missing or left over, or the dtype is
+            unknown.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model = load_stock_model(candidate.folder, trust_remote_code=trust_remote_code)
+    return model.to(device=torch.device(device), dtype=DTYPES[dtype or candidate.dtype]).eval()
+
+
+def describe(candidate: Candidate) -> dict[str, Any]:
+    """What a report says about the model."""
+    config = read_json(candidate.folder / "config.json")
+    return {
+        "name": candidate.name,
+        "parameters": candidate.parameters,
+        "dtype": candidate.dtype,
+        "class": (config.get("architectures") or ["?"])[0],
+        "num_hidden_layers": config.get("num_hidden_layers"),
+        "num_attention_heads": config.get("num_attention_heads"),
+        "num_key_value_heads": config.get("num_key_value_heads"),
+        "intermediate_size": config.get("intermediate_size"),
+        "hidden_size": config.get("hidden_size"),
+    }

@@ -1,0 +1,353 @@
+"""The paper's eight zero-shot tasks, by lm-evaluation-harness: its task definitions and its `hf` model, unchanged.
+
+    TASKS           our names, the harness's, and what a local file of the task looks like
+    select_tasks    --tasks and --task-data -> tasks, each with its local file if there is one
+    evaluate_tasks  a model on these tasks -> `Score` per task and metric
+    average         over tasks, in the metric that each is usually reported in
+
+Local files are JSON lines (`.jsonl`, `.json`) or Parquet (`.parquet`), named after the task, in the schema of the
+public data set; for them the harness's YAML is included in one that changes only where the documents come from.
+MMLU is the cloze form (the answers' texts are scored, not their letters), the harness's `mmlu_continuation`; its local
+file holds all subjects, each line naming its own, so that the accuracy is the mean over questions, as the harness's
+group has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_prune.errors import UserError
+from megatron_prune.evaluation.models import Candidate
+
+ALL = "all"
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the tasks.
+
+    Attributes:
+        name: of ours, and of the local file.
+        harness_name: of the harness's task or group.
+        template: the harness's task whose definition local files are run by.
+        folder: where in the harness's `tasks` folder that definition is.
+        split: the public split that is scored.
+        fields: what every line of a local file must hold.
+        changes: to the definition, for local files.
+    """
+
+    name: str
+    harness_name: str
+    template: str
+    folder: str
+    split: str
+    fields: tuple[str, ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+_QUESTION = ("question", "choices", "answerKey")
+_MMLU_CHANGES = {
+    "description": "The following are questions (with answers) about {{subject.replace('_', ' ')}}.\n\n",
+    "fewshot_config": None,
+}
+TASKS = (
+    Task("arc_challenge", "arc_challenge", "arc_challenge", "arc", "test", _QUESTION),
+    Task("arc_easy", "arc_easy", "arc_easy", "arc", "test", _QUESTION),
+    Task("boolq", "boolq", "boolq", "super_glue/boolq", "validation", ("passage", "question", "label")),
+    Task(
+        "hellaswag",
+        "hellaswag",
+        "hellaswag",
+        "hellaswag",
+        "validation",
+        ("ctx_a", "ctx_b", "activity_label", "endings", "label"),
+    ),
+    Task("openbookqa", "openbookqa", "openbookqa", "openbookqa", "test", ("question_stem", "choices", "answerKey")),
+    Task("piqa", "piqa", "piqa", "piqa", "validation", ("goal", "sol1", "sol2", "label")),
+    Task(
+        "winogrande",
+        "winogrande",
+        "winogrande",
+        "winogrande",
+        "validation",
+        ("sentence", "option1", "option2", "answer"),
+    ),
+    Task(
+        "mmlu_cloze",
+        "mmlu_continuation",
+        "mmlu_abstract_algebra_continuation",
+        "mmlu/continuation",
+        "test",
+        ("subject", "question", "choices", "answer"),
+        _MMLU_CHANGES,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A task to run, and its local file; None takes the documents from where the harness does."""
+
+    task: Task
+    file: Path | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy between 0 and 1, with the harness's standard error (None for one document), over `examples`."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    examples: int
+
+
+# Choosing -------------------------------------------------------------------------------------------------------------
+
+
+def select_tasks(names: str, task_data: str | None) -> tuple[list[Selected], list[str]]:
+    """(the tasks, names left out because `all` was asked for and they have no local file).
+
+    Args:
+        names: task names with commas between, or `all`.
+        task_data: folder of local files; None: the harness downloads.
+
+    Raises:
+        UserError: a name is unknown, or a file is missing or of another schema.
+    """
+    wanted = _named(names)
+    if task_data is None:
+        return [Selected(task, None) for task in wanted], []
+    folder = Path(task_data)
+    if not folder.is_dir():
+        raise UserError(f"--task-data {task_data}: is no folder; name the one that holds piqa.jsonl and the like")
+    files = {task.name: _local_file(folder, task.name) for task in wanted}
+    missing = [name for name, file in files.items() if file is None]
+    if missing and (names.strip() != ALL or len(missing) == len(files)):
+        raise UserError(
+            f"--task-data {task_data}: holds no file of {', '.join(missing)}; looked for "
+            f"{missing[0]}{{{','.join(SUFFIXES)}}}"
+        )
+    chosen = [Selected(task, file) for task in wanted if (file := files[task.name]) is not None]
+    for selected in chosen:
+        _check_schema(selected)
+    return chosen, missing
+
+
+def _named(names: str) -> list[Task]:
+    known = {task.name: task for task in TASKS}
+    if names.strip() == ALL:
+        return list(TASKS)
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not wanted:
+        raise UserError(f"--tasks: names no task; use {ALL} or some of {', '.join(known)}")
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.4)
+            hint = f"did you mean {near[0]}?" if near else f"use {ALL} or some of {', '.join(known)}"
+            raise UserError(f"--tasks: {name} is unknown; {hint}")
+    return [known[name] for name in wanted]
+
+
+def _local_file(folder: Path, name: str) -> Path | None:
+    for suffix in SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    return None
+
+
+def _check_schema(selected: Selected) -> None:
+    """Look at the first line, so that another schema is a clear error before a model is loaded."""
+    file, task = selected.file, selected.task
+    if file is None or file.suffix == ".parquet":
+        return
+    try:
+        with file.open(encoding="utf-8") as lines:
+            first = json.loads(next(lines, ""))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: line 1 is no JSON object ({error}); one per line is needed") from error
+    missing = [name for name in task.fields if not isinstance(first, dict) or name not in first]
+    if missing:
+        raise UserError(
+            f"{file}: line 1 lacks {', '.join(missing)}; {task.name} is read in the public schema "
+            f"({', '.join(task.fields)})"
+        )
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HarnessOptions:
+    """How the harness runs a model.
+
+    Attributes:
+        device, dtype: torch's names; dtype None: as stored.
+        batch_size: requests at once.
+        limit: documents of every task at most.
+        add_bos: begin every prompt with the begin-of-sequence id; None: what the tokenizer does by itself.
+    """
+
+    device: str
+    batch_size: int
+    dtype: str | None = None
+    limit: int | None = None
+    add_bos: bool | None = None
+    trust_remote_code: bool = False
+
+
+def harness_version() -> str:
+    """The installed version.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness: install megatron-prune[eval]")
+    return importlib.metadata.version("lm_eval")
+
+
+def evaluate_tasks(
+    candidate: Candidate, selection: Sequence[Selected], options: HarnessOptions, scratch: Path
+) -> list[Score]:
+    """Run a model on tasks, in the harness's own `hf` model.
+
+    Args:
+        scratch: a folder for generated YAML and the harness's copies of local files.
+
+    Raises:
+        UserError: the harness is missing, or cannot read a task's documents.
+    """
+    harness_version()
+    if candidate.tokenizer_folder is None:
+        raise UserError(f"{candidate.folder}: holds no tokenizer; name one with --tokenizer-model")
+    with _quiet():
+        import datasets
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        datasets.disable_progress_bars()
+        model = HFLM(
+            pretrained=str(candidate.folder),
+            tokenizer=str(candidate.tokenizer_folder),
+            device=options.device,
+            dtype=options.dtype or candidate.dtype,
+            batch_size=options.batch_size,
+            add_bos_token=options.add_bos,
+            trust_remote_code=options.trust_remote_code,
+        )
+        # The index of the harness's thousands of tasks takes seconds; local files name theirs by path.
+        manager = TaskManager(include_defaults=any(selected.file is None for selected in selection))
+        scores: list[Score] = []
+        for selected in selection:
+            try:
+                results = simple_evaluate(
+                    model=model,
+                    tasks=[_specification(selected, scratch)],
+                    task_manager=manager,
+                    limit=options.limit,
+                    log_samples=False,
+                )
+            except Exception as error:  # datasets, jinja and the task's own code raise whatever they like
+                where = selected.file or "its documents, which the harness downloads (--task-data names local files)"
+                reason = (str(error) or type(error).__name__).partition("\n")[0]
+                raise UserError(f"task {selected.task.name}: the harness cannot run {where}: {reason}") from error
+            scores.extend(_scores(selected.task, results))
+    return scores
+
+
+def _specification(selected: Selected, scratch: Path) -> str:
+    """What the harness calls the task: its own name, or a YAML file that reads the local documents."""
+    task, file = selected.task, selected.file
+    if file is None:
+        return task.harness_name
+    definition: dict[str, Any] = {
+        "include": str(_definition(task)),
+        "task": task.name,
+        "dataset_path": "parquet" if file.suffix == ".parquet" else "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {task.split: str(file.resolve())}, "cache_dir": str(scratch / "documents")},
+        **dict.fromkeys(_SPLITS),
+        f"{task.split}_split": task.split,
+        **task.changes,
+    }
+    path = scratch / f"{task.name}.yaml"
+    path.write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf-8")
+    return str(path)
+
+
+def _definition(task: Task) -> Path:
+    """The harness's YAML file of the task's template."""
+    from lm_eval import tasks
+
+    folder = Path(tasks.__file__).parent / task.folder
+    names = (f"task: {task.template}", f'"task": "{task.template}"')
+    for file in sorted(folder.rglob("*.yaml")):
+        if any(line.strip() in names for line in file.read_text(encoding="utf-8").splitlines()):
+            return file
+    raise UserError(
+        f"task {task.name}: lm-evaluation-harness {harness_version()} defines no {task.template} in {folder}; "
+        "use another version"
+    )
+
+
+def _scores(task: Task, results: Mapping[str, Any]) -> list[Score]:
+    """Accuracies of a task or group from the harness's results."""
+    name = task.name if task.name in results["results"] else task.harness_name
+    found = results["results"][name]
+    counts = results["n-samples"]
+    examples = counts[name]["effective"] if name in counts else sum(count["effective"] for count in counts.values())
+    scores = []
+    for metric in ("acc", "acc_norm"):
+        if f"{metric},none" in found:
+            stderr = found.get(f"{metric}_stderr,none")
+            has_stderr = isinstance(stderr, float) and math.isfinite(stderr)
+            scores.append(
+                Score(task.name, metric, float(found[f"{metric},none"]), stderr if has_stderr else None, examples)
+            )
+    return scores
+
+
+def average(scores: Sequence[Score]) -> Score | None:
+    """The mean over tasks, of acc_norm where a task has it and else acc; None with fewer than two tasks."""
+    chosen = {score.task: score for score in scores}  # acc_norm comes after acc
+    if len(chosen) < 2:
+        return None
+    errors = [score.stderr for score in chosen.values()]
+    stderr = None
+    if all(error is not None for error in errors):
+        stderr = math.sqrt(math.fsum((error or 0.0) ** 2 for error in errors)) / len(errors)
+    value = math.fsum(score.value for score in chosen.values()) / len(chosen)
+    return Score("average", "mean", value, stderr, sum(score.examples for score in chosen.values()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's and its data library's chatter below errors out of the log."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "lm-eval", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

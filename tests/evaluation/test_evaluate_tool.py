@@ -1,0 +1,95 @@
+"""tools/evaluate.py: several models side by side, checkpoints, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.testing.ranks import run_ranks
+from tools import evaluate
+
+
+def test_models_side_by_side(
+    model_folders: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large, small = model_folders
+    arguments = [
+        "--hf-model",
+        str(large),
+        str(small),
+        "--data-path",
+        str(text_file),
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
+    assert evaluate.main([*arguments, "--seq-length", "32", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "o" / "evaluation.md").read_text() == out
+    report = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["large", "small"]
+    assert [model["hidden_size"] for model in report["models"]] == [48, 32]
+    first, second = (model["perplexity"][0] for model in report["models"])
+    assert first["tokens"] == second["tokens"] and first["loss"] != second["loss"]
+    for one in (first, second):
+        assert f"{one['loss']:.4f} ± {one['loss_stderr']:.4f}" in out and f"{one['bits_per_byte']:.4f}" in out
+    header = next(line for line in out.splitlines() if line.startswith("| data"))
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["data", "measure", "large", "small"]
+
+
+def import_checkpoint(_rank: int, _size: int, folder: str, save: str) -> int:
+    """In a process of its own, since the tool sets up a runtime."""
+    import os
+
+    import torch.distributed as dist
+
+    from tools import convert_from_hf
+
+    dist.destroy_process_group()
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[variable]
+    return convert_from_hf.main(["--hf-model", folder, "--save", save])
+
+
+def test_checkpoint_is_judged_by_its_export(
+    model_folders: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(model_folders[0])
+    assert run_ranks(import_checkpoint, 1, folder, str(tmp_path / "run")) == [0]
+    more = ["--data-path", str(text_file), "--device", "cpu", "--output-dir", str(tmp_path)]
+    assert evaluate.main(["--hf-model", folder, "--load", str(tmp_path / "run"), *more]) == 0
+    models = json.loads((tmp_path / "evaluation.json").read_text())["models"]
+    assert [model["name"] for model in models] == ["large", "run at 0"]
+    assert models[0]["perplexity"][0]["loss"] == models[1]["perplexity"][0]["loss"]
+    capsys.readouterr()
+    assert evaluate.main(["--load", str(tmp_path / "run")]) == 2  # it was imported, not trained
+    assert "records no data set it was trained on" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(
+    model_folders: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(model_folders[0])
+    cases = {
+        "name a model": [],
+        "say what to measure": ["--hf-model", folder],
+        "config.json: does not exist": ["--hf-model", str(tmp_path), "--data-path", str(text_file)],
+        "is named twice": ["--hf-model", folder, folder, folder, "--data-path", str(text_file)],
+        "neither a text file nor": ["--hf-model", folder, "--data-path", "nowhere"],
+        "did you mean piqa?": ["--hf-model", folder, "--tasks", "piqua"],
+        "--batch-size 0: must be at least 1": [
+            "--hf-model",
+            folder,
+            "--data-path",
+            str(text_file),
+            "--batch-size",
+            "0",
+        ],
+        "--dtype int4: unknown": ["--hf-model", folder, "--data-path", str(text_file), "--dtype", "int4"],
+        "no such folder": ["--load", str(tmp_path / "nowhere"), "--data-path", str(text_file)],
+    }
+    for words, arguments in cases.items():
+        assert evaluate.main(arguments) == 2, words
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1 and words in captured.err, captured.err

@@ -1,0 +1,253 @@
+"""Judge models side by side: perplexity on any text or data set, and the paper's zero-shot tasks.
+
+    python tools/evaluate.py --hf-model source pruned baseline --data-path held_out.txt \\
+        --tasks arc_easy,piqa --task-data bench --output-dir results
+    python tools/evaluate.py --load checkpoints/run         # what the run itself evaluates on
+    python tools/evaluate.py --load checkpoints/run --tasks all
+
+A checkpoint is exported into a temporary folder first, so that what is judged is what tools/convert_to_hf.py gives.
+The tables go to stdout, and with --output-dir also to evaluation.md and evaluation.json. A mistake is one line on
+stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from megatron_prune.data.documents import SEPARATORS
+from megatron_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prune.evaluation.corpora import Corpus, IndexedOptions
+    from megatron_prune.evaluation.models import Candidate
+    from megatron_prune.evaluation.report import Evaluated, Report
+    from megatron_prune.evaluation.zero_shot import Selected
+
+LONGEST = 2048  # tokens of a window, unless --seq-length says otherwise
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    models = parser.add_argument_group("models").add_argument
+    models("--hf-model", nargs="+", default=[], metavar="DIR", help="Hugging Face folders, one column each")
+    models("--load", metavar="DIR", help="a run's folder, or one of its iter_... folders; one more column")
+    models("--ckpt-step", type=int, metavar="N", help="iteration of --load; the newest unless given")
+    models("--tokenizer-model", metavar="PATH", help="tokenizer of the models whose folder holds none")
+    models("--dtype", metavar="T", help="float32, bfloat16 or float16 to compute in; as stored unless given")
+    models("--device", metavar="D", help="cpu, cuda, cuda:1, ...; cuda where there is one, unless given")
+    models("--batch-size", type=int, default=8, metavar="N", help="sequences at once")
+    models(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin prompts and documents with the begin-of-sequence id; as each tokenizer does unless given",
+    )
+    models("--trust-remote-code", action="store_true", help="run code that a model's folder brings along")
+    data = parser.add_argument_group("perplexity").add_argument
+    data(
+        "--data-path",
+        nargs="+",
+        default=[],
+        metavar="P",
+        help='text files, .jsonl files, prefixes of .bin/.idx data sets, or quoted blends "w1 p1 w2 p2"; with --load '
+        "alone, the run's own validation data",
+    )
+    data("--seq-length", type=int, metavar="N", help=f"of a window; {LONGEST}, or the model's context if that is less")
+    data("--split", default="0,1,0", help="of .bin/.idx data: training, validation, test; validation is measured")
+    data("--seed", type=int, default=1234, help="of .bin/.idx data's shuffle; a run's --seed")
+    data("--eval-samples", type=int, metavar="N", help="windows of each data set; all of them unless given")
+    data("--document-separator", choices=SEPARATORS, default=SEPARATORS[0], help="what ends a document of a text file")
+    data("--json-key", default="text", metavar="KEY", help="where a JSON line holds its text")
+    data("--append-eod", action="store_true", help="end every document of a text with the end-of-sequence id")
+    tasks = parser.add_argument_group("zero-shot tasks").add_argument
+    tasks(
+        "--tasks",
+        metavar="T",
+        help="all, or some of arc_challenge,arc_easy,boolq,hellaswag,openbookqa,piqa,winogrande,mmlu_cloze",
+    )
+    tasks("--task-data", metavar="DIR", help="folder of TASK.jsonl or TASK.parquet files; downloaded unless given")
+    tasks("--limit", type=int, metavar="N", help="documents of each task at most")
+    parser.add_argument("--output-dir", metavar="DIR", help="also write evaluation.md and evaluation.json there")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on every model; `own` is the validation data of the run in --load, with its sequence length."""
+
+    arguments: argparse.Namespace
+    device: str
+    scratch: Path
+    selection: tuple[Selected, ...]
+    own: tuple[IndexedOptions, int] | None
+
+
+def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
+    """Measure everything that was asked for. Raises UserError."""
+    import torch
+
+    from megatron_prune.evaluation.corpora import is_text
+    from megatron_prune.evaluation.models import open_candidate
+    from megatron_prune.evaluation.report import Report
+    from megatron_prune.evaluation.zero_shot import harness_version, select_tasks
+
+    check(arguments)
+    selection, missing = select_tasks(arguments.tasks, arguments.task_data) if arguments.tasks else ([], [])
+    settings = {name: value for name, value in sorted(vars(arguments).items()) if name != "output_dir"}
+    if selection:
+        settings["lm_eval"] = harness_version()
+    for path in arguments.data_path:
+        is_text(path)  # a wrong one is told before anything is computed
+    folders, own = model_folders(arguments, scratch)
+    candidates = []
+    for number, (name, folder) in enumerate(folders.items()):
+        (scratch / str(number)).mkdir()
+        candidates.append(open_candidate(folder, name, scratch / str(number), arguments.tokenizer_model))
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    plan = Plan(arguments, device, scratch, tuple(selection), own)
+    remarks = [f"Left out for want of a file in --task-data: {', '.join(missing)}."] if missing else []
+    return Report(tuple(judge(candidate, plan) for candidate in candidates), settings, tuple(remarks))
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be meant. Raises UserError."""
+    if not arguments.hf_model and not arguments.load:
+        raise UserError("name a model: --hf-model DIR, or --load DIR for a checkpoint")
+    if arguments.hf_model and not arguments.data_path and not arguments.tasks:
+        raise UserError("say what to measure: --data-path, --tasks, or both")
+    for name in ("batch_size", "seq_length", "eval_samples", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if arguments.dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {arguments.dtype}: unknown; use float32, bfloat16, float16")
+
+
+def model_folders(
+    arguments: argparse.Namespace, scratch: Path
+) -> tuple[dict[str, Path], tuple[IndexedOptions, int] | None]:
+    """(name -> folder of every model, the run's own validation data if that is to be measured)."""
+    from megatron_prune.evaluation.corpora import run_options
+    from megatron_prune.evaluation.models import export_checkpoint
+
+    folders: dict[str, Path] = {}
+    for given in arguments.hf_model:
+        path = Path(given).resolve()
+        name = path.name if path.name not in folders else f"{path.parent.name}/{path.name}"
+        if name in folders:
+            raise UserError(f"--hf-model {given}: is named twice")
+        folders[name] = path
+    if not arguments.load:
+        return folders, None
+    name, meta = export_checkpoint(arguments.load, arguments.ckpt_step, scratch / "export", arguments.tokenizer_model)
+    folders[name] = scratch / "export"
+    wanted = not arguments.data_path and not arguments.tasks
+    return folders, run_options(meta, arguments.load) if wanted else None
+
+
+def judge(candidate: Candidate, plan: Plan) -> Evaluated:
+    """Everything about one model; at no time are two of them in memory."""
+    from megatron_prune.evaluation.models import describe
+    from megatron_prune.evaluation.report import Evaluated
+    from megatron_prune.evaluation.zero_shot import HarnessOptions, evaluate_tasks
+
+    arguments = plan.arguments
+    perplexities = measure_all(candidate, plan) if arguments.data_path or plan.own else []
+    scores: list[Any] = []
+    if plan.selection:
+        print(f"{candidate.name}: {len(plan.selection)} tasks", file=sys.stderr)
+        options = HarnessOptions(
+            device=plan.device,
+            batch_size=arguments.batch_size,
+            dtype=arguments.dtype,
+            limit=arguments.limit,
+            add_bos=arguments.add_bos,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        scores = evaluate_tasks(candidate, plan.selection, options, plan.scratch)
+    return Evaluated(describe(candidate), tuple(perplexities), tuple(scores))
+
+
+def measure_all(candidate: Candidate, plan: Plan) -> list[Any]:
+    """Perplexities of one model on all data sets."""
+    from megatron_prune.evaluation.models import load_model
+    from megatron_prune.evaluation.perplexity import measure
+
+    arguments = plan.arguments
+    corpora = all_corpora(candidate, plan)  # first: a data set that does not fit is told before the model is loaded
+    model = load_model(candidate, plan.device, arguments.dtype, arguments.trust_remote_code)
+    found = []
+    for corpus in corpora:
+        words = f"{candidate.name}, {corpus.name}"
+        with tqdm(total=len(corpus.windows), unit="window", desc=words, disable=not sys.stderr.isatty()) as bar:
+            found.append(measure(model, corpus, arguments.batch_size, plan.device, bar.update))
+    return found
+
+
+def all_corpora(candidate: Candidate, plan: Plan) -> list[Corpus]:
+    """The data sets, as this model's tokenizer reads them."""
+    from megatron_prune.evaluation.corpora import IndexedOptions, TextOptions, indexed_corpus, is_text, text_corpus
+
+    arguments, cache = plan.arguments, plan.scratch / "indices"
+    if plan.own is not None:
+        options, length = plan.own
+        return [indexed_corpus(options, candidate, arguments.seq_length or length, cache)]
+    length = arguments.seq_length or min(LONGEST, candidate.max_length)
+    corpora = []
+    for path in arguments.data_path:
+        if is_text(path):
+            bos = candidate.adds_bos() if arguments.add_bos is None else arguments.add_bos
+            text = TextOptions(
+                path,
+                prepend_bos=bos,
+                append_eod=arguments.append_eod,
+                document_separator=arguments.document_separator,
+                json_key=arguments.json_key,
+                samples=arguments.eval_samples,
+            )
+            corpora.append(text_corpus(text, candidate.tokenizer(), length))
+        else:
+            indexed = IndexedOptions(path, arguments.split, arguments.seed, arguments.eval_samples)
+            corpora.append(indexed_corpus(indexed, candidate, length, cache))
+    return corpora
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    arguments = parse(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", module=r"(torch|megatron|lm_eval|datasets|transformers)\..*")
+    try:
+        with tempfile.TemporaryDirectory(prefix="evaluate_") as scratch:
+            report = evaluate(arguments, Path(scratch))
+        print(report.to_markdown(), end="")
+        if arguments.output_dir:
+            from megatron_prune.evaluation.report import write_report
+
+            for file in write_report(report, arguments.output_dir):
+                print(f"written: {file}", file=sys.stderr)
+    except UserError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("evaluate: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
+    sys.exit(main())
