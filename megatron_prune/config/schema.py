@@ -193,7 +193,7 @@ class EvaluationConfig:
     """What the launcher's `evaluate` stage measures source and pruned model on; training itself reads none of it."""
 
     eval_data_path: str | None = option(
-        None, "prefix of a data set for perplexity, or several; null: valid_data_path", several_words=True
+        None, "data sets or text files for perplexity, or a blend; null: valid_data_path", several_words=True
     )
     eval_tasks: str | None = option(None, "zero-shot tasks, separated by commas; null: none")
     eval_task_data: str | None = option(None, "folder with the tasks' data, for machines without network")

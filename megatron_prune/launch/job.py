@@ -358,7 +358,8 @@ class _Rank:
         inputs: list[str] = []
         data = evaluation.eval_data_path or self.config.data.valid_data_path
         if data:
-            inputs += ["--data-path", *data.split()]
+            is_blend = data.split()[0].replace(".", "", 1).isdigit()  # "weight1 prefix1 weight2 prefix2"
+            inputs += ["--data-path", *([data] if is_blend else data.split())]
         if evaluation.eval_tasks:
             inputs += ["--tasks", evaluation.eval_tasks]
         if evaluation.eval_task_data:

@@ -36,6 +36,12 @@ def test_the_papers_runs_are_there():
         "llama_7b_to_70",
         "llama2_7b_to_1.3b",
         "llama2_7b_to_2.7b",
+        "llama2_7b_to_1.3b_b",
+        "llama2_7b_to_2.7b_b",
+        "smollm_1.7b_to_469m_obd",
+        "smollm_1.7b_to_469m_obc",
+        "smollm_1.7b_to_469m_sparsegpt",
+        "smollm_1.7b_to_469m_llm_pruner",
         "debug_cpu",
     } <= names
 
@@ -76,16 +82,24 @@ def test_it_is_documented(path):
         assert text.count("[paper]") >= 5 and text.count("[choice]") >= 5
 
 
-@pytest.mark.parametrize("variant", ["obd", "llm_pruner"])
-def test_criteria_differ_from_the_base_in_the_criterion_alone(variant):
-    base, other = (
-        read_file(FOLDER / "smollm_1.7b_to_469m.yaml"),
-        read_file(FOLDER / f"smollm_1.7b_to_469m_{variant}.yaml"),
-    )
-    assert base.pruning.metric != other.pruning.metric and base.checkpoint.save != other.checkpoint.save
+@pytest.mark.parametrize(
+    ("name", "variant", "fields"),
+    [
+        ("smollm_1.7b_to_469m", "obd", {"metric"}),
+        ("smollm_1.7b_to_469m", "llm_pruner", {"metric"}),
+        ("smollm_1.7b_to_469m", "obc", {"metric", "second_order"}),
+        ("smollm_1.7b_to_469m", "sparsegpt", {"metric", "second_order"}),
+        ("llama2_7b_to_1.3b", "b", {"second_order"}),
+        ("llama2_7b_to_2.7b", "b", {"second_order"}),
+    ],
+)
+def test_variants_differ_from_the_base_in_what_they_are_about_alone(name, variant, fields):
+    base, other = read_file(FOLDER / f"{name}.yaml"), read_file(FOLDER / f"{name}_{variant}.yaml")
+    assert all(getattr(base.pruning, field) != getattr(other.pruning, field) for field in fields)
+    assert base.checkpoint.save != other.checkpoint.save
     same = dataclasses.replace(
         other,
-        pruning=dataclasses.replace(other.pruning, metric=base.pruning.metric),
+        pruning=dataclasses.replace(other.pruning, **{field: getattr(base.pruning, field) for field in fields}),
         checkpoint=dataclasses.replace(other.checkpoint, save=base.checkpoint.save),
     )
     assert same == base

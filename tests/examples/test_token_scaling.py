@@ -1,0 +1,135 @@
+"""Token scaling: the table and figures from runs' files, and the script that starts the runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.errors import UserError
+from tools.token_scaling import Run, collect, main, markdown, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "token_scaling.sh"
+
+
+def stage(tokens, parameters, loss):
+    return {
+        "iteration": tokens // 10,
+        "tokens": tokens,
+        "parameters": parameters,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "ffn_hidden_size": 96,
+        "hidden_size": 64,
+        "validation_loss": loss,
+    }
+
+
+def write_run(folder, ratio, pruning_tokens, losses, stages=("source", "pruned", "final")):
+    """What a run leaves behind."""
+    folder.mkdir(parents=True)
+    tokens, sizes = (0, pruning_tokens, pruning_tokens + 500), (200, 100, 100)
+    facts = {n: stage(t, p, x) for n, t, p, x in zip(("source", "pruned", "final"), tokens, sizes, losses, strict=True)}
+    summary = {"consumed_tokens": pruning_tokens + 500, "stages": {name: facts[name] for name in stages}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(f'pruning:\n  ratio: "{ratio}"\n')
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        write_run(tmp_path / "ratio_1-9", "1:9", 9000, (1.9, 2.1, 2.0)),
+        write_run(tmp_path / "ratio_4-1", "4:1", 250, (1.9, 3.1, 2.4)),
+        write_run(tmp_path / "ratio_1-1", "1:1", 1000, (1.9, 2.8, 2.2), stages=("source",)),
+    ]
+
+
+def test_what_a_run_measured(runs):
+    found = read_run(runs[0])
+    assert isinstance(found, Run)
+    assert (found.ratio, found.pruning_tokens, found.tokens) == ("1:9", 9000, 9500)
+    assert read_run(runs[2]) == "the target is not reached yet"
+    assert "has not ended" in read_run(runs[0].parent)
+
+
+def test_the_table_is_sorted_and_starts_with_the_source(runs):
+    lines = markdown(sorted(map(read_run, runs[:2]), key=lambda run: run.pruning_tokens)).splitlines()
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[2][:4] == ["source", "0", "0", "200"] and cells[2][7:] == ["1.9000", ""]
+    assert cells[3] == ["4:1", "250", "750", "100", "8 (4)", "96", "64", "3.1000", "2.4000"]
+    assert cells[4][0] == "1:9"
+
+
+def test_everything_is_written_and_the_unfinished_named(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    report = runs[0] / "evaluation" / "evaluation.json"
+    report.parent.mkdir()
+    report.write_text(json.dumps({"models": [{"average": {"value": 0.6}}, {"average": {"value": 0.5432}}]}))
+    assert main(["--runs", *map(str, runs), "--output-dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "ratio_1-1: left out, the target is not reached yet" in printed
+    assert "accuracy" in printed and "0.5432" in printed
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"token_scaling.md", "token_scaling.json", "loss_vs_tokens.png", "loss_vs_parameters.png"}
+    assert all((tmp_path / "out" / name).stat().st_size < 100_000 for name in names)
+
+
+def test_nothing_to_compare_is_a_mistake(runs, tmp_path, capsys):
+    with pytest.raises(UserError, match="ratio_1-1: left out"):
+        collect(runs[2:], tmp_path / "out")
+    (runs[0] / "summary.json").write_text("{}")
+    assert main(["--runs", str(runs[0]), "--output-dir", str(tmp_path)]) == 2
+    assert "not what a run writes" in capsys.readouterr().err
+
+
+# The script -----------------------------------------------------------------------------------------------------------
+
+
+def script(folder, *words, path=None):
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    command = ["bash", str(SCRIPT), *map(str, words)]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_job_array_has_a_task_per_ratio(tmp_path):
+    """Against a stand-in for sbatch, which writes down what it is asked."""
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@ ($ARRAY_FLAGS)" >> {tmp_path}/asked\necho 71\n')
+    sbatch.chmod(0o755)
+    (tmp_path / "run.yaml").write_text("{}\n")
+    words = ("run.yaml", "out", "--ratios", "8:1 1:9", "--slurm", "--nodes 8 --time 1:00", "--", "--lr", "1e-4")
+    code, output = script(tmp_path, *words, path=tmp_path / "bin")
+    assert code == 0 and "job array 71 with 2 runs" in output, output
+    array, last = (tmp_path / "asked").read_text().splitlines()
+    assert "--array 0-1 --nodes 8 --time 1:00" in array and "run.yaml --stage prune,continue" in array
+    assert "--dependency afterany:71" in last and "token_scaling.py" in last
+    flags = (tmp_path / "out" / "array_flags.txt").read_text().splitlines()
+    assert [line.split() for line in flags] == [
+        ["--lr", "1e-4", "--prune-ratio", ratio, "--save", str(tmp_path / "out" / f"ratio_{ratio.replace(':', '-')}")]
+        for ratio in ("8:1", "1:9")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "usage: token_scaling.sh CONFIG OUT"),
+        (("nowhere.yaml", "out"), "nowhere.yaml: no such file"),
+        ((SCRIPT, "out", "--ratios", "1:0"), "got 1:0"),
+        ((SCRIPT, "out", "--lr", "1"), "unknown option --lr"),
+    ],
+)
+def test_mistakes_are_one_line(words, told, tmp_path):
+    code, output = script(tmp_path, *words)
+    assert code == 2 and told in output and output.count("\n") == 1
