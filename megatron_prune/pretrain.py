@@ -82,11 +82,13 @@ def _train(config: Config) -> int:
 def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float) -> None:
     from megatron_prune.errors import PeerLostError, TrainingStoppedError
     from megatron_prune.launch import outputs
+    from megatron_prune.launch.agreement import insist
     from megatron_prune.launch.build import build_trainer
     from megatron_prune.launch.failures import agreed, lost_contact
     from megatron_prune.launch.inputs import open_inputs
     from megatron_prune.training.stopping import STOPPED
 
+    insist(mesh, config)
     inputs = agreed(mesh, lambda: open_inputs(config))
     logging.getLogger(__name__).info("%s; %d parameters to start with", mesh.describe(), inputs.architecture.parameters)
     trainer = build_trainer(config, inputs, mesh, signalled, started)

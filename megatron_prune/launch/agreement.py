@@ -3,6 +3,7 @@
     Facts           what one rank brings: its complaint if it has one, its configuration, its code's version
     verdict         all ranks' facts -> what is wrong with them, or None   (pure)
     code_version    a digest of the package's sources
+    insist          compare over a mesh
     consult         exchange facts and rank 0's plan over a key-value store, before any process group exists
 
 A node with an older copy of the code or another config file does not fail: it trains something else. The exchange goes
@@ -19,9 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
+
+if TYPE_CHECKING:  # launchers import this module, and they need no torch
+    from megatron_prune.runtime.mesh import Mesh
 
 _PREFIX = "megatron_prune/agreement"
 
@@ -151,6 +156,15 @@ def _exchange(
             f"MASTER_ADDR, MASTER_PORT: rank {rank} could not meet the other {world_size - 1} ranks at {place} within "
             f"{minutes:g} minutes ({str(error).splitlines()[0]})"
         ) from error
+
+
+def insist(mesh: Mesh, config: Config) -> None:
+    """The same comparison once ranks have a process group. Raises UserError on all of them when they differ."""
+    from megatron_prune.runtime.mesh import agree
+
+    complaint = verdict(agree(mesh, own_facts(lambda: dump(config))))
+    if complaint is not None:
+        raise UserError(complaint)
 
 
 def own_facts(read: Callable[[], str]) -> Facts:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_prune.errors import UserError
-from megatron_prune.launch.agreement import Facts, code_version, consult, own_facts, verdict
+from megatron_prune.launch.agreement import Facts, code_version, consult, insist, own_facts, verdict
 
 GOOD = Facts(None, "training:\n  seed: 1\n  lr: 2\n", "0.1.0+aaaa")
 
@@ -40,6 +40,19 @@ def test_own_facts_hold_the_complaint():
     assert own_facts(fails) == Facts("no such file")
     found = own_facts(lambda: "x: 1")
     assert (found.config, found.code) == ("x: 1", code_version()) and found.code.startswith("0.")
+
+
+def test_over_a_mesh_too(monkeypatch):
+    """Runs that skip the launcher compare once they have a process group."""
+    from megatron_prune.config import Config, dump
+    from megatron_prune.runtime import mesh
+
+    others = [Facts(None, dump(Config()), code_version())]
+    monkeypatch.setattr(mesh, "agree", lambda _mesh, own: [own, *others])
+    insist(None, Config())
+    others.append(Facts(None, dump(Config()), "0.0.1+old"))
+    with pytest.raises(UserError, match=r"code: megatron_prune on rank 2 is not what rank 0 runs \(0.0.1\+old"):
+        insist(None, Config())
 
 
 def free_port():
