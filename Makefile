@@ -8,7 +8,7 @@
 PYTHON ?= python3
 TORCH = torch==2.13.0
 TORCH_PIP_ARGS ?=
-EXTRAS = dev,hf,plot
+EXTRAS = dev,hf,plot,gguf
 ARGS ?=
 
 VENV = .venv
@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-full test-slurm lint types dry-run checks demo bench clean
+.PHONY: help install test test-full test-gguf test-eval test-slurm lint types dry-run checks demo bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -52,6 +52,14 @@ test-full: install  ## the same and the rest of the covers that `make test` samp
 
 test-slurm: install  ## job scripts on a real Slurm with two nodes (skipped, with the reason, where there is none)
 	@$(PYTEST) -m slurm -rs tests/slurm $(ARGS)
+
+test-gguf: install  ## exported models in llama.cpp (compiles llama-cpp-python the first time: some ten minutes)
+	@$(PIP_INSTALL) llama-cpp-python
+	@$(PYTEST) -m gguf $(ARGS)
+
+test-eval: install  ## accuracies against lm-evaluation-harness (installs it the first time: some 50 packages)
+	@$(PIP_INSTALL) -e '.[eval]'
+	@$(PYTEST) tests/evaluation $(ARGS)
 
 lint: install  ## ruff: rules and formatting
 	@$(BIN)/ruff check --quiet --output-format=concise $(SOURCES)

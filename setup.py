@@ -42,6 +42,7 @@ EXTRAS = {
         "accelerate>=0.34",
         "datasets>=2.16",
     ],  # the zero-shot tasks; pulls some 50 packages
+    "gguf": ["gguf>=0.17"],  # writing GGUF files; llama-cpp-python, which reads them, is compiled by `make test-gguf`
     "plot": ["matplotlib>=3.8"],
     "gpu": ["transformer-engine[pytorch]>=2.9"],
     "dev": [

@@ -1,0 +1,272 @@
+"""A Hugging Face folder as one GGUF file, which llama.cpp and what is built on it load.
+
+    convert     folder -> file, one tensor in memory at a time
+    Converted   what was written
+
+The head dimension is stated (key and value length), so that widths which pruning left need no common divisor. Llama and
+Mistral without sliding window become `llama`, whose rotary embedding turns neighbouring channels where Hugging Face's
+turns halves: rows of q and k are put in that order. Qwen 2 and 3 turn halves in llama.cpp too.
+
+Norms and biases are stored in f32. Q8_0 quantizes blocks of 32 along a row; rows that are no multiple of it are stored
+in f16, and the caller is told which.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface import cluster
+from megatron_prune.huggingface.config import read_json, read_shape
+from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabulary
+from megatron_prune.huggingface.weights import FolderWeights
+from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.param_axes import ParamTable
+
+# --dtype -> GGUF's type of matrices.
+DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_OF_MODEL = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_OF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        file: the GGUF file.
+        architecture: llama.cpp's name.
+        tensors: how many.
+        parameters: their elements.
+        fallbacks: names of tensors stored in f16 instead of Q8_0.
+    """
+
+    file: Path
+    architecture: str
+    tensors: int
+    parameters: int
+    fallbacks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor to be written: GGUF's name, shape [rows, columns], GGUF's type, and how to fetch it (fp32)."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    fetch: Callable[[], Tensor]
+
+
+def convert(
+    folder: str | Path, save: str | Path, dtype: str = "f16", on_tensor: Callable[[str], Any] = lambda _: None
+) -> Converted:
+    """Write the model in `folder` to the file `save`, which must not exist.
+
+    Args:
+        dtype: of matrices, one of `DTYPES`.
+        on_tensor: told each tensor's name when it is written.
+
+    Raises:
+        UserError: an option is wrong, the gguf package is missing, the file is in the way, or the model or its
+            tokenizer does not map to GGUF exactly. Nothing is left behind.
+    """
+    gguf = _package()
+    folder, target = Path(folder), Path(save)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: unknown; use {', '.join(DTYPES)}")
+    if target.exists():
+        raise UserError(f"--save {save}: is there already; name another file")
+    shape = _shape(folder)
+    weights = FolderWeights(folder)
+    weights.check(shape)
+    vocabulary = read_vocabulary(folder, shape.vocab_size)
+    entries = list(_entries(weights, shape, DTYPES[dtype]))
+    architecture = _ARCHITECTURES[shape.model_type]
+    staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    writer = gguf.GGUFWriter(None, architecture)
+    _write_metadata(writer, gguf, shape, folder, dtype)
+    _write_vocabulary(writer, vocabulary, folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_tensors(writer, gguf, entries, staged, on_tensor)
+        staged.replace(target)
+    except OSError as error:
+        raise UserError(f"--save {save}: cannot be written: {error.strerror or error}") from error
+    finally:
+        staged.unlink(missing_ok=True)
+    fallbacks = tuple(entry.name for entry in entries if dtype == "q8_0" and entry.kind == "F16")
+    parameters = sum(math.prod(entry.shape) for entry in entries if entry.name != ROPE_FACTORS)
+    return Converted(target, architecture, len(entries), parameters, fallbacks)
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("writing GGUF needs the package gguf: install megatron-prune[gguf]") from error
+    return gguf
+
+
+def _shape(folder: Path) -> LlamaShape:
+    file = folder / "config.json"
+    if file.is_file() and read_json(file).get("model_type") == cluster.MODEL_TYPE:
+        raise UserError(
+            f"{folder}: cluster attention, whose KV heads serve different numbers of query heads, does not map to "
+            "GGUF; export the checkpoint with --kv-policy expand, which gives the same logits"
+        )
+    shape = read_shape(folder)
+    kind = (shape.rope_scaling or {}).get("rope_type")
+    if kind == "llama3" and _ARCHITECTURES[shape.model_type] != "llama":
+        raise UserError(f"{file}: rope_scaling llama3 of a {shape.model_type} model does not map to GGUF")
+    return shape
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def _entries(weights: FolderWeights, shape: LlamaShape, kind: str) -> Iterator[_Entry]:
+    """Every tensor of the file, in order. Matrices in `kind`, where their rows allow it."""
+    if (shape.rope_scaling or {}).get("rope_type") == "llama3":
+        factors = rope_factors(shape)
+        yield _Entry(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: factors)
+    turned = _ARCHITECTURES[shape.model_type] == "llama"
+    heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_query_groups}
+    table = ParamTable.build(shape)
+    for name, size in table.hf_shapes(Architecture.full(shape)).items():
+        stored = "F32" if len(size) == 1 else kind
+        if stored == "Q8_0" and size[-1] % 32:
+            stored = "F16"
+        count = next((heads[part] for part in heads if turned and f".{part}." in name), None)
+        yield _Entry(gguf_name(name), size, stored, _fetcher(weights, name, count))
+
+
+def _fetcher(weights: FolderWeights, name: str, heads: int | None) -> Callable[[], Tensor]:
+    def fetch() -> Tensor:
+        tensor = weights(name).float()
+        return tensor if heads is None else interleave(tensor, heads)
+
+    return fetch
+
+
+def gguf_name(hf_name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
+    if hf_name in _OF_MODEL:
+        return _OF_MODEL[hf_name]
+    _, _, layer, rest = hf_name.split(".", 3)
+    module, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{_OF_LAYER[module]}.{kind}"
+
+
+def interleave(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of q or k [heads * head_dim, ...]: channel i of a head's first half, then i of its second, and so on."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def rope_factors(shape: LlamaShape) -> Tensor:
+    """By what Llama 3's scaling divides each rotary frequency, fp32 [head_dim / 2]."""
+    scaling = shape.rope_scaling
+    assert scaling is not None
+    channels = torch.arange(0, shape.kv_channels, 2, dtype=torch.float64) / shape.kv_channels
+    wavelengths = 2 * math.pi * shape.rotary_base**channels
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    # How far a frequency is within the band from the stretched (0) to the untouched (1).
+    position = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    share = position.clamp(0, 1)
+    return (1 / ((1 - share) / scaling["factor"] + share)).float()
+
+
+def _write_tensors(writer: Any, gguf: Any, entries: list[_Entry], file: Path, on_tensor: Callable[[str], Any]) -> None:
+    for entry in entries:
+        kind = gguf.GGMLQuantizationType[entry.kind]
+        stored = gguf.quants.quant_shape_to_byte_shape(entry.shape, kind)
+        # Sizes are known beforehand: the header is written first, and nothing is collected.
+        writer.add_tensor_info(entry.name, stored, np.dtype(np.uint8), math.prod(stored), raw_dtype=kind)
+    writer.write_header_to_file(file)
+    try:
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            values = entry.fetch()
+            if entry.kind == "F16" and values.abs().max() > torch.finfo(torch.float16).max:
+                raise UserError(f"--dtype f16: {entry.name} holds values beyond its range (65,504); use bf16 or f32")
+            packed = gguf.quants.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[entry.kind])
+            writer.write_tensor_data(packed)
+            on_tensor(entry.name)
+    finally:
+        writer.close()
+
+
+# Metadata -------------------------------------------------------------------------------------------------------------
+
+
+def _write_metadata(writer: Any, gguf: Any, shape: LlamaShape, folder: Path, dtype: str) -> None:
+    writer.add_type("model")
+    writer.add_name(folder.resolve().name)
+    writer.add_file_type(_FILE_TYPES[dtype])
+    if dtype == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_layers)
+    writer.add_feed_forward_length(shape.ffn_hidden_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_query_groups)
+    writer.add_key_length(shape.kv_channels)
+    writer.add_value_length(shape.kv_channels)
+    writer.add_layer_norm_rms_eps(shape.norm_epsilon)
+    writer.add_rope_dimension_count(shape.kv_channels)
+    writer.add_rope_freq_base(shape.rotary_base)
+    if (shape.rope_scaling or {}).get("rope_type") == "linear":
+        assert shape.rope_scaling is not None
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(shape.rope_scaling["factor"])
+
+
+def _write_vocabulary(writer: Any, vocabulary: Vocabulary, folder: Path) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    for name, number in vocabulary.special.items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(False)
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        writer.add_chat_template(template.read_text(encoding="utf-8"))

@@ -1,0 +1,136 @@
+"""GGUF files in llama.cpp itself: the same token ids, logits and greedy text as transformers (make test-gguf)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune.huggingface.export import export
+from megatron_prune.huggingface.gguf_file import convert
+from megatron_prune.huggingface.weights import FolderWeights, live_view
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+
+pytestmark = [pytest.mark.gguf, pytest.mark.timeout(300)]
+PROMPT = "Once upon a time"
+
+
+def llama(file: Path) -> Any:
+    """The file in llama.cpp, its cache in fp32."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-gguf")
+    return llama_cpp.Llama(
+        str(file), n_ctx=128, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False
+    )
+
+
+def compare(folder: Path, file: Path, ids: list[int], new: int = 40) -> tuple[float, list[int], list[int]]:
+    """(largest difference of logits over `ids`, greedy continuation by llama.cpp, by transformers)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(folder)).float().eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+        theirs = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=-1)
+    runner = llama(file)
+    runner.eval(ids)
+    difference = float(np.abs(np.array(runner.scores[: len(ids)]) - expected).max())
+    ours = []
+    for _ in range(new):
+        ours.append(int(np.argmax(runner.scores[runner.n_tokens - 1])))
+        runner.eval(ours[-1:])
+    runner.close()
+    return difference, ours, theirs[0, len(ids) :].tolist()
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    "llama3_rope": {
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        "head_dim": 16,
+    },
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_models_of_each_family(family: str, stories260k: Path, tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=512, **FAMILIES[family])
+    folder = write_hf_folder(tmp_path / "m", config, random_llama_weights(config))
+    (folder / "tokenizer.model").write_bytes((stories260k / "tokenizer.model").read_bytes())
+    ids = torch.randint(3, 512, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    difference, ours, theirs = compare(folder, convert(folder, tmp_path / "m.gguf", "f32").file, ids)
+    assert difference < 1e-4 and ours == theirs
+
+
+def test_expanded_heads_of_a_pruned_model(stories260k: Path, tmp_path: Path) -> None:
+    """Heads removed one by one leave clusters of different sizes; hidden is no multiple of heads either."""
+    groups = (Group(HEAD, ((1,), (2,), (0,), (7,), (3,))), Group(FFN, ((3,),) * 5), Group(STEM, ((5,),)))
+    source = FolderWeights(stories260k)
+    from megatron_prune.huggingface.config import read_shape
+
+    architecture = Architecture.full(read_shape(stories260k))
+    for group in groups:
+        architecture = architecture.without(group)
+    done = export(
+        live_view(source, architecture), architecture, tmp_path / "m",
+        tokenizer_model=str(stories260k / "tokenizer.model"),
+    )  # fmt: skip
+    assert done.plan.policy == "expand" and done.class_name == "MistralForCausalLM"
+    file = convert(tmp_path / "m", tmp_path / "m.gguf", "f32").file
+    runner = llama(file)
+    ids = runner.tokenize(PROMPT.encode(), add_bos=False, special=False)
+    runner.close()
+    assert ids == [403, 407, 261, 378]
+    difference, ours, theirs = compare(tmp_path / "m", file, [1, *ids])
+    assert difference < 1e-4 and ours == theirs
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("f16", 0.05), ("bf16", 0.5), ("q8_0", 0.5)])
+def test_smaller_types_stay_near(dtype: str, tolerance: float, stories260k: Path, tmp_path: Path) -> None:
+    file = convert(stories260k, tmp_path / "m.gguf", dtype).file
+    difference, ours, _ = compare(stories260k, file, [1, 403, 407, 261, 378], new=20)
+    assert difference < tolerance and len(ours) == 20
+
+
+@pytest.mark.timeout(600)
+def test_whole_way_of_a_real_model(stories260k: Path, tinystories: Path, tmp_path: Path) -> None:
+    """Import, prune while training, export, GGUF, llama.cpp: the same greedy text as transformers."""
+    root = Path(__file__).resolve().parents[2]
+
+    def run(*command: object) -> str:
+        words = [sys.executable, *map(str, command)]
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    data, saved, hf = tmp_path / "data", tmp_path / "run", tmp_path / "hf"
+    tokenizer = stories260k / "tokenizer.model"
+    run("tools/preprocess_data.py", "--input", tinystories, "--output-prefix", data, "--tokenizer-model", tokenizer,
+        "--prepend-bos")  # fmt: skip
+    run("tools/convert_from_hf.py", "--hf-model", stories260k, "--save", tmp_path / "source")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", "megatron_prune.pretrain")
+    run(*launcher, "--load", tmp_path / "source", "--data-path", data, "--seq-length", 128, "--global-batch-size", 4,
+        "--micro-batch-size", 4, "--train-iters", 60, "--lr", "1e-3", "--prune-target-params", 180_000,
+        "--prune-ratio", "8:1", "--continue-tokens", 5120, "--save", saved)  # fmt: skip
+    run("tools/convert_to_hf.py", "--load", saved, "--save", hf, "--verify")
+    file = tmp_path / "m.gguf"
+    run("tools/convert_to_gguf.py", "--hf-model", hf, "--save", file, "--dtype", "f32")
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(str(hf))(PROMPT)["input_ids"]
+    runner = llama(file)
+    assert runner.tokenize(PROMPT.encode(), add_bos=False, special=False) == ids
+    runner.close()
+    difference, ours, theirs = compare(hf, file, [1, *ids], new=60)
+    assert difference < 1e-4 and ours == theirs

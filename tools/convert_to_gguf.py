@@ -1,0 +1,60 @@
+"""Turn a Hugging Face folder into one GGUF file, for llama.cpp and what is built on it.
+
+    python tools/convert_to_gguf.py --hf-model exported --save model.gguf --dtype q8_0
+
+Tokenizer included. Cluster attention does not map: export the checkpoint with --kv-policy expand. A mistake is one line
+on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from megatron_prune.errors import UserError
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--hf-model", required=True, metavar="DIR", help="folder, as tools/convert_to_hf.py writes it")
+    add("--save", required=True, metavar="FILE", help="file to write; must not exist")
+    add("--dtype", default="f16", metavar="T", help="f32, f16, bf16 or q8_0, of matrices; norms and biases stay f32")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    from megatron_prune.huggingface.gguf_file import convert
+
+    arguments = parse(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        with tqdm(unit="tensor", desc="writing", disable=not sys.stderr.isatty()) as bar:
+            done = convert(arguments.hf_model, arguments.save, arguments.dtype, lambda _: bar.update())
+    except UserError as error:
+        print(f"convert_to_gguf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_to_gguf: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(
+        f"{done.file}: {done.architecture}, {done.parameters:,} parameters in {done.tensors} tensors, "
+        f"{done.file.stat().st_size:,} bytes"
+    )
+    if done.fallbacks:
+        print(f"f16 instead of q8_0, since rows are no multiple of 32: {', '.join(done.fallbacks)}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the partial file is removed
+    sys.exit(main())
