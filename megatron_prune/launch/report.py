@@ -112,6 +112,9 @@ def _memory(estimate: Estimate) -> list[str]:
     rows.append(["sum while training", *(f"{rank.training / scale:.2f}" for rank in ranks)])
     if estimate.route is not None:
         rows.append(["Fisher buffer, on iterations that score", f"{ranks[0].fisher / scale:.2f}", ""])
+        if ranks[0].kept:
+            for kind, title in (("kept", "inputs kept for Hessians"), ("hessian", "a Hessian, while it is factorised")):
+                rows.append([f"{title}, on the same", f"{getattr(ranks[0], kind) / scale:.2f}", ""])
         rows.append(["peak on iterations that score", f"{ranks[0].peak / scale:.2f}", ""])
     where = f"fullest rank (stage {ranks[0].stage}, DP rank {ranks[0].dp_rank})"
     return _columns([[f"memory of the {where}, {unit}", "start", *["target"][: len(ranks) - 1]], *rows], right=True)

@@ -9,7 +9,8 @@ H is the Hessian of a layer's mean squared output error in any row of its weight
 together, so the work is dealt out: each layer is owned by one of the tp x dp ranks of its pipeline stage, in turn. X
 (tokens x features) is gathered over TP, the partial X^T X of the owner's TP rank is reduced over DP to the owner, who
 factorises it; only the solution is broadcast. So a rank holds one H and one partial at a time, and all ranks factorise
-in parallel. Arithmetic is fp64; partial sums travel in fp32, whose rounding is far below the damping.
+in parallel. X^T X is multiplied in fp32 (fp64 is slow on many GPUs), summed in fp64 over chunks of tokens, and travels
+in fp32; rounding there is as large as that of X itself and far below the damping. All that follows is fp64.
 
 The damping makes H positive definite where features are collinear or never active; a layer that saw nothing but zeros
 gets the identity. A layer with non-finite inputs gives NaN, which callers treat as "do nothing".
@@ -33,7 +34,8 @@ from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
 from megatron_prune.saliency.inputs import KeptInputs
 
-CHUNK = 4096  # tokens whose fp64 copies are alive at once
+CHUNK = 1024  # tokens whose products are added up in fp32 before they are in fp64
+COLUMNS = 1024  # columns of an inverse that are alive at once
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,23 @@ class Hessian:
         return cls(gram, ridge, factor)
 
     def inverse_diagonal(self) -> Tensor:
-        """[H^-1]_pp for all p."""
-        identity = torch.eye(len(self.factor), dtype=self.factor.dtype, device=self.factor.device)
-        return torch.linalg.solve_triangular(self.factor, identity, upper=False).square_().sum(dim=0)
+        """[H^-1]_pp for all p: the squared norms of the columns of the inverse factor, some columns at a time."""
+        every = torch.arange(len(self.factor), device=self.factor.device)
+        parts = [
+            torch.linalg.solve_triangular(self.factor, self._unit(columns), upper=False).square_().sum(dim=0)
+            for columns in every.split(COLUMNS)
+        ]
+        return torch.cat(parts)
 
     def inverse_columns(self, columns: Tensor) -> Tensor:
         """Y = H^-1 E_p: the columns p of the inverse, [features, |p|]."""
+        return torch.cholesky_solve(self._unit(columns), self.factor)
+
+    def _unit(self, columns: Tensor) -> Tensor:
+        """E_p: the columns p of the identity."""
         unit = torch.zeros(len(self.factor), len(columns), dtype=self.factor.dtype, device=self.factor.device)
         unit[columns, torch.arange(len(columns), device=unit.device)] = 1
-        return torch.cholesky_solve(unit, self.factor)
+        return unit
 
 
 def solve_on_owners(
@@ -115,8 +125,8 @@ def _reduced_gram(kept: KeptInputs, name: str, mesh: Mesh, tp_rank: int, dp_rank
         return None
     gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for chunk in x.split(CHUNK):
-        own = chunk.double()
-        gram.addmm_(own.T, own)
+        own = chunk.float()
+        gram += own.T @ own
     gram /= len(x) * mesh.dp_size
     if mesh.dp_size == 1:
         return gram

@@ -7,15 +7,22 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint.tensors import optimizer_key, weight_key
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
+from megatron_prune.config import SecondOrder
+from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.second_order import hessian_memory
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Group, LlamaShape
 from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.resharding.retire import retire
 from megatron_prune.resharding.verify import verify
-from megatron_prune.runtime.mesh import agree
+from megatron_prune.runtime.device import choose_device
+from megatron_prune.runtime.mesh import agree, init_mesh
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
 from megatron_prune.testing import oracle_second_order
+from megatron_prune.testing.meters import Stopwatch, Traffic
 from megatron_prune.testing.oracle import OracleSettings
+from megatron_prune.testing.pieces import Setup, SteppedRun
 from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.second_order_cost import FORWARD, KEEPING, time_second_order
 from megatron_prune.testing.sharded import Case
 from megatron_prune.training.step import forward_backward
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, canonical, oracle_of, start
@@ -40,12 +47,16 @@ def compensate(_rank, _world_size, case, config):
     watcher.arm()
     forward_backward(model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
     kept = watcher.finish().kept
+    assert_memory_as_estimated(trainer, case, kept)
     update, seen = SecondOrderUpdate(model, kept, 0.01), []
     for group in GROUPS:
         inputs = {row.parts[0].hf_name: kept.gather(name) for name, row in kept.rows.items()}
         inputs = agree(mesh, inputs if mesh.tp_rank == 0 else {})
         before = canonical(model)
-        errors = update.compensate(group)
+        with Traffic() as traffic:
+            errors = update.compensate(group)
+        if group.kind == FFN:
+            assert_traffic_of_ffn(traffic.by_operator, model, kept)
         after = canonical(model)
         copies = agree(mesh, {name: p.double().sum().item() for name, p in model.module.named_parameters()})
         mine = range(mesh.rank % mesh.tp_size, mesh.world_size, mesh.tp_size)
@@ -55,6 +66,33 @@ def compensate(_rank, _world_size, case, config):
         verify(model, thorough=True)
         seen.append((before, after, inputs, dataclasses.astuple(errors)))
     return seen if mesh.rank == 0 else None
+
+
+def assert_traffic_of_ffn(sent, model, kept):
+    """Per layer: X once over TP, X^T X once over DP from the owner's TP rank, and no weight is gathered."""
+    mesh, features = model.mesh, model.layout.architecture.ffn_hidden_size
+    layers = [name for name, row in kept.rows.items() if row.is_output and "mlp" in name]
+    inputs = sum(x.numel() * x.element_size() for name in layers for x in kept._pieces[name])
+    assert sent["allgather_"] == (inputs if mesh.tp_size > 1 else 0)
+    reduced = sum(number % mesh.tp_size == mesh.tp_rank for number in range(len(layers)))
+    assert sent["reduce_"] == (4 * features**2 * reduced if mesh.dp_size > 1 else 0)
+
+
+def assert_memory_as_estimated(trainer, case, kept):
+    """The dry run's bytes of kept inputs are those that this rank holds."""
+    config, mesh = trainer.config, trainer.model.mesh
+    pruning = dataclasses.replace(config.pruning, target_params=1, second_order=SecondOrder(enabled=True))
+    parallel = dataclasses.replace(
+        config.parallel,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        sequence_parallel=case.sequence_parallel,
+    )
+    training = dataclasses.replace(config.training, bf16=case.bf16)
+    config = dataclasses.replace(config, pruning=pruning, parallel=parallel, training=training)
+    placement = Placement.plan(config, mesh.world_size, trainer.architecture.shape.num_layers)
+    held = sum(x.numel() * x.element_size() for pieces in kept._pieces.values() for x in pieces)
+    assert hessian_memory(config, trainer.model.layout, placement, mesh.pp_rank)[0] == held
 
 
 def joined(inputs):
@@ -125,3 +163,20 @@ def test_any_layout_gives_the_dense_answer(name):
 @pytest.mark.parametrize("name", sorted({*CASES} - {"tp2-dp2", "tp2-dp2-bf16", "tp2-sp"}))
 def test_more_layouts(name):
     check(*CASES[name])
+
+
+def timed(_rank, _world_size):
+    shape = LlamaShape(2, 32, 48, 4, 4, 8, 64, 16, tie_word_embeddings=True)
+    mesh = init_mesh(choose_device("cpu"), 1, 1)
+    run = SteppedRun(Setup(shape, Case(), 16, 1, 2), mesh)
+    before = run.architecture
+    spent = time_second_order(run, Stopwatch(mesh).time)
+    after = run.architecture
+    verify(run.model, thorough=True)
+    lost = before.num_attention_heads - after.num_attention_heads, before.hidden_size - after.hidden_size
+    return list(spent), min(seconds.wall for seconds in spent.values()), lost
+
+
+def test_what_it_costs_can_be_timed_piece_by_piece():
+    ((names, least, lost),) = run_ranks(timed, 1)
+    assert names == [FORWARD, KEEPING, HEAD, FFN, STEM] and least > 0 and lost == (1, 1)

@@ -24,6 +24,7 @@ from megatron_prune.launch.estimate.activations import (
     saved_activations,
 )
 from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.second_order import hessian_memory
 from megatron_prune.model.architecture import STEM, VOCAB
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.param_axes import ParamAxes, ParamTable
@@ -46,6 +47,7 @@ class RankMemory:
         temporary: the largest gradient before it is added to the buffer, the logits' gradient, gathered sequences.
         fisher: squared micro-batch gradients of the output projections, on iterations that score.
         scoring: everything held besides state while scores are computed (activations are free then).
+        kept: inputs of layers, on iterations that need Hessians. hessian: one of them, while it is factorised.
     """
 
     stage: int
@@ -57,6 +59,8 @@ class RankMemory:
     temporary: int
     fisher: int
     scoring: int
+    kept: int = 0
+    hessian: int = 0
 
     @property
     def state(self) -> int:
@@ -71,7 +75,8 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """Peak of an iteration that scores."""
-        return self.state + max(self.activations + self.temporary + self.fisher, self.scoring)
+        passes = self.activations + self.temporary + self.fisher
+        return self.state + self.kept + max(passes, self.scoring + self.hessian)
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,7 @@ def rank_memory(
     owned_outputs = -(-outputs // placement.dp) if sharded else outputs
     fisher = outputs if needs_fisher else 0
     sent = fisher + owned_outputs if needs_fisher and sharded and placement.dp > 1 else 0
+    kept, hessian = hessian_memory(config, layout, placement, stage)
     saved = saved_activations(config, layout, placement, stage) * placement.in_flight(stage)
     return RankMemory(
         stage=stage,
@@ -207,6 +213,8 @@ def rank_memory(
         temporary=_temporary(config, layout, placement, stage, buffer),
         fisher=fisher,
         scoring=fisher + sent + owned_outputs,
+        kept=kept,
+        hessian=hessian,
     )
 
 

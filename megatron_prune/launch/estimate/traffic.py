@@ -20,6 +20,7 @@ from megatron_prune.launch.estimate.activations import FP32, element_size, micro
 from megatron_prune.launch.estimate.memory import output_elements, stage_buffer
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.route import Route, Widths
+from megatron_prune.launch.estimate.second_order import hessian_traffic
 from megatron_prune.model.architecture import FFN, HEAD, STEM, VOCAB
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.saliency.scores import score_length
@@ -92,6 +93,10 @@ def pruning_traffic(
         outputs = FP32 * output_elements(layout, placement, stage) * half_ring(placement.dp)
         how = "reduce-scatter" if sharded else "all-reduce"
         lines.append(Traffic(f"Fisher of the output projections over DP: {how}, fp32", outputs * (1 if sharded else 2)))
+    hessians = hessian_traffic(config, layout, placement, stage)
+    lines.append(
+        Traffic("Hessians (of an FFN removal, or of all layers for obc): inputs over TP, sums over DP", hessians)
+    )
     moved = 0.0
     if sharded:  # the flat ranges of one parameter are put together over DP before they are cut anew
         tensors = _MOMENTS + config.training.bf16
