@@ -131,8 +131,8 @@ def check(case, config):
         assert expected.keys() == readers.keys()
         for name, kept in readers.items():
             found = main_of(after, name)
-            # Damped normal equations amplify what little the partial sums round on the wire.
-            atol = 1e-5 * float(expected[name].abs().max())
+            # Normal equations of 64 tokens amplify the fp32 rounding of X^T X some hundred times.
+            atol = 5e-5 * float(expected[name].abs().max())
             torch.testing.assert_close(found[:, kept], expected[name][:, kept], rtol=1e-5, atol=atol)
             gone = np.setdiff1d(np.arange(found.shape[1]), kept.numpy())
             assert float(found[:, gone].abs().max()) < 1e-12, "the removed columns vanish by themselves"
