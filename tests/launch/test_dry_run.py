@@ -101,7 +101,7 @@ MISTAKES = [
 def test_mistakes_are_refused_in_one_line(workshop, tmp_path, capfd, changes, words):
     (tmp_path / "half.bin").write_bytes(b"\0" * 64)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "pruning_history.jsonl").write_text("")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("3\n")
     places = {"DATA": str(workshop / "data"), "HALF": str(tmp_path / "half"), "RUN": str(tmp_path / "run")}
     for name, value in list(changes.items()):
         changes = changes | {name: " ".join(places.get(word, word) for word in str(value).split())}
