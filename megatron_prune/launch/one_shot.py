@@ -189,19 +189,19 @@ def prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architectu
     _measure("source", config, run, state)
     scorings = sum(1 for _ in one_shot.rounds(state))
     _measure("pruned", config, run, state)
-    state.credits, state.smoothed = 0.0, None  # a run that goes on from here scores anew
+    saved = RunState(history=state.history, stages=state.stages)  # a run that goes on from here scores anew
     directory, is_writer = Path(config.checkpoint.save), run.mesh.rank == 0
     reporter = Reporter(config, run.mesh.world_size, None, is_active=False)
     try:
-        CheckpointSaver(config, run.inputs, run.model, directory, reporter).save(state)
+        CheckpointSaver(config, run.inputs, run.model, directory, reporter).save(saved)
     except CheckpointSaveError as error:
         raise UserError(f"checkpoint.save: {error}") from error
     if is_writer:
-        HistoryWriter(directory, state.history).close()
+        HistoryWriter(directory, saved.history).close()
         write_config(config, directory)
-        write_summary(config, state, directory)
-    removed = state.history[len(before) :]
-    return Pruned(state, removed, scorings, run.model.layout.architecture, directory)
+        write_summary(config, saved, directory)
+    removed = saved.history[len(before) :]
+    return Pruned(saved, removed, scorings, run.model.layout.architecture, directory)
 
 
 def _measure(stage: str, config: Config, run: Opened, state: RunState) -> None:

@@ -1,0 +1,27 @@
+"""The measure behind docs/criteria_correlation.md."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PATH = Path(__file__).resolve().parents[2] / "examples" / "criteria_correlation.py"
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("criteria_correlation", PATH)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rank_correlation(study):
+    rising = np.array([1.0, 2.0, 4.0, 8.0])
+    assert study.spearman(rising, rising**3) == pytest.approx(1)
+    assert study.spearman(rising, -rising) == pytest.approx(-1)
+    # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5 over sqrt(4.5 x 5).
+    assert study.spearman(np.array([1.0, 3.0, 3.0, 9.0]), rising) == pytest.approx(0.9**0.5)
+    assert np.isnan(study.spearman(np.ones(4), rising)), "what does not vary has no rank"
