@@ -37,6 +37,7 @@ from megatron_prune.saliency.scores import score_length
 from megatron_prune.testing.meters import PeakMemory, Seconds, Stopwatch, Traffic
 from megatron_prune.testing.pieces import Setup, SteppedRun
 from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.second_order_cost import FORWARD, KEEPING, time_second_order
 from megatron_prune.testing.sharded import Case
 
 MIB = 1 << 20
@@ -85,7 +86,7 @@ def _shape(hidden: int, ffn: int, heads: int, layers: int, vocab: int, context: 
 
 def cpu_presets(tiny: bool) -> list[Preset]:
     """Two gloo ranks. `tiny` is for the tool's own test: its fractions mean nothing."""
-    shape = _shape(32, 48, 8, 2, 64, 16) if tiny else _shape(256, 1024, 16, 4, 2048, 1024)
+    shape = _shape(32, 48, 8, 2, 64, 16) if tiny else _shape(256, 1024, 16, 4, 2048, 512)
     counts = (2, 1) if tiny else (20, 3)
     quanta = Quanta(1, 4, 4, 64)
     cases = {
@@ -93,7 +94,7 @@ def cpu_presets(tiny: bool) -> list[Preset]:
         "DP 2, distributed optimizer": Case(dp=2, distributed_optimizer=True, quanta=quanta),
     }
     return [
-        Preset(title, Setup(shape, case, shape.max_position_embeddings, 1, 4), "cpu", (10, 6), *counts)
+        Preset(title, Setup(shape, case, shape.max_position_embeddings, 1, 8), "cpu", (10, 6), *counts)
         for title, case in cases.items()
     ]
 
@@ -105,7 +106,7 @@ def gpu_presets(tiny: bool) -> list[Preset]:
     presets = []
     for quantum in (1, 64, 128):
         case = Case(bf16=True, distributed_optimizer=True, quanta=Quanta(1, quantum, quantum, 128))
-        setup = Setup(shape, case, shape.max_position_embeddings, micro_batch_size=2, micro_batches=4)
+        setup = Setup(shape, case, shape.max_position_embeddings, micro_batch_size=1, micro_batches=8)
         presets.append(Preset(f"quantum {quantum}", setup, "cuda", (100, 70), *counts))
     return presets
 
@@ -160,6 +161,7 @@ def measure(_rank: int, _world_size: int, preset: Preset) -> list[Row]:
             Row("speed per live parameter: these widths / the source's", *speeds(before, step, live / source)),
         ]
         rows += rows_of_pieces(run, clock, step, preset.repeats + 2)
+        rows += rows_of_second_order(run, clock, step, preset.repeats)
         compaction, more = rows_of_compactions(run, clock, step)
         return [*rows, *more, *rows_of_throughput(run, clock, compaction, preset.pairs), *rows_of_traffic(run)]
 
@@ -202,6 +204,25 @@ def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -
     added = {by: sum(getattr(piece, by) for piece in (total, pieces["decision"], removal)) for by in CLOCKS}
     expected = (1 / (1 + added[by] / getattr(step, by)) for by in CLOCKS)
     yield Row(f"{THROUGHPUT} by the sum of these", *(f"{value:.3f}" for value in expected))
+
+
+def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -> Iterator[Row]:
+    """The second-order update before a removal, and what it leaves of the throughput when every removal has one."""
+    rounds = [time_second_order(run, clock.time) for _ in range(repeats)]
+    if run.is_compaction_due:
+        run.compact()
+    spent = {piece: median([times[piece] for times in rounds]) for piece in rounds[0]}
+    keeping = {by: max(getattr(spent[KEEPING], by) - getattr(spent[FORWARD], by), 0.0) for by in CLOCKS}
+    yield Row("second order: keeping the inputs / step", *(f"{keeping[by] / getattr(step, by):.2%}" for by in CLOCKS))
+    for kind in GROUP_KINDS:
+        yield Row(f"second order: update before a removal, {kind} / step", *share(spent[kind], step))
+    for every, goal in ((9, "0.90"), (1, "")):
+        added = (
+            max((keeping[by] + getattr(spent[kind], by)) / getattr(step, by) for kind in GROUP_KINDS) / every
+            for by in CLOCKS
+        )
+        name = f"throughput with it at 1:{every} / without, costliest kind"
+        yield Row(name, *(f"{1 / (1 + extra):.3f}" for extra in added), goal=goal)
 
 
 def rows_of_compactions(run: SteppedRun, clock: Clock, step: Seconds) -> tuple[Seconds, list[Row]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +30,14 @@ class UnitScores:
     stem: np.ndarray
 
     @property
-    def is_finite(self) -> bool:
-        """False when any sum is NaN or infinite."""
-        return all(bool(np.isfinite(a).all()) for a in (self.head, self.ffn, self.stem))
+    def not_finite(self) -> tuple[str, ...]:
+        """Kinds of groups of which a sum is NaN or infinite, with the layers: ("head in layers 0, 3", "stem")."""
+        found = []
+        for kind, values in ((HEAD, self.head), (FFN, self.ffn)):
+            layers = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if len(layers):
+                found.append(f"{kind} in layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}")
+        return tuple(found) if np.isfinite(self.stem).all() else (*found, STEM)
 
     @classmethod
     def from_vector(cls, architecture: Architecture, vector: np.ndarray) -> UnitScores:

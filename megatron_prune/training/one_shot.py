@@ -69,8 +69,9 @@ class OneShot:
         pruner = Pruner(self._config_of(metric), self.model, self.coordinator, RunState())
         self._score(pruner)
         scores = pruner.unit_scores()
-        if not scores.is_finite:
-            raise UserError(f"{metric}: a saliency is not finite on this data; check the model and the data")
+        if scores.not_finite:
+            where = "; ".join(scores.not_finite)
+            raise UserError(f"{metric}: scores are not finite on this data ({where}); check the model and the data")
         return scores
 
     def first_choice(self, scores: UnitScores, metric: str) -> Decision | None:

@@ -186,8 +186,13 @@ class Pruner:
         """Sum, smooth (from the scores before this iteration), choose, remove; None when nothing can be removed."""
         state = self.state
         sums = scores.reduce()
-        if not sums.is_finite:
-            logger.warning("iteration %d: a saliency is not finite; nothing is pruned", state.iteration)
+        if sums.not_finite:
+            logger.warning(
+                "iteration %d: pruning.metric %s gives scores that are not finite (%s); nothing is pruned",
+                state.iteration,
+                self.config.pruning.metric,
+                "; ".join(sums.not_finite),
+            )
             return None
         state.smoothed = smooth(before, sums, self.config.pruning.saliency_momentum)
         decision = None

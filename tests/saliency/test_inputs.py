@@ -19,6 +19,7 @@ from megatron_prune.saliency.inputs import InputNeeds, InputWatcher, Moments
 from megatron_prune.testing.oracle import OracleSettings
 from megatron_prune.testing.ranks import run_ranks
 from megatron_prune.testing.sharded import Case
+from megatron_prune.training import pruner
 from megatron_prune.training.state import RunState
 from megatron_prune.training.step import evaluate, forward_backward
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, start
@@ -113,7 +114,11 @@ def poisoned(_rank, _world_size, metric):
     evaluate(model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
     handle.remove()
     trainer.pruner.score()
-    assert trainer.pruner.prune(stepped=True) == []
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr(pruner.logger, "warning", lambda text, *values: said.append(text % values))
+        assert trainer.pruner.prune(stepped=True) == []
+    assert any(f"pruning.metric {metric}" in line and "in layer 1" in line for line in said), said
     assert model.layout.fingerprint() == before and not trainer.state.history
 
 

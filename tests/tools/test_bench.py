@@ -112,6 +112,7 @@ def test_tiny_run_prints_every_row(capsys):
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in cpu}
     wanted = [*bench.SCORING.values(), *bench.CHANGES.values(), "scoring, all of it / step", "bytes: scores"]
     wanted += [f"compaction after a quantum, {kind} / step" for kind in (HEAD, FFN, STEM)]
+    wanted += [f"second order: update before a removal, {kind} / step" for kind in (HEAD, FFN, STEM)]
     wanted += [f"{bench.THROUGHPUT} A B A B, a compaction per 64 removals"]
     wanted += ["peak memory of a compaction / of a plain step"] if torch.version.cuda is None else []
     for name in wanted:
