@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-full test-gguf test-eval test-slurm lint types dry-run checks demo bench clean
+.PHONY: help install test test-full test-gguf test-eval test-slurm soak lint types dry-run checks demo bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-gguf: install  ## exported models in llama.cpp (compiles llama-cpp-python t
 test-eval: install  ## accuracies against lm-evaluation-harness (installs it the first time: some 50 packages)
 	@$(PIP_INSTALL) -e '.[eval]'
 	@$(PYTEST) tests/evaluation $(ARGS)
+
+soak: install  ## kill runs at random moments, 200 times or for an hour; goes on where it stopped (ARGS="--minutes 10")
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --dir build/soak $(ARGS)
 
 lint: install  ## ruff: rules and formatting
 	@$(BIN)/ruff check --quiet --output-format=concise $(SOURCES)

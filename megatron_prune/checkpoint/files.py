@@ -68,7 +68,7 @@ def resolve(directory: Path, step: int | None = None) -> tuple[int, Path]:
 
     Args:
         directory: the run's folder, or one `iter_...` folder itself.
-        step: iteration; None: the one that `latest_checkpointed_iteration.txt` names.
+        step: iteration; None: the one that `latest_checkpointed_iteration.txt` names, else the newest there is.
 
     Raises:
         UserError: there is none; the message says which are there.
@@ -93,7 +93,10 @@ def _latest(directory: Path) -> int:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, so no complete checkpoint; {_offer(directory, None)}") from None
+        present = steps(directory)
+        if present:  # a run died between the renames of its very first checkpoint, which is complete
+            return present[-1]
+        raise UserError(f"{path}: no such file, so no complete checkpoint") from None
     if not re.fullmatch(rb"\d+\n?", text):
         raise UserError(f"{path}: not an iteration number; {_offer(directory, None)}")
     return int(text)

@@ -94,7 +94,7 @@ class Fate:
     """How a rank ended.
 
     Args:
-        exit_code: of its process (negative: the signal that ended it); None: it did not end, and was killed.
+        exit_code: of its process (negative: the signal that ended it); None: it did not end by itself, and was killed.
         seconds: from the call until its end.
         output: what it printed.
     """
@@ -104,10 +104,13 @@ class Fate:
     output: str
 
 
-def watch_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Fate]:
+def watch_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, grace: float = 30.0
+) -> list[Fate]:
     """As `run_ranks`, for a function under which ranks die: waits until every rank has ended, however it does.
 
-    What the function returns is dropped; for an exit code of its own it calls `os._exit`.
+    What the function returns is dropped; for an exit code of its own it calls `os._exit`. As under torchrun, ranks that
+    go on for `grace` seconds after another has died are killed.
     """
     call = pickle.dumps((function, args))
     folder, ranks, ends = Path(tempfile.mkdtemp(prefix="run_ranks_")), list[_Rank](), dict[int, float]()
@@ -115,13 +118,18 @@ def watch_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeo
     try:
         for number in range(world_size):
             ranks.append(_Rank(context, number, world_size, folder, call, timeout))
-        while len(ends) < world_size and time.monotonic() < begin + timeout:
-            alive = {rank.process.sentinel: rank.rank for rank in ranks if rank.rank not in ends}
-            for sign in connection.wait(list(alive), begin + timeout - time.monotonic()):
-                ends[alive[sign]] = time.monotonic() - begin
+        deadline = begin + timeout
+        while len(ends) < world_size and time.monotonic() < deadline:
+            alive = {rank.process.sentinel: rank for rank in ranks if rank.rank not in ends}
+            for sign in connection.wait(list(alive), deadline - time.monotonic()):
+                rank = alive[sign]
+                ends[rank.rank] = time.monotonic() - begin
+                if rank.process.exitcode < 0:
+                    deadline = min(deadline, time.monotonic() + grace)
         codes = [rank.process.exitcode if rank.rank in ends else None for rank in ranks]
         return [
-            Fate(code, ends.get(rank.rank, timeout), rank.output()) for rank, code in zip(ranks, codes, strict=True)
+            Fate(code, ends.get(rank.rank, deadline - begin), rank.output())
+            for rank, code in zip(ranks, codes, strict=True)
         ]
     finally:
         for rank in ranks:

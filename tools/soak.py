@@ -1,0 +1,90 @@
+"""Kill runs at random moments, for as long as you like: `make soak`, or
+
+    python tools/soak.py --dir DIR [--kills N] [--minutes M] [--seed S]
+
+Goes on where an earlier call with the same DIR stopped, and stops after N kills in all or M minutes of this call. What
+is checked, and on which layouts, stands in megatron_prune/testing/soak.py. Exit status 1 when anything was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_prune.pretrain import main as pretrain
+from megatron_prune.testing.soak import VARIANTS, Attempt, Soak, SoakError
+
+RECORD = "soak.json"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dir", required=True, metavar="DIR", help="keeps the chains and the count between calls")
+    parser.add_argument("--kills", type=int, default=200, metavar="N", help="stop after these many in all")
+    parser.add_argument("--minutes", type=float, default=60, metavar="M", help="stop after these many in this call")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the kill points")
+    return parser.parse_args(argv)
+
+
+def soak(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Attempt after attempt; the record at the end. Raises SoakError."""
+    folder, end = Path(arguments.dir), time.monotonic() + 60 * arguments.minutes
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"kills": 0, "attempts": 0, "chains": 0, "seconds": 0.0, "moments": {}, "variant": 0}
+    if (folder / RECORD).exists():
+        record = json.loads((folder / RECORD).read_text())
+    soaks = [Soak(folder / variant.name, variant, pretrain) for variant in VARIANTS]
+    with tqdm(total=arguments.kills, initial=record["kills"], unit="kill", dynamic_ncols=True) as bar:
+        while record["kills"] < arguments.kills and time.monotonic() < end:
+            one = soaks[record["variant"] % len(soaks)]
+            one.uninterrupted()
+            kill = one.draw(random.Random(arguments.seed * 10**6 + record["attempts"]))
+            bar.set_postfix_str(f"chain {record['chains'] + 1} ({one.variant.name}): {kill}"[:70])
+            attempt = one.attempt(kill)
+            if attempt.is_finished:
+                one.close_chain()
+            _count(record, attempt)
+            bar.update(int(attempt.was_killed))
+            (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _count(record: dict[str, Any], attempt: Attempt) -> None:
+    record["attempts"] += 1
+    record["seconds"] += attempt.seconds
+    record["kills"] += int(attempt.was_killed)
+    if attempt.is_finished:
+        record["chains"] += 1
+        record["variant"] += 1
+    if attempt.was_killed and attempt.kill is not None:
+        moments = Counter(record["moments"])
+        moments[attempt.kill.moment or "at any time"] += 1
+        record["moments"] = dict(sorted(moments.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    arguments = parse(argv)
+    try:
+        record = soak(arguments)
+    except SoakError as error:
+        print(f"soak: {error}", file=sys.stderr)
+        return 1
+    print(f"soak: {record['kills']} kills in {record['attempts']} runs, {record['chains']} chains ended as if alone")
+    for moment, kills in record["moments"].items():
+        print(f"  {kills:4d} {moment}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
