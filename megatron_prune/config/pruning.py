@@ -77,6 +77,16 @@ class SecondOrder:
 
 
 @dataclass(frozen=True)
+class SpikeGuardConfig:
+    """When pruning pauses because the loss has jumped."""
+
+    factor: float | None = option(
+        None, "pruning pauses while the loss is above this times its recent median; null: never", above=1
+    )
+    window: int = option(20, "losses that the median is taken of", at_least=1)
+
+
+@dataclass(frozen=True)
 class PruningConfig:
     """Which groups leave, when, and by which score. All flags of this section begin with --prune-."""
 
@@ -132,6 +142,7 @@ class PruningConfig:
     min_hidden: int = option(1, "stem channels that remain", at_least=1)
     quantum: Quantum = option(Quantum(), "stored widths per rank are rounded up to multiples of these")
     round_widths: RoundWidths = option(RoundWidths(), "live widths become multiples of these at the end of pruning")
+    spike_guard: SpikeGuardConfig = option(SpikeGuardConfig(), "pause after a jump of the loss until it is back")
     replay: str | None = option(None, "a pruning_history.jsonl whose removals are repeated instead of scored")
 
     @property

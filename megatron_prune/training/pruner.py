@@ -21,6 +21,7 @@ from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.schedule import PruningSchedule
 from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.pruning.selector import Decision, SelectorSettings, choose
+from megatron_prune.pruning.spike_guard import SpikeGuard
 from megatron_prune.resharding.coordinator import Coordinator
 from megatron_prune.saliency.collector import Collected, Collector, CollectorSettings
 from megatron_prune.saliency.criteria import INVERSE_HESSIAN, Criterion, find_criterion
@@ -30,6 +31,7 @@ from megatron_prune.saliency.reducer import ElementScores
 from megatron_prune.saliency.scores import UnitScores, smooth
 from megatron_prune.training.clock import PartClock
 from megatron_prune.training.state import PRUNING, RunState
+from megatron_prune.training.step import most
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,8 @@ class Pruner:
         self._scores: ElementScores | None = None
         self._update: SecondOrderUpdate | None = None
         self._due = self._scheduled = False
+        guard = config.pruning.spike_guard
+        self.guard = None if guard.factor is None else SpikeGuard(guard.factor, guard.window)
 
     @property
     def _architecture(self) -> Architecture:
@@ -152,15 +156,17 @@ class Pruner:
             cache = DiagonalCache.of_stages(collected.diagonals, self.model, len(self.state.history))
             self.state.diagonals = cache if cache.is_finite else None
 
-    def prune(self, stepped: bool) -> list[Removal]:
+    def prune(self, stepped: bool, loss: float | None = None) -> list[Removal]:
         """After the optimizer step of iteration `state.iteration`; returns what was removed.
 
         Args:
             stepped: False when the step was skipped for non-finite gradients: nothing is scored, earned or removed
                 then.
+            loss: of this iteration, for the guard against spikes; nothing is earned or removed during a spike.
         """
         scores, self._scores = self._scores, None
-        removed = self._prune(scores, stepped)
+        is_paused = stepped and self._pauses(loss)
+        removed = self._prune(None if is_paused else scores, stepped and not is_paused)
         self._update = None  # lets go of the inputs
         return removed
 
@@ -179,6 +185,24 @@ class Pruner:
                 break
             removed.append(removal)
         return removed + self._round_widths(scores, before)
+
+    def _pauses(self, loss: float | None) -> bool:
+        """Whether a spike of the loss keeps everything in place now (collective when there is a guard)."""
+        guard, state = self.guard, self.state
+        if guard is None or loss is None or state.phase != PRUNING:
+            return False
+        before = state.guard
+        is_above = most([int(guard.is_above(before, loss))], self.model.mesh)[0] > 0
+        now = state.guard = guard.observe(before, loss, is_above, state.iteration)
+        if now.is_pausing and not before.is_pausing:
+            logger.info(
+                "iteration %d: loss %.4f against %.4f before: pruning pauses until it is back at %.4f",
+                *(state.iteration, loss, now.reference, guard.threshold(now)),
+            )
+        elif before.since is not None and not now.is_pausing:
+            paused = state.iteration - before.since
+            logger.info("iteration %d: loss %.4f is back: pruning goes on after %d", state.iteration, loss, paused)
+        return now.is_pausing
 
     def _remove_one(
         self, scores: ElementScores, before: UnitScores | None, settings: SelectorSettings

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history import Removal
+from megatron_prune.pruning.spike_guard import GuardState
 from megatron_prune.saliency.hessian import DiagonalCache
 from megatron_prune.saliency.scores import UnitScores
 
@@ -26,6 +27,7 @@ class RunState:
         smoothed: smoothed scores of the units that are alive, or None before the first scoring.
         diagonals: inverse Hessians that metric `obc` keeps over several removals, or None.
         history: all removals, in order.
+        guard: memory of the guard against loss spikes.
         skipped_iterations, nonfinite_in_a_row: steps not taken because a loss or gradient was not finite.
         stages: measured facts by stage (`source`, `pruned`, `final`): parameters, widths, validation loss, tokens/s.
     """
@@ -39,6 +41,7 @@ class RunState:
     smoothed: UnitScores | None = None
     diagonals: DiagonalCache | None = None
     history: list[Removal] = field(default_factory=list)
+    guard: GuardState = field(default_factory=GuardState)
     skipped_iterations: int = 0
     nonfinite_in_a_row: int = 0
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class RunState:
         """Inverse of `to_state`; `architecture` is the checkpoint's."""
         values = dict(values)
         values["history"] = [Removal.from_json(removal) for removal in values["history"]]
+        values["guard"] = GuardState.from_state(values.get("guard"))
         if values["smoothed"] is not None:
             values["smoothed"] = UnitScores.from_state(architecture, values["smoothed"])
         if values.get("diagonals") is not None:

@@ -110,12 +110,12 @@ class Trainer:
             self._finish_saving()
             raise
         self._finish_saving()
-        memory = self.model.mesh.device.peak_memory_bytes()
-        self.reporter.summary(status, self.state.iteration, self.architecture, memory)
         if self.saver and self.saver.complete != self.state.iteration:
             raise TrainingStoppedError(
                 f"the run ends at iteration {self.state.iteration} and could not save it; {self.where_to_resume()}"
             )
+        memory = self.model.mesh.device.peak_memory_bytes()
+        self.reporter.summary(status, self.state.iteration, self.architecture, memory)
         return status
 
     def _loop(self) -> str:
@@ -174,7 +174,7 @@ class Trainer:
         self.scheduler.step(1)
         self._count_nonfinite(stepped, loss)
         with self.clock.part("retire"):
-            removed = self.pruner.prune(stepped) if self.pruner else []
+            removed = self.pruner.prune(stepped, loss) if self.pruner else []
         self._record(removed)
         reached = state.phase == PRUNING and bool(self.pruner) and self._target_reached()
         with self.clock.part("compact"):
