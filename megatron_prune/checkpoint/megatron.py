@@ -1,0 +1,274 @@
+"""Read Megatron's own `torch_dist` checkpoints of a GPTModel in Llama's shape, one Hugging Face tensor at a time.
+
+    MegatronCheckpoint   a folder that Megatron-LM (or megatron-core) saved: its shape, and a reader of its weights
+    ShapeOptions         what the tensors do not tell and the stored arguments may not either
+
+Layers are stored as one tensor with the layer as its first dimension, or one tensor per layer. Stock Megatron packs
+qkv per KV group as [q of the group | k | v] and gate/up as [gate | up]; the vocabulary is padded at its end. Optimizer
+state, random states and TransformerEngine's extra state are left out; any other tensor that is not part of a Llama is
+an error that names it, so nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_prune.checkpoint.storage import irregular, read_into
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import LlamaShape
+
+_LATEST = "latest_checkpointed_iteration.txt"
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer[._]|rng_state|rerun_state|.*_extra_state")
+_LAYER = "decoder.layers."
+_TOP = {
+    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+    "model.norm.weight": "decoder.final_layernorm.weight",
+    "lm_head.weight": "output_layer.weight",
+}
+# Hugging Face name in a layer -> (names in a Megatron layer, the part of it)
+_IN_LAYER: dict[str, tuple[tuple[str, ...], str]] = {
+    "input_layernorm.weight": (("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"), "all"),
+    "post_attention_layernorm.weight": (("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), "all"),
+    **{f"self_attn.{p}_proj.{w}": ((f"self_attention.linear_qkv.{w}",), p) for p in "qkv" for w in ("weight", "bias")},
+    "self_attn.q_norm.weight": (("self_attention.q_layernorm.weight",), "all"),
+    "self_attn.k_norm.weight": (("self_attention.k_layernorm.weight",), "all"),
+    "self_attn.o_proj.weight": (("self_attention.linear_proj.weight",), "all"),
+    "mlp.gate_proj.weight": (("mlp.linear_fc1.weight",), "gate"),
+    "mlp.up_proj.weight": (("mlp.linear_fc1.weight",), "up"),
+    "mlp.down_proj.weight": (("mlp.linear_fc2.weight",), "all"),
+}
+
+
+@dataclass(frozen=True)
+class ShapeOptions:
+    """Facts of the model, as flags give them; None: from the arguments stored beside the weights."""
+
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    norm_epsilon: float | None = None
+    rotary_base: float | None = None
+
+
+class MegatronCheckpoint:
+    """A stock Megatron checkpoint, opened.
+
+    Args:
+        directory: the folder that was saved to, or one iteration's folder in it.
+        options: shape facts that go before the stored ones.
+
+    Raises:
+        UserError: no `torch_dist` checkpoint, a model that is no Llama, a fact that nobody states.
+    """
+
+    def __init__(self, directory: Path, options: ShapeOptions) -> None:
+        self.path = _folder(directory)
+        found = FileSystemReader(str(self.path)).read_metadata().state_dict_metadata
+        self.stored: dict[str, TensorStorageMetadata] = {
+            key: entry
+            for key, entry in found.items()
+            if isinstance(entry, TensorStorageMetadata) and not _NOT_WEIGHTS.match(key)
+        }
+        self.skipped = len(found) - len(self.stored)
+        self.shape = self._shape(_stored_arguments(self.path), options)
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored embedding."""
+        return self._entry("embedding.word_embeddings.weight").properties.dtype
+
+    @property
+    def iteration(self) -> int:
+        """As the folder's name says, else 0."""
+        found = re.search(r"iter_(\d+)$", self.path.name)
+        return int(found[1]) if found else 0
+
+    # The shape -------------------------------------------------------------------------------------------------------
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        if key not in self.stored:
+            raise UserError(f"{self.path}: holds no tensor {key}: this is no GPTModel with rotary positions")
+        return self.stored[key]
+
+    def _layers(self) -> int:
+        """Number of layers, from either way of storing them."""
+        numbers = {int(m[1]) for key in self.stored if (m := re.match(rf"{re.escape(_LAYER)}(\d+)\.", key))}
+        if numbers:
+            return max(numbers) + 1
+        return int(self._entry(f"{_LAYER}mlp.linear_fc2.weight").size[0])
+
+    def _place(self, names: tuple[str, ...], layer: int) -> tuple[str, int | None]:
+        """(key, index along its first dimension or None) of the first of `names` that is stored."""
+        for name in names:
+            if f"{_LAYER}{layer}.{name}" in self.stored:
+                return f"{_LAYER}{layer}.{name}", None
+            if f"{_LAYER}{name}" in self.stored:
+                return f"{_LAYER}{name}", layer
+        raise UserError(f"{self.path}: layer {layer} has no {' or '.join(names)}: not the shape of a Llama")
+
+    def _size(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """Shape of a parameter of the first layer."""
+        key, index = self._place(names, 0)
+        return tuple(self.stored[key].size[0 if index is None else 1 :])
+
+    def _shape(self, arguments: dict[str, Any], options: ShapeOptions) -> LlamaShape:
+        _check_kind(self.path, arguments)
+        given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+        known = arguments | given
+
+        def fact(name: str, default: Any = None) -> Any:
+            value = known.get(name)
+            value = default if value is None else value
+            if value is None:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{self.path}: does not state {name}; give {flag}")
+            return value
+
+        padded, hidden = self._entry("embedding.word_embeddings.weight").size
+        heads = fact("num_attention_heads")
+        groups = given.get("num_query_groups") or (
+            fact("num_query_groups") if arguments.get("group_query_attention", True) else heads
+        )
+        channels = fact("kv_channels", hidden // heads)
+        shape = LlamaShape(
+            num_layers=self._layers(),
+            hidden_size=int(hidden),
+            ffn_hidden_size=self._size(("mlp.linear_fc2.weight",))[1],
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=channels,
+            vocab_size=fact("vocab_size"),
+            max_position_embeddings=fact("max_position_embeddings"),
+            norm_epsilon=fact("norm_epsilon"),
+            rotary_base=float(fact("rotary_base")),
+            tie_word_embeddings="output_layer.weight" not in self.stored,
+            add_qkv_bias=any(key.endswith("linear_qkv.bias") for key in self.stored),
+            qk_layernorm=any(key.endswith("q_layernorm.weight") for key in self.stored),
+        )
+        rows = self._size(("self_attention.linear_qkv.weight",))[0]
+        if rows != (heads + 2 * groups) * channels:
+            raise UserError(
+                f"{self.path}: linear_qkv has {rows} rows, not those of {heads} heads and {groups} KV heads of "
+                f"{channels}; give --num-attention-heads, --num-query-groups and --kv-channels"
+            )
+        if shape.vocab_size > padded:
+            raise UserError(
+                f"{self.path}: the embedding has {padded} rows, fewer than the vocabulary {fact('vocab_size')}"
+            )
+        if shape.qk_layernorm or shape.add_qkv_bias:
+            shape = dataclasses.replace(shape, model_type="qwen3" if shape.qk_layernorm else "qwen2")
+        return shape
+
+    # The weights -----------------------------------------------------------------------------------------------------
+
+    def check(self, hf_names: list[str]) -> None:
+        """Every stored tensor must be one that `hf_names` ask for, and the reverse. Raises UserError."""
+        used = {self._source(name)[0] for name in hf_names}
+        left = sorted(set(self.stored) - used)
+        if left:
+            raise UserError(
+                f"{self.path}: {len(left)} stored tensors belong to no Llama: {', '.join(left[:4])}"
+                f"{', ...' if len(left) > 4 else ''}"
+            )
+
+    def __call__(self, hf_name: str) -> Tensor:
+        """The tensor of that Hugging Face name, in the stored dtype, on the host; torch.distributed must be up."""
+        key, layer, part = self._source(hf_name)
+        whole, shape = self._whole(key, layer), self.shape
+        if part == "vocab":
+            return whole[: shape.vocab_size].clone()
+        if part in ("gate", "up"):
+            return whole.chunk(2)[part == "up"].clone()
+        if part == "all":
+            return whole
+        per_group = whole.view(shape.num_query_groups, shape.heads_per_group + 2, shape.kv_channels, *whole.shape[1:])
+        own = {"q": slice(None, -2), "k": slice(-2, -1), "v": slice(-1, None)}[part]
+        return per_group[:, own].reshape(-1, *whole.shape[1:]).clone()
+
+    def _source(self, hf_name: str) -> tuple[str, int | None, str]:
+        """(key, index along its first dimension, part) of a Hugging Face tensor."""
+        if hf_name in _TOP:
+            self._entry(_TOP[hf_name])
+            return _TOP[hf_name], None, "all" if hf_name == "model.norm.weight" else "vocab"
+        _, _, number, rest = hf_name.split(".", 3)
+        names, part = _IN_LAYER[rest]
+        return (*self._place(names, int(number)), part)
+
+    def _whole(self, key: str, layer: int | None) -> Tensor:
+        """One stored parameter; the last few are kept, since q, k and v come out of the same."""
+        with self._lock:
+            if (key, layer) not in self._recent:
+                size, dtype = tuple(self.stored[key].size), self.stored[key].properties.dtype
+                start = (0,) * len(size) if layer is None else (layer, *(0,) * (len(size) - 1))
+                wanted = torch.empty(size if layer is None else (1, *size[1:]), dtype=dtype)
+                (loaded,) = read_into(self.path, [irregular(key, wanted, size, start)])
+                self._recent[key, layer] = loaded if layer is None else loaded[0]
+                while len(self._recent) > 3:
+                    self._recent.popitem(last=False)
+            return self._recent[key, layer]
+
+
+def _folder(directory: Path) -> Path:
+    """The folder with `.metadata`: `directory` itself, or the latest iteration's in it."""
+    if (directory / _LATEST).is_file() and not (directory / ".metadata").exists():
+        text = (directory / _LATEST).read_text().strip()
+        directory = directory / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    if not (directory / ".metadata").is_file():
+        raise UserError(
+            f"{directory}: no torch_dist checkpoint (there is no .metadata); convert it to torch_dist first"
+        )
+    return directory
+
+
+def _stored_arguments(folder: Path) -> dict[str, Any]:
+    """Megatron's arguments out of common.pt; empty where there are none that load without running code."""
+    path = folder / "common.pt"
+    if not path.is_file():
+        return {}
+    from megatron.core import enums
+    from megatron.core.transformer import enums as transformer_enums
+
+    classes: list[Callable[..., Any]] = [argparse.Namespace, enums.ModelType]
+    classes += [
+        v for v in vars(transformer_enums).values() if isinstance(v, type) and v.__module__.startswith("megatron")
+    ]
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            common = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever else was pickled there: the flags can say everything
+        return {}
+    arguments = common.get("args") if isinstance(common, dict) else None
+    return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+
+
+def _check_kind(folder: Path, arguments: dict[str, Any]) -> None:
+    """Refuse what computes otherwise than a Llama though its tensors look alike."""
+    expected = {
+        "position_embedding_type": ("rope",),
+        "normalization": ("RMSNorm",),
+        "swiglu": (True,),
+        "rotary_percent": (1.0,),
+        "rotary_interleaved": (False,),
+        "apply_layernorm_1p": (False,),
+        "use_rope_scaling": (False,),
+    }
+    for name, values in expected.items():
+        if arguments.get(name) is not None and arguments[name] not in values:
+            raise UserError(f"{folder}: was trained with {name} {arguments[name]}; only {values[0]} is a Llama here")
