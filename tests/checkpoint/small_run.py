@@ -50,6 +50,7 @@ class Kind:
     distributed: bool = False
     bf16: bool = False
     sp: bool = False
+    first: int | None = None  # layers in the first pipeline stage
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,12 +66,18 @@ def mesh_of(kind: Kind) -> Mesh:
     return mesh
 
 
+def options_of(kind: Kind) -> ModelOptions:
+    """How the model of `kind` runs."""
+    stages = {"num_layers_in_first_pipeline_stage": kind.first}
+    return ModelOptions(SEQ, kind.dtype, sequence_parallel=kind.sp, **stages)
+
+
 def build(kind: Kind, shape: LlamaShape = SHAPE, header: Header | None = None) -> ShardedModel:
     """A model with random weights, the same on every layout; with `header`, of its architecture and without weights."""
     mesh, quanta = mesh_of(kind), Quanta(vocab=8)
     layout = header.layout(kind.tp, quanta) if header else ShardLayout.pack(Architecture.full(shape), kind.tp, quanta)
     table = ParamTable.build(shape)
-    module = build_llama(shape, layout, mesh, ModelOptions(SEQ, kind.dtype, sequence_parallel=kind.sp))
+    module = build_llama(shape, layout, mesh, options_of(kind))
     if header is None:
         load_parameters(module, table, layout, mesh, RandomWeights(shape, seed=3, std=0.2))
     options = OptimizerOptions(lr=3e-3, use_distributed_optimizer=kind.distributed)
