@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _train(config: Config) -> int:
-    from megatron_prune.errors import PeerLostError
+    from megatron_prune.launch.failures import lost_contact
     from megatron_prune.launch.signals import StopSignals
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
@@ -70,10 +70,9 @@ def _train(config: Config) -> int:
         )
         try:
             _fit(config, mesh, signals.is_asked, started)
-        except PeerLostError:
-            raise  # nobody is left to tear the mesh down with
-        except BaseException:
-            close_mesh()
+        except BaseException as error:
+            if lost_contact(error) is None:  # else nobody is left to tear the mesh down with
+                close_mesh()
             raise
         close_mesh()
     return 0
@@ -117,8 +116,11 @@ def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
     trainer.reporter.close()
     if trainer.history is not None and directory is not None:
         trainer.history.close()
-        outputs.write_summary(trainer.config, trainer.state, directory)
-        outputs.write_run_status(directory, status, trainer.state.iteration)
+        try:
+            outputs.write_summary(trainer.config, trainer.state, directory)
+            outputs.write_run_status(directory, status, trainer.state.iteration)
+        except OSError as error:
+            logging.getLogger(__name__).error("%s: %s", error.filename or directory, error.strerror)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, Architecture
 from megatron_prune.model.param_axes import ParamTable
 
+_FROM_STATE = ("tokens", "consumed_tokens", "consumed_samples", "consumed_samples_per_data_set")
 _FROM_CONFIG = {"model": ("hf_model",), "data": ("data_path", "tokenizer_model", "seq_length")}
 
 
@@ -89,7 +90,7 @@ def _queries_per_kv_head(architecture: Architecture, layer: int) -> list[int]:
 
 def _trained(state: dict[str, Any]) -> dict[str, Any]:
     """What the model has seen, out of the run's state and its configuration."""
-    found: dict[str, Any] = {key: state[key] for key in ("tokens", "consumed_samples") if key in state}
+    found: dict[str, Any] = {key: state[key] for key in _FROM_STATE if key in state}
     config = yaml.safe_load(state.get("config") or "") or {}
     for section, keys in _FROM_CONFIG.items():
         values = config.get(section) or {}

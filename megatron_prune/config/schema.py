@@ -168,6 +168,9 @@ class CheckpointConfig:
     ckpt_step: int | None = option(None, "iteration to load; null: the latest complete one", at_least=0)
     finetune: bool = option(False, "take only the weights from load, and start at iteration 0 with a new optimizer")
     no_load_optim: bool = option(False, "resume without the optimizer's state")
+    allow_blend_change: bool = option(
+        False, "resume on other data, weights, split, seq_length or seed than the checkpoint was trained with"
+    )
 
 
 @dataclass(frozen=True)

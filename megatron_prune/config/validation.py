@@ -182,7 +182,7 @@ def _check_checkpoint(config: Config) -> None:
     checkpoint = config.checkpoint
     needed = {
         "save": ("save_interval", "save_retain_interval", "keep_last", "async_save"),
-        "load": ("ckpt_step", "finetune", "no_load_optim"),
+        "load": ("ckpt_step", "finetune", "no_load_optim", "allow_blend_change"),
     }
     for folder, names in needed.items():
         given = [name for name in names if getattr(checkpoint, name) not in (None, False)]

@@ -137,9 +137,10 @@ def build_trainer(
     is_writer = mesh.rank == 0
     reporter = Reporter(config, mesh.world_size, directory, is_active=is_writer)
     history = HistoryWriter(directory, state.history) if directory is not None and is_writer else None
-    saver = None if directory is None else CheckpointSaver(config, inputs, model, directory, reporter)
+    datasets = build_datasets(config, inputs)
+    saver = None if directory is None else CheckpointSaver(config, inputs, model, datasets.train, directory, reporter)
     agreement = StepAgreement(config.training, mesh, signalled, time.monotonic() if started is None else started)
-    return Trainer(config, model, build_datasets(config, inputs), state, reporter, saver, history, agreement)
+    return Trainer(config, model, datasets, state, reporter, saver, history, agreement)
 
 
 def _run_state(values: dict[str, object]) -> dict[str, object]:

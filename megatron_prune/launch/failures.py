@@ -52,7 +52,7 @@ def lost_contact(error: BaseException) -> str | None:
     gloo raises plain RuntimeErrors, told by their words; NCCL and the store have classes of their own.
     """
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)):
+    if isinstance(error, (PeerLostError, dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)):
         return text or type(error).__name__
     found = re.search(r"Connection (closed|reset) by peer|Timed out waiting \d+\s?ms|Broken pipe|Socket closed", text)
     if isinstance(error, RuntimeError) and ("gloo" in text or found):

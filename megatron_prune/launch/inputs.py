@@ -23,6 +23,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.config import read_source
 from megatron_prune.huggingface.weights import FolderWeights, source_view
+from megatron_prune.launch.data_order import check_order
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.pruning.selector import least_parameters
@@ -61,8 +62,8 @@ def open_inputs(config: Config) -> Inputs:
     """Open and check source, tokenizer, data and output folder.
 
     Raises:
-        UserError: missing or damaged files, vocabularies that disagree, a target that cannot be reached, an output
-            folder that already holds a run.
+        UserError: missing or damaged files, vocabularies that disagree, other data than the checkpoint's, a target that
+            cannot be reached, an output folder that already holds a run.
     """
     header = _header(config)
     read: Callable[[str], Tensor] | None = None
@@ -81,6 +82,8 @@ def open_inputs(config: Config) -> Inputs:
     vocab_size = architecture.shape.vocab_size
     assert config.data.data_path is not None
     train = parse_blend(config.data.data_path, vocab_size)
+    if header is not None and not config.checkpoint.finetune:
+        check_order(config, train, header.state.get("data_order"))
     valid = None
     if config.data.valid_data_path:
         valid = parse_blend(config.data.valid_data_path, vocab_size, "data.valid_data_path (--valid-data-path)")

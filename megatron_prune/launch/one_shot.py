@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint import CheckpointSaveError
 from megatron_prune.config import (
     CheckpointConfig,
     Config,
@@ -192,10 +191,9 @@ def prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architectu
     saved = RunState(history=state.history, stages=state.stages)  # a run that goes on from here scores anew
     directory, is_writer = Path(config.checkpoint.save), run.mesh.rank == 0
     reporter = Reporter(config, run.mesh.world_size, None, is_active=False)
-    try:
-        CheckpointSaver(config, run.inputs, run.model, directory, reporter).save(saved)
-    except CheckpointSaveError as error:
-        raise UserError(f"checkpoint.save: {error}") from error
+    saver = CheckpointSaver(config, run.inputs, run.model, run.datasets.train, directory, reporter)
+    saver.stops_on_error = True  # there is nothing to go on with
+    saver.save(saved)
     if is_writer:
         HistoryWriter(directory, saved.history).close()
         write_config(config, directory)

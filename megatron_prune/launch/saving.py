@@ -6,10 +6,12 @@ CheckpointSaver   what the loop calls; owns the policy `checkpoint.on_save_error
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_prune.checkpoint import AsyncSaver, CheckpointSaveError, Retention, save_checkpoint
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import TrainingStoppedError
+from megatron_prune.launch.data_order import consumed, data_order
 from megatron_prune.launch.inputs import Inputs
 from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.training.metrics import Reporter
@@ -17,14 +19,20 @@ from megatron_prune.training.state import RunState
 
 
 class CheckpointSaver:
-    """Writes checkpoints of `model` into `directory`; all ranks call it together.
+    """Writes checkpoints of `model`, trained on the data set `train`, into `directory`; all ranks call it together.
 
     A save that fails leaves older checkpoints as they are. With `checkpoint.on_save_error: continue` it is reported
     and training goes on to the next one; with `stop` the run ends.
     """
 
     def __init__(
-        self, config: Config, inputs: Inputs, model: ShardedModel, directory: Path, reporter: Reporter
+        self,
+        config: Config,
+        inputs: Inputs,
+        model: ShardedModel,
+        train: Any,
+        directory: Path,
+        reporter: Reporter,
     ) -> None:
         self.model, self.directory, self.reporter = model, directory, reporter
         self.stops_on_error = config.checkpoint.on_save_error == "stop"
@@ -35,7 +43,9 @@ class CheckpointSaver:
             "tokenizer_model": inputs.tokenizer.path,
             "tokenizer_type": inputs.tokenizer.kind,
             "source": inputs.source_facts,
+            "data_order": data_order(config, inputs.train),
         }
+        self.blend, self.train = inputs.train, train
         self.complete = inputs.header.iteration if inputs.header and _is_in(inputs.header.path, directory) else None
 
     @property
@@ -50,7 +60,8 @@ class CheckpointSaver:
             TrainingStoppedError: it failed, and on_save_error is `stop`.
         """
         self.finish()
-        values = {**state.to_state(), **self.constants}
+        samples = consumed(self.train, self.blend, state.consumed_samples)
+        values = {**state.to_state(), **self.constants, "consumed_samples_per_data_set": samples}
         try:
             path = save_checkpoint(
                 self.model, self.directory, state.iteration, values, retain=self.retain, saver=self.background

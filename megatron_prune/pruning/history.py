@@ -7,14 +7,18 @@ read_history     lines -> list of Removal
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Group
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "pruning_history.jsonl"
 
@@ -62,24 +66,52 @@ class Removal:
 class HistoryWriter:
     """Appends removals to `directory`/pruning_history.jsonl; on resume, lines after the checkpoint are cut off
     first.
+
+    Args:
+        so_far: the run's own list of removals. Where a line cannot be written (disk full), the whole file is written
+            again from it at the next one: checkpoints hold the history too, so nothing depends on the file.
     """
 
     def __init__(self, directory: Path, so_far: list[Removal]) -> None:
-        self.path = directory / FILE_NAME
+        self.path, self._all = directory / FILE_NAME, so_far
         directory.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = self._written()
+        self._is_whole = True
+
+    def _written(self) -> IO[str]:
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(removal) for removal in so_far))
+        temporary.write_text("".join(_line(removal) for removal in self._all))
         temporary.replace(self.path)
-        self._file: IO[str] = self.path.open("a")
+        return self.path.open("a")
 
     def append(self, removal: Removal) -> None:
-        """Write one line and flush it."""
-        self._file.write(_line(removal))
-        self._file.flush()
+        """Write one line and flush it; `removal` is in the list already. A failure is logged once."""
+        try:
+            if not self._is_whole:
+                self._file = self._written()
+                self._is_whole = True
+                return
+            self._file.write(_line(removal))
+            self._file.flush()
+        except OSError as error:
+            if self._is_whole:
+                logger.warning("%s: %s; written again as soon as it can be", self.path, error.strerror)
+            self._is_whole = False
+            self._discard()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, whole if it can be."""
+        if not self._is_whole:
+            try:
+                self._file = self._written()
+            except OSError as error:
+                logger.warning("%s: %s; checkpoints hold the history", self.path, error.strerror)
+        self._discard()
+
+    def _discard(self) -> None:
+        """Close the file; what a full disk refused stays in its buffer and is refused again here."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _line(removal: Removal) -> str:

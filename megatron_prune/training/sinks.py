@@ -7,12 +7,15 @@ start_wandb  a run that a requeued job goes on with, told by the folder it saves
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Sinks:
@@ -36,15 +39,22 @@ class Sinks:
     def record(self, scalars: Mapping[str, float], iteration: int) -> None:
         """Numbers by name, of one iteration."""
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, iteration)
+            try:
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, iteration)
+            except OSError as error:  # a full disk ends the figures, not the run
+                self._board = None
+                logger.warning("no more TensorBoard scalars: %s", error.strerror)
         if self._wandb is not None:
             self._wandb.log({**scalars, "iteration": iteration})
 
     def close(self) -> None:
         """Flush and close what is open."""
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                logger.warning("TensorBoard's last scalars are not written: %s", error.strerror)
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -1,0 +1,66 @@
+"""A disk that is really full: a small tmpfs. The run says so, keeps the last good checkpoint, goes on or stops."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from megatron_prune.checkpoint import CheckpointReader
+from megatron_prune.pretrain import main
+from megatron_prune.testing.kills import victim
+from megatron_prune.testing.ranks import watch_ranks
+from megatron_prune.testing.tiny_runs import prepare
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An empty file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={MIB}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def names(save):
+    return sorted(path.name for path in save.iterdir() if path.name.startswith(("iter_", "latest")))
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_full_disk_is_said_and_survived(tiny, small_disk, policy):
+    save = small_disk / "run"
+    arguments = tiny.arguments(save, "--save-interval", 2, "--on-save-error", policy, "--async-save")
+    fates = watch_ranks(victim, 1, main, arguments)
+    output = fates[0].output
+    assert fates[0].exit_code == 2 and "Traceback" not in output, output
+    good = CheckpointReader(save).header.iteration
+    assert good >= 2 and f"iteration {good} is safe" in output
+    assert "No space left on device" in output
+    assert not any(".tmp" in name for name in names(save))
+    if policy == "stop":
+        assert f"error: checkpoint of iteration {good + 2} not saved" in output
+        assert f"iteration {good + 5:8d}/" not in output
+    else:
+        assert "WARNING: checkpoint of iteration" in output and "training goes on" in output
+        assert f"could not save it; resume from iteration {good}" in output
+        assert " iteration       14/" in output
+    status = save / "run_status.json"
+    assert not status.exists() or json.loads(status.read_text())["status"] == "stopped"
+
+    # With room again, the same command goes on from the last good one.
+    subprocess.run(["mount", "-o", f"remount,size={16 * MIB}", str(small_disk)], check=True)
+    fates = watch_ranks(victim, 1, main, arguments)
+    assert fates[0].exit_code == 0, fates[0].output
+    assert json.loads(status.read_text()) == {"status": "finished", "iteration": 14}
+    history = (save / "pruning_history.jsonl").read_text().splitlines()
+    assert len(history) == len(CheckpointReader(save).meta["history"])
