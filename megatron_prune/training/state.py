@@ -52,6 +52,7 @@ class RunState:
         values["history"] = [removal.to_json() for removal in self.history]
         values["smoothed"] = None if self.smoothed is None else self.smoothed.to_state()
         values["diagonals"] = None if self.diagonals is None else dataclasses.asdict(self.diagonals)
+        values["guard"] = self.guard.to_state()
         return values
 
     def record_stage(self, stage: str, architecture: Architecture, loss: float, tokens_per_second: float) -> None:
