@@ -139,6 +139,7 @@ def meshed(preset: Preset) -> Iterator[Mesh]:
         yield init_mesh(choose_device(preset.device), preset.setup.case.tp, preset.setup.case.pp)
     finally:
         close_mesh()
+        gc.unfreeze()
         gc.collect()
 
 

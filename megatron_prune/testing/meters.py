@@ -44,6 +44,8 @@ class Stopwatch:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
+        gc.collect()
+        gc.freeze()  # or each `time` would first walk half a million objects of the libraries
 
     def time(self, job: Callable[[], Any]) -> tuple[Any, Seconds]:
         """(result of `job`, its time); starts together on all ranks, queued work on a device is waited for."""

@@ -11,14 +11,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
 from megatron_prune.huggingface.cluster import read_architecture
-from megatron_prune.model.architecture import Architecture
 from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from tools import convert_to_hf, inspect_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tiny_config(
@@ -26,24 +27,31 @@ CONFIG = tiny_config(
 )
 
 
-def run(modules: Path, *command: object) -> str:
-    """Run a command of this repository; its output."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "HF_MODULES_CACHE": str(modules),
-    }
-    words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
+@pytest.fixture
+def converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a tool's `main` in this process (its imports take longer than its work); returns what it printed."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the cache is put there
+
+    def run_tool(main: Callable[[list[str]], int], *arguments: object) -> str:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        assert status == 0, told.out + told.err
+        return told.out + told.err
+
+    return run_tool
 
 
 def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> str:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
-    return run(
-        folder / "modules", *launcher, "-m", "megatron_prune.pretrain", "--hf-model", source,
+    """Train and prune as a user would; the run's output."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks) if ranks > 1 else ()
+    words = (
+        sys.executable, *launcher, "-m", "megatron_prune.pretrain", "--hf-model", source,
         "--data-path", folder / "data", "--data-cache-path", folder / "cache", "--split", "1,0,0", "--seq-length", 32,
         "--tokenizer-model", folder / "tokenizer.model", "--micro-batch-size", 2, "--global-batch-size", 2,
         "--train-iters", 60, "--lr", "1e-3", "--lr-decay-style", "constant", "--prune-target-params", target,
@@ -51,56 +59,57 @@ def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> st
         "--prune-saliency-momentum", 0, "--eval-interval", 0, "--log-interval", 1,
         "--tensor-model-parallel-size", ranks, "--save", save,
     )  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
 
 
 @pytest.mark.timeout(600)
-def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path) -> None:
+def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path, converted: Callable[..., str]) -> None:
     from megatron_prune.data.preprocess import Options, preprocess
 
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the quick brown fox number {i} jumps over {i * 7} lazy dogs" for i in range(400)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=64, minloglevel=2
-    )
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=64, minloglevel=2,
+        normalization_rule_name="identity",
+    )  # fmt: skip
     preprocess([str(text)], str(tmp_path / "data"), Options(tokenizer_model=str(tmp_path / "tokenizer.model")))
     source = write_hf_folder(tmp_path / "source", CONFIG, random_llama_weights(CONFIG))
     full = read_architecture(source)
 
     log = prune(tmp_path, 2, source, full.parameters - 9_000, tmp_path / "run")
-    compact = tmp_path / "compact"
-    told = run(
-        tmp_path / "modules", "tools/convert_to_hf.py", "--load", tmp_path / "run", "--save", compact,
-        "--kv-policy", "cluster", "--verify",
-    )  # fmt: skip
+    compact, compact2 = tmp_path / "compact", tmp_path / "compact2"
+    told = converted(
+        convert_to_hf.main, "--load", tmp_path / "run", "--save", compact, "--kv-policy", "cluster", "--verify"
+    )
     pruned = read_architecture(compact)
     assert "KV heads: cluster" in told and "within 0.0001" in told
-    assert (
-        pruned.shape == full.shape and pruned.num_attention_heads < 15 and pruned.parameters <= full.parameters - 9_000
-    )
+    assert pruned.shape == full.shape and pruned.num_attention_heads < 15
+    assert pruned.parameters <= full.parameters - 9_000
     assert f"kv cache/token: {pruned.kv_cache_channels}" in log
     removed = [json.loads(line) for line in (tmp_path / "run/pruning_history.jsonl").read_text().splitlines()]
     assert len(removed) == 15 - pruned.num_attention_heads and all(len(one["units"]) == 3 for one in removed)
 
     # The export is a source like any other, and its heads keep their numbers.
-    prune(tmp_path, 1, compact, pruned.parameters - 4_000, tmp_path / "further")
-    told = run(
-        tmp_path / "modules", "tools/convert_to_hf.py", "--load", tmp_path / "further", "--save", tmp_path / "compact2",
-        "--kv-policy", "cluster", "--verify",
-    )  # fmt: skip
+    further = tmp_path / "further"
+    prune(tmp_path, 1, compact, pruned.parameters - 4_000, further)
+    told = converted(convert_to_hf.main, "--load", further, "--save", compact2, "--kv-policy", "cluster", "--verify")
     assert "within 0.0001" in told
-    last = read_architecture(tmp_path / "compact2")
+    last = read_architecture(compact2)
     assert last.shape == full.shape and last.parameters <= pruned.parameters - 4_000
     for layer in range(3):
         assert set(last.heads[layer].tolist()) < set(pruned.heads[layer].tolist())
-    told = run(
-        tmp_path / "modules",
-        "tools/convert_to_hf.py",
-        "--load",
-        tmp_path / "further",
-        "--save",
-        tmp_path / "stock",
-        "--verify",
-    )
-    assert "within 0.0001" in told and isinstance(last, Architecture)
-    inspected = run(tmp_path / "modules", "tools/inspect_checkpoint.py", "--load", tmp_path / "further", "--verify")
+    told = converted(convert_to_hf.main, "--load", further, "--save", tmp_path / "stock", "--verify")
+    assert "within 0.0001" in told
+    inspected = converted(inspect_checkpoint.main, "--load", further, "--verify")
     assert f"KV cache     {last.kv_cache_channels} of {full.kv_cache_channels} elements per token" in inspected

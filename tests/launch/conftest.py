@@ -16,7 +16,11 @@ def workshop(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"the quick brown fox number {i} jumps over {i * 7} lazy dogs" for i in range(400)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=VOCABULARY, minloglevel=2
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCABULARY,
+        normalization_rule_name="identity",  # the usual one takes seconds to export: tests/huggingface has it
+        minloglevel=2,
     )
     hf_config = tiny_config(vocab_size=VOCABULARY)
     write_hf_folder(folder / "source", hf_config, random_llama_weights(hf_config))

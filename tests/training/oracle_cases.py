@@ -86,10 +86,17 @@ def everything():
     return [factors for factors in product if is_possible(factors)]
 
 
-def case_of(factors):
-    """(case, HF config, settings) of one combination."""
+EXACT, COARSE = Quanta(vocab=8), Quanta(1, 4, 4, 8)
+
+
+def case_of(factors, quanta=EXACT):
+    """(case, HF config, settings) of one combination; exact quanta compact after every removal, which takes time."""
     layout = {name: factors[name] for name in list(FACTORS)[:6]}
-    return Case(**layout), MODELS[factors["model"]], {"types": KINDS[factors["kinds"]], "gqa": factors["gqa"]}
+    return (
+        Case(**layout, quanta=quanta),
+        MODELS[factors["model"]],
+        {"types": KINDS[factors["kinds"]], "gqa": factors["gqa"]},
+    )
 
 
 def name_of(factors):
@@ -98,11 +105,11 @@ def name_of(factors):
 
 
 SPECIAL = {
-    "fisher-adam": (Case(pp=2, dp=2, distributed_optimizer=True), MODELS["mha"], {"fisher": "adam"}),
+    "fisher-adam": (Case(pp=2, dp=2, distributed_optimizer=True, quanta=COARSE), MODELS["mha"], {"fisher": "adam"}),
     "two-per-step": (Case(tp=2, dp=2, distributed_optimizer=True), MODELS["gqa-tied"], {"ratio": (2, 1)}),
-    "qwen2": (Case(tp=2, pp=2, sequence_parallel=True), MODELS["qwen2"], {"gqa": "cluster"}),
+    "qwen2": (Case(tp=2, pp=2, sequence_parallel=True, quanta=COARSE), MODELS["qwen2"], {"gqa": "cluster"}),
     "qwen3": (
-        Case(tp=2, dp=2, recompute="full"),
+        Case(tp=2, dp=2, recompute="full", quanta=COARSE),
         MODELS["qwen3"],
         {"criterion": "taylor_first", "head_score": "sum"},
     ),
@@ -122,7 +129,7 @@ SPECIAL = {
         {"criterion": "magnitude"},
     ),
     "second-order": (
-        Case(tp=2, dp=2, distributed_optimizer=True, overlap=True),
+        Case(tp=2, dp=2, distributed_optimizer=True, overlap=True, quanta=COARSE),
         MODELS["gqa-untied"],
         {"second_order": True, "gqa": "cluster"},
     ),
@@ -131,6 +138,14 @@ SPECIAL = {
         MODELS["gqa-tied"],
         {"second_order": True, "criterion": "obc", "ratio": (2, 1), "damping": 0.05},
     ),
-    "minitron": (Case(tp=2, sequence_parallel=True), MODELS["qwen2"], {"criterion": "minitron", "ratio": (2, 1)}),
-    "taylor-second": (Case(tp=3), MODELS["gqa-untied"], {"criterion": "taylor_second", "fisher": "batch"}),
+    "minitron": (
+        Case(tp=2, sequence_parallel=True, quanta=COARSE),
+        MODELS["qwen2"],
+        {"criterion": "minitron", "ratio": (2, 1)},
+    ),
+    "taylor-second": (
+        Case(tp=3, quanta=COARSE),
+        MODELS["gqa-untied"],
+        {"criterion": "taylor_second", "fisher": "batch"},
+    ),
 }
