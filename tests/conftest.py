@@ -8,6 +8,7 @@ skipped, with the reason, where the variable is unset. A variable that names no 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch, transformers or matplotlib are imported by any test; spawned ranks inherit it.
@@ -75,3 +76,17 @@ def stories260k(real_data: Path) -> Path:
 def tinystories(real_data: Path) -> Path:
     """0.94 MB of the text stories260K was trained on; documents are split by blank lines."""
     return real_data / "text" / "tinystories_944k.txt"
+
+
+@pytest.fixture
+def run_tool(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the `main` of one of tools/ in this process (its imports take longer than its work); returns its output."""
+
+    def run(main: Callable[[list[str]], int], *arguments: object) -> str:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        assert status == 0, told.out + told.err
+        return told.out + told.err
+
+    return run

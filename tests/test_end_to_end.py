@@ -1,8 +1,8 @@
 """The whole way of a real model, as a user goes it: import, prune while training, resume, export, generate.
 
-Every step is the command that the README names, in a process of its own, on 1 and on 2 ranks; the input is the
-pretrained stories260K, so these tests are skipped where MEGATRON_PRUNE_DATA is unset. A run that is wrong from the
-start needs no real input and is tried everywhere.
+Every step is the command that the README names (training in processes of its own, on 1 and on 2 ranks; the tools in the
+test's); the input is the pretrained stories260K, so these tests are skipped where MEGATRON_PRUNE_DATA is unset. A run
+that is wrong from the start needs no real input and is tried everywhere.
 """
 
 import json
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tools import convert_from_hf, convert_to_hf, preprocess_data
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 130_000
@@ -43,11 +45,10 @@ def torchrun(ranks, *arguments, ok=True):
 def stories(stories260k, tinystories, tmp_path_factory):
     """Tokenized stories and a checkpoint converted from the Hugging Face folder."""
     folder = tmp_path_factory.mktemp("stories")
-    run(
-        sys.executable, "tools/preprocess_data.py", "--input", tinystories, "--output-prefix", folder / "stories",
-        "--tokenizer-model", stories260k / "tokenizer.model", "--prepend-bos",
-    )  # fmt: skip
-    run(sys.executable, "tools/convert_from_hf.py", "--hf-model", stories260k, "--save", folder / "source")
+    encode = ("--input", tinystories, "--output-prefix", folder / "stories", "--prepend-bos")
+    model = ("--tokenizer-model", stories260k / "tokenizer.model")
+    assert preprocess_data.main([str(word) for word in (*encode, *model)]) == 0
+    assert convert_from_hf.main(["--hf-model", str(stories260k), "--save", str(folder / "source")]) == 0
     return folder
 
 
@@ -63,7 +64,7 @@ def flags(folder, save, *more):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tp", [1, 2])
-def test_stories260k_is_pruned_to_half(stories, stories260k, tmp_path, tp):
+def test_stories260k_is_pruned_to_half(stories, stories260k, tmp_path, run_tool, tp):
     layout = ("--tensor-model-parallel-size", tp) + (("--sequence-parallel", "--use-distributed-optimizer") * (tp > 1))
     source = ("--hf-model", stories260k) if tp == 1 else ("--load", stories / "source")
     torchrun(tp, *flags(stories, tmp_path / "run", *layout, *source))
@@ -78,33 +79,27 @@ def test_stories260k_is_pruned_to_half(stories, stories260k, tmp_path, tp):
     assert json.loads(history[-1])["parameters"] == stages["final"]["parameters"]
 
     exported = tmp_path / "exported"
-    output = run(
-        sys.executable, "tools/convert_to_hf.py", "--load", tmp_path / "run", "--save", exported, "--verify"
-    )  # fmt: skip
-    assert "verify" in output
+    assert "verify" in run_tool(convert_to_hf.main, "--load", tmp_path / "run", "--save", exported, "--verify")
     text = generate(exported, 40)
     assert text.startswith("Once upon a time") and len(text) > 60
 
 
-def test_greedy_text_of_the_source(stories, tmp_path):
+def test_greedy_text_of_the_source(stories, tmp_path, run_tool):
     """Import and export without pruning: the same model, tokenizer included."""
-    run(
-        sys.executable, "tools/convert_to_hf.py", "--load", stories / "source", "--save", tmp_path / "back", "--verify"
-    )  # fmt: skip
+    run_tool(convert_to_hf.main, "--load", stories / "source", "--save", tmp_path / "back", "--verify")
     assert generate(tmp_path / "back", 40).startswith("Once upon a time" + GREETING)
 
 
 def generate(folder, new_tokens):
-    """Greedy continuation of "Once upon a time" by stock transformers, in a process of its own."""
-    program = (
-        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "t = AutoTokenizer.from_pretrained(sys.argv[1]); m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "import torch; prompt = t('Once upon a time', add_special_tokens=False).input_ids\n"
-        "ids = torch.tensor([[t.bos_token_id] + prompt])\n"
-        "out = m.generate(ids, max_new_tokens=int(sys.argv[2]), do_sample=False)\n"
-        "print('TEXT:' + t.decode(out[0], skip_special_tokens=True))"
-    )
-    return run(sys.executable, "-c", program, folder, new_tokens).split("TEXT:")[1].strip()
+    """Greedy continuation of "Once upon a time" by stock transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer("Once upon a time", add_special_tokens=False).input_ids
+    ids = torch.tensor([[tokenizer.bos_token_id, *prompt]])
+    out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(out[0], skip_special_tokens=True).strip()
 
 
 def test_a_mistake_is_one_line_on_one_rank(tmp_path):

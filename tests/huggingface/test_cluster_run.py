@@ -27,24 +27,13 @@ CONFIG = tiny_config(
 )
 
 
-@pytest.fixture
-def converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Runs a tool's `main` in this process (its imports take longer than its work); returns what it printed."""
+@pytest.fixture(autouse=True)
+def _code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies code that comes with a model into a cache, which it puts on the path: one of our own."""
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the cache is put there
-
-    def run_tool(main: Callable[[list[str]], int], *arguments: object) -> str:
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        told = capsys.readouterr()
-        assert status == 0, told.out + told.err
-        return told.out + told.err
-
-    return run_tool
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> str:
@@ -74,7 +63,7 @@ def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> st
 
 
 @pytest.mark.timeout(600)
-def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path, converted: Callable[..., str]) -> None:
+def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path, run_tool: Callable[..., str]) -> None:
     from megatron_prune.data.preprocess import Options, preprocess
 
     text = tmp_path / "text.txt"
@@ -89,7 +78,7 @@ def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path, converted: 
 
     log = prune(tmp_path, 2, source, full.parameters - 9_000, tmp_path / "run")
     compact, compact2 = tmp_path / "compact", tmp_path / "compact2"
-    told = converted(
+    told = run_tool(
         convert_to_hf.main, "--load", tmp_path / "run", "--save", compact, "--kv-policy", "cluster", "--verify"
     )
     pruned = read_architecture(compact)
@@ -103,13 +92,13 @@ def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path, converted: 
     # The export is a source like any other, and its heads keep their numbers.
     further = tmp_path / "further"
     prune(tmp_path, 1, compact, pruned.parameters - 4_000, further)
-    told = converted(convert_to_hf.main, "--load", further, "--save", compact2, "--kv-policy", "cluster", "--verify")
+    told = run_tool(convert_to_hf.main, "--load", further, "--save", compact2, "--kv-policy", "cluster", "--verify")
     assert "within 0.0001" in told
     last = read_architecture(compact2)
     assert last.shape == full.shape and last.parameters <= pruned.parameters - 4_000
     for layer in range(3):
         assert set(last.heads[layer].tolist()) < set(pruned.heads[layer].tolist())
-    told = converted(convert_to_hf.main, "--load", further, "--save", tmp_path / "stock", "--verify")
+    told = run_tool(convert_to_hf.main, "--load", further, "--save", tmp_path / "stock", "--verify")
     assert "within 0.0001" in told
-    inspected = converted(inspect_checkpoint.main, "--load", further, "--verify")
+    inspected = run_tool(inspect_checkpoint.main, "--load", further, "--verify")
     assert f"KV cache     {last.kv_cache_channels} of {full.kv_cache_channels} elements per token" in inspected
