@@ -19,6 +19,7 @@ from megatron.core import tensor_parallel
 from megatron_prune.checkpoint import load_checkpoint
 from megatron_prune.config import Config
 from megatron_prune.data import datasets as data
+from megatron_prune.launch.data_order import check_shuffle, shuffle_of, wanted_samples
 from megatron_prune.launch.inputs import Inputs
 from megatron_prune.launch.saving import CheckpointSaver
 from megatron_prune.model.layout import Quanta, ShardLayout
@@ -94,12 +95,13 @@ def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> ShardedModel:
     return model
 
 
-def build_datasets(config: Config, inputs: Inputs) -> Datasets:
-    """megatron-core's data sets. The training set holds what the longest possible run reads."""
-    batch = config.training.global_batch_size
-    tail = config.continue_iters if config.pruning.enabled else 0
-    train_samples = (config.training.train_iters + tail) * batch
-    valid_samples = config.training.eval_iters * batch if config.training.eval_interval else 0
+def build_datasets(config: Config, inputs: Inputs, train_samples: int | None = None) -> Datasets:
+    """megatron-core's data sets; the training set holds `train_samples` or more (None: for a run from its start)."""
+    if train_samples is None:
+        train_samples = wanted_samples(config, RunState(), None)
+    valid_samples = (
+        config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
+    )
     build = partial(
         data.build_datasets,
         tokenizer=inputs.tokenizer,
@@ -137,8 +139,13 @@ def build_trainer(
     is_writer = mesh.rank == 0
     reporter = Reporter(config, mesh.world_size, directory, is_active=is_writer)
     history = HistoryWriter(directory, state.history) if directory is not None and is_writer else None
-    datasets = build_datasets(config, inputs)
-    saver = None if directory is None else CheckpointSaver(config, inputs, model, datasets.train, directory, reporter)
+    samples = wanted_samples(config, state, inputs.shuffle)
+    datasets = build_datasets(config, inputs, samples)
+    shuffle = shuffle_of(datasets.train, samples)
+    check_shuffle(config, shuffle, inputs.shuffle)
+    saver = None
+    if directory is not None:
+        saver = CheckpointSaver(config, inputs, model, datasets.train, directory, reporter, shuffle)
     agreement = StepAgreement(config.training, mesh, signalled, time.monotonic() if started is None else started)
     return Trainer(config, model, datasets, state, reporter, saver, history, agreement)
 

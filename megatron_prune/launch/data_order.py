@@ -1,15 +1,23 @@
 """What decides which samples a run reads, so that a resumed run reads on where the first one stopped.
 
-    data_order     Config, Blend -> plain values for the checkpoint
-    check_order    refuse to resume on another order, unless asked for
-    consumed       samples read so far, data set by data set
+    data_order      Config, Blend -> plain values for the checkpoint
+    check_order     refuse to resume on another order, unless asked for
+    wanted_samples  how many samples to shuffle
+    shuffle_of      what came of the shuffle, for the checkpoint
+    check_shuffle   refuse to resume on another shuffle, unless asked for
+    consumed        samples read so far, data set by data set
 
 A run that resumes under another blend goes on at the same number of samples in the new blend's order: what it has seen
 of the data sets that stay is read again in part, in another order. That is why it must be asked for.
+
+megatron-core shuffles a data set for as many epochs as the samples asked for take, all of them together: a run that is
+to read more may get another order from its first sample on. So the number asked for stays what it was for as long as it
+is enough, and where more are needed the shuffles are compared.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from typing import Any
@@ -19,6 +27,9 @@ import numpy as np
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend
 from megatron_prune.errors import UserError
+from megatron_prune.training.state import CONTINUED, RunState
+
+_COMPARED = 4096  # entries of each shuffle; two shuffles that differ do so from the start
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +46,21 @@ def data_order(config: Config, blend: Blend) -> dict[str, Any]:
     }
 
 
-def check_order(config: Config, blend: Blend, stored: dict[str, Any] | None) -> None:
+def check_order(config: Config, blend: Blend, stored: dict[str, Any] | None) -> bool:
     """Compare with the `data_order` that a checkpoint holds (None: of a version that did not keep it).
+
+    Returns:
+        Whether they are the same, as far as is known.
 
     Raises:
         UserError: they differ and checkpoint.allow_blend_change is off.
     """
     now = data_order(config, blend)
-    different = [name for name in now if stored is not None and stored.get(name) != now[name]]
-    if not different or stored is None:
-        return
+    if stored is None:
+        return True
+    different = [name for name in now if stored.get(name) != now[name]]
+    if not different:
+        return True
     shown = ", ".join(f"{name} {_shown(stored.get(name))} -> {_shown(now[name])}" for name in different)
     if not config.checkpoint.allow_blend_change:
         raise UserError(
@@ -52,6 +68,54 @@ def check_order(config: Config, blend: Blend, stored: dict[str, Any] | None) -> 
             "what it was trained with, or go on with --allow-blend-change"
         )
     logger.info("the data changes on resume, as allowed: %s", shown)
+    return False
+
+
+def wanted_samples(config: Config, state: RunState, stored: dict[str, Any] | None) -> int:
+    """Samples to shuffle: what the longest possible run reads, or what it was shuffled for before, whichever is more.
+
+    Args:
+        state: where the run stands. stored: `shuffle_of` in the checkpoint; None: data in another order, or a new run.
+    """
+    batch = config.training.global_batch_size
+    iterations = config.training.train_iters + (config.continue_iters if config.pruning.enabled else 0)
+    if stored is None:
+        return iterations * batch
+    if state.phase == CONTINUED:
+        iterations = state.phase_start + config.continue_iters
+    return max(stored["samples"], state.consumed_samples + (iterations - state.iteration) * batch)
+
+
+def shuffle_of(dataset: Any, samples: int) -> dict[str, Any]:
+    """How a training set is shuffled: the samples it was built for, its epochs by data set, and a digest.
+
+    Args:
+        dataset: megatron-core's, of one data set or a blend.
+    """
+    total, parts = hashlib.sha256(), getattr(dataset, "datasets", [dataset])
+    for part in parts:
+        total.update(np.asarray(part.document_index[:_COMPARED], dtype=np.int64).tobytes())
+        total.update(np.asarray(part.shuffle_index[:_COMPARED], dtype=np.int64).tobytes())
+    epochs = [len(part.document_index) // len(part.indices) for part in parts]
+    return {"samples": samples, "epochs": epochs, "digest": total.hexdigest()[:16]}
+
+
+def check_shuffle(config: Config, now: dict[str, Any], stored: dict[str, Any] | None) -> None:
+    """Compare `shuffle_of` the data with what a checkpoint holds (None: other data were asked for, or a new run).
+
+    Raises:
+        UserError: the order is another one and checkpoint.allow_blend_change is off.
+    """
+    if stored is None or now["digest"] == stored["digest"]:
+        return
+    what = f"{stored['samples']} samples over {stored['epochs']} epochs -> {now['samples']} over {now['epochs']}"
+    if not config.checkpoint.allow_blend_change:
+        raise UserError(
+            "training.train_iters, continued.continue_tokens: the run became so much longer that its data are shuffled "
+            f"anew, from the first sample on ({what}); give the length it was begun with, or go on in the new order "
+            "with --allow-blend-change"
+        )
+    logger.info("the order of the data changes on resume, as allowed: %s", what)
 
 
 def _shown(value: Any) -> str:

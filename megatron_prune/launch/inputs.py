@@ -42,6 +42,7 @@ class Inputs:
         header: the checkpoint to load, or None.
         read: Hugging Face name -> source tensor, or None with a checkpoint.
         source_facts: what the source's `config.json` says beyond the shape (special ids), for exports.
+        shuffle: how the checkpoint's data were shuffled (`data_order.shuffle_of`), where this run reads on in them.
     """
 
     architecture: Architecture
@@ -51,6 +52,7 @@ class Inputs:
     train: Blend
     valid: Blend | None
     source_facts: dict[str, Any]
+    shuffle: dict[str, Any] | None
 
     @property
     def resumes(self) -> bool:
@@ -82,8 +84,10 @@ def open_inputs(config: Config) -> Inputs:
     vocab_size = architecture.shape.vocab_size
     assert config.data.data_path is not None
     train = parse_blend(config.data.data_path, vocab_size)
-    if header is not None and not config.checkpoint.finetune:
-        check_order(config, train, header.state.get("data_order"))
+    shuffle = None
+    if header is not None and not config.checkpoint.finetune and header.state.get("consumed_samples"):
+        is_same = check_order(config, train, header.state.get("data_order"))
+        shuffle = header.state.get("data_shuffle") if is_same else None
     valid = None
     if config.data.valid_data_path:
         valid = parse_blend(config.data.valid_data_path, vocab_size, "data.valid_data_path (--valid-data-path)")
@@ -92,7 +96,7 @@ def open_inputs(config: Config) -> Inputs:
     _check_context(config, architecture)
     _check_target(config, architecture)
     _check_output(config)
-    return Inputs(architecture, header, read, tokenizer, train, valid, facts)
+    return Inputs(architecture, header, read, tokenizer, train, valid, facts, shuffle)
 
 
 def _header(config: Config) -> Header | None:

@@ -21,6 +21,8 @@ from megatron_prune.training.state import RunState
 class CheckpointSaver:
     """Writes checkpoints of `model`, trained on the data set `train`, into `directory`; all ranks call it together.
 
+    `shuffle` is `shuffle_of` the training set, where one reads on in it.
+
     A save that fails leaves older checkpoints as they are. With `checkpoint.on_save_error: continue` it is reported
     and training goes on to the next one; with `stop` the run ends.
     """
@@ -33,6 +35,7 @@ class CheckpointSaver:
         train: Any,
         directory: Path,
         reporter: Reporter,
+        shuffle: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.directory, self.reporter = model, directory, reporter
         self.stops_on_error = config.checkpoint.on_save_error == "stop"
@@ -44,6 +47,7 @@ class CheckpointSaver:
             "tokenizer_type": inputs.tokenizer.kind,
             "source": inputs.source_facts,
             "data_order": data_order(config, inputs.train),
+            "data_shuffle": shuffle,
         }
         self.blend, self.train = inputs.train, train
         self.complete = inputs.header.iteration if inputs.header and _is_in(inputs.header.path, directory) else None

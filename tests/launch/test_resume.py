@@ -108,6 +108,35 @@ def test_other_data_are_refused_unless_asked_for(tiny, half):
     run(swapped("--exit-interval", 9), exit_code=0)
 
 
+# A run reads its training data several times over, and its learning rate does not depend on its length.
+FEW = ("--split", "5,20,0", "--lr-decay-style", "constant")
+
+
+def test_another_length_keeps_the_order_or_is_refused(tiny, tmp_path):
+    """megatron-core shuffles all epochs that a run needs together, so a run of another length has another order."""
+    whole, save = tmp_path / "whole", tmp_path / "run"
+    run(tiny.arguments(whole, *FEW))
+    run(tiny.arguments(save, *FEW, "--exit-interval", 6))
+    shutil.copytree(save, tmp_path / "longer")
+
+    run(tiny.arguments(save, *FEW, "--train-iters", 20))  # shorter: reads on as if nothing had been said
+    assert Traces.read(save) == Traces.read(whole)
+    assert CheckpointReader(save).meta["data_shuffle"]["samples"] == 88
+
+    longer = tiny.arguments(tmp_path / "longer", *FEW, "--train-iters", 400, "--exit-interval", 7)
+    output = run(longer, exit_code=2)
+    assert output.count("error: ") == 1 and "training.train_iters, continued.continue_tokens" in output
+    assert "88 samples over [" in output and "--allow-blend-change" in output
+    assert "the order of the data changes on resume, as allowed" in run([*longer, "--allow-blend-change"])
+    run(longer)  # and is kept from then on
+
+
+def test_a_longer_run_reads_on_where_its_order_is_the_same(tiny, half):
+    """Of data that are read once, there is only one order."""
+    run(tiny.arguments(half, "--train-iters", 50, "--exit-interval", 7))
+    assert CheckpointReader(half).meta["data_shuffle"]["samples"] == 108
+
+
 def test_the_same_data_elsewhere_are_the_same_data(tiny, half, tmp_path):
     moved = {}
     for number in (0, 1):
