@@ -67,7 +67,7 @@ class ParallelConfig:
     ddp_bucket_size: int | None = option(
         None, "parameters per gradient bucket; null: megatron-core's own choice", at_least=1, count=True
     )
-    distributed_timeout_minutes: int = option(10, "a collective that hangs longer than this ends the run", at_least=1)
+    distributed_timeout_minutes: float = option(10, "a collective that hangs longer than this ends the run", above=0)
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto: CUDA and NCCL if there is a GPU, else CPU and gloo")
 
     @property

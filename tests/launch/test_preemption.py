@@ -1,13 +1,9 @@
 """Signals: to one rank, to the launcher, and what the run leaves behind. Real processes, real signals."""
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +12,8 @@ from megatron_prune.pretrain import main
 from megatron_prune.testing.kills import Traces, victim
 from megatron_prune.testing.ranks import watch_ranks
 from megatron_prune.testing.tiny_runs import prepare
+from tests.launch.launched import Launched
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--save-interval", 50)
 LONG = ("--continue-tokens", 64 * 60)  # 60 iterations: time enough to be interrupted
 
@@ -70,35 +66,6 @@ def test_a_signal_to_one_rank_saves_and_ends_all_of_them(tiny, uninterrupted, tm
     assert Traces.read(tmp_path / "run") == uninterrupted
 
 
-def torchrun(arguments, *launcher):
-    """Start torchrun with two ranks; returns it, its output a pipe."""
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *launcher)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(
-        [*command, "-m", "megatron_prune.pretrain", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def signal_in_training(process, number):
-    """Send `number` to the launcher after the third iteration; returns (exit code, output)."""
-    lines = []
-    with process:
-        try:
-            for line in process.stdout:
-                lines.append(line)
-                if " iteration        3/" in line:
-                    process.send_signal(number)
-            return process.wait(60), "".join(lines)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # nothing outlives a test that fails
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.full)], ids=lambda number: number.name
@@ -106,13 +73,16 @@ def signal_in_training(process, number):
 def test_torchrun_passes_a_signal_on_and_waits(tiny, tmp_path, number):
     arguments = tiny.arguments(tmp_path / "run", *LAYOUT, *LONG)
     handled = ("--signals-to-handle", "SIGUSR1,SIGTERM,SIGINT", "--shutdown-timeout", "60")
-    code, output = signal_in_training(torchrun(arguments, *handled), number)
-    assert "a signal asked for it" in output, output
+    with Launched(arguments, *handled) as run:
+        run.read_until(" iteration        3/")
+        run.signal(number)
+        code = run.wait()
+    assert "a signal asked for it" in run.output, run.output
     ended = status(tmp_path / "run")
     assert ended["status"] == "preempted" and 3 <= ended["iteration"] < 70
     assert (tmp_path / "run" / f"iter_{ended['iteration']:07d}").is_dir()
     assert code == 1, "torchrun says 1 though all ranks ended with 0: launchers must read run_status.json"
-    assert "Unable to shutdown process" not in output
+    assert "Unable to shutdown process" not in run.output
 
 
 def out_of_time(rank, world_size, arguments):
