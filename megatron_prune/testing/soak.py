@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.checkpoint.files import LATEST
+from megatron_prune.launch.agreement import code_version
 from megatron_prune.testing.kills import Kill, Traces, victim
 from megatron_prune.testing.ranks import Fate, watch_ranks
 from megatron_prune.testing.tiny_runs import TinyRun, prepare
@@ -80,9 +81,11 @@ class Soak:
         self.variant, self.main, self.folder = variant, main, folder
         self.save, self.reference = folder / "chain", folder / "uninterrupted"
         self.run = TinyRun(folder / "inputs")
-        if not (folder / "inputs" / "ready").exists():
+        made_by = folder / "code_version.txt"  # other code may write other histories: then all begins anew
+        if not made_by.exists() or made_by.read_text() != code_version():
+            shutil.rmtree(folder, ignore_errors=True)
             self.run = prepare(folder / "inputs")
-            (folder / "inputs" / "ready").touch()
+            made_by.write_text(code_version())
         self.longest = 5.0
 
     def uninterrupted(self) -> Traces:
