@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 REQUIRES = [
     "torch>=2.6",
     "megatron-core==0.16.*",
+    "isal>=1.6",  # CRC-32 of checkpoint files, several times as fast as zlib's
     "numpy>=1.26",
     "psutil>=5.9",  # megatron-core's dist_checkpointing needs it and does not declare it
     "pyyaml>=6.0",

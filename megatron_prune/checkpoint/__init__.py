@@ -6,7 +6,8 @@
     CheckpointReader                            one tensor at a time, in a single process (`reader`)
 
 Below them: `pieces` (where a rank's tensors lie in the canonical ones: pure), `tensors` (what a rank saves and loads),
-`storage` (megatron-core's torch_dist format), `files` (names, checksums, publishing, keeping), `rng`.
+`storage` (megatron-core's torch_dist format), `streams` (memory and files on the way there), `files` (names, checksums,
+publishing, keeping), `crc`, `rng`.
 """
 
 from megatron_prune.checkpoint.files import CheckpointSaveError, Retention

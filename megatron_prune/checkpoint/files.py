@@ -22,11 +22,11 @@ import os
 import re
 import secrets
 import shutil
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prune.checkpoint.crc import crc32
 from megatron_prune.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -132,7 +132,7 @@ def digest(path: Path) -> Digest:
     size, crc = 0, 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            size, crc = size + len(chunk), crc32(chunk, crc)
     return Digest(size, crc)
 
 
@@ -142,7 +142,7 @@ def write_manifest(folder: Path, digests: Mapping[str, Digest]) -> None:
 
 
 def _manifest_text(files: dict[str, list[int]]) -> bytes:
-    own = zlib.crc32(json.dumps(files).encode())
+    own = crc32(json.dumps(files).encode())
     return (json.dumps({"files (bytes, CRC-32)": files, "crc32 of this list": own}, indent=1) + "\n").encode()
 
 
@@ -215,7 +215,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, Digest]:
     """Write and flush small files; their digests."""
     for name, content in files.items():
         _write(folder / name, content)
-    return {name: Digest(len(content), zlib.crc32(content)) for name, content in files.items()}
+    return {name: Digest(len(content), crc32(content)) for name, content in files.items()}
 
 
 def publish(folder: Path, directory: Path, iteration: int) -> Path:

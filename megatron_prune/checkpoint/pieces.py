@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prune.checkpoint.streams import Scratch
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import EMPTY, ShardLayout
 from megatron_prune.model.param_axes import Dim, ParamAxes, expand, live_ids, slot_ids
@@ -48,19 +49,31 @@ class Piece:
 
     def view(self, flat: Tensor) -> Tensor | None:
         """The live elements as a view of `flat` in `shape`, or None where empty slots lie between them."""
-        if not (_is_range(self.rows) and _is_range(self.columns)):
+        if len(_runs(self.rows)) > 1 or len(_runs(self.columns)) > 1:
             return None
-        return self.read(flat)
+        return self.read(flat, Scratch())
 
-    def read(self, flat: Tensor) -> Tensor:
-        """The live elements of `flat`, in `shape` (a view where that is possible)."""
+    def read(self, flat: Tensor, scratch: Scratch) -> Tensor:
+        """The live elements of `flat`, in `shape`: a view where that is possible, else on the host in `scratch`."""
         block = self._block(flat)
-        for dim, live in enumerate((self.rows, self.columns)):
-            if _is_range(live):
-                block = block.narrow(dim, int(live[0]), len(live))
-            else:
-                block = block.index_select(dim, torch.from_numpy(live).to(flat.device))
-        return block if len(self.shape) == 2 else block[:, 0]
+        row_runs, columns = _runs(self.rows), _runs(self.columns)
+        if len(row_runs) == len(columns) == 1:
+            found = block[row_runs[0], columns[0]]
+        else:
+            shape = (len(self.rows), len(self.columns))
+            on_host = flat.device.type == "cpu"
+            found = (
+                scratch.empty(shape, flat.dtype)
+                if on_host
+                else torch.empty(shape, dtype=flat.dtype, device=flat.device)
+            )
+            index = torch.from_numpy(self.columns).to(flat.device)
+            for rows, out in zip(row_runs, found.split([run.stop - run.start for run in row_runs]), strict=True):
+                if len(columns) == 1:
+                    out.copy_(block[rows, columns[0]])
+                else:
+                    torch.index_select(block[rows], 1, index, out=out)
+        return found if len(self.shape) == 2 else found[:, 0]
 
     def write(self, flat: Tensor, values: Tensor) -> None:
         """Put `values` of `shape` at the live elements of `flat`; others stay as they are."""
@@ -72,8 +85,11 @@ class Piece:
         return flat[self.start : self.start + self.height * self.width].view(self.height, self.width)
 
 
-def _is_range(positions: np.ndarray) -> bool:
-    return int(positions[-1] - positions[0]) + 1 == len(positions)
+def _runs(positions: np.ndarray) -> list[slice]:
+    """Ascending positions as ranges without a gap."""
+    ends = np.flatnonzero(np.diff(positions) > 1)
+    firsts, lasts = positions[np.append(0, ends + 1)], positions[np.append(ends, len(positions) - 1)]
+    return [slice(first, last + 1) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)

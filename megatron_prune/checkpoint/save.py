@@ -7,8 +7,8 @@
 Order, the same for both ways:
 
     1. rank 0 makes the temporary folder, all ranks plan who writes what        (collective)
-    2. each rank writes and flushes its files                                   (local; in a thread when asynchronous)
-    3. all ranks tell each other how it went, rank 0 writes the small files, renames and deletes   (collective)
+    2. each rank writes and flushes its files, rank 0 the small ones as well    (local; in a thread when asynchronous)
+    3. all ranks tell each other how it went, rank 0 lists the sums, renames and deletes   (collective)
 
 Between two collectives only step 2 and rank 0's work on files can fail, and each is followed by an exchange of its
 outcome: either all ranks return or all raise `CheckpointSaveError`, the temporary folder is gone and older checkpoints
@@ -21,6 +21,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from megatron_prune.checkpoint.header import Facts, header_files
 from megatron_prune.checkpoint.pieces import spread
 from megatron_prune.checkpoint.rng import capture_rng
 from megatron_prune.checkpoint.storage import SaveTask, Source, plan_save
+from megatron_prune.checkpoint.streams import Scratch
 from megatron_prune.checkpoint.tensors import facts_of, sources, weight_key
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
@@ -67,18 +69,22 @@ class _Save:
     folder: Path
     task: SaveTask
     files: dict[str, bytes]
+    digests: dict[str, Digest] = field(default_factory=dict)
     error: str | None = field(default=None)
 
     def write(self) -> None:
         """Step 2; a failure is kept for step 3."""
         try:
-            self.task.write()
+            with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as beside:
+                small = beside.submit(write_files, self.folder, self.files if self.mesh.rank == 0 else {})
+                self.task.write()
+            self.digests = self.task.digests | small.result()
         except Exception as error:  # whatever it is, the other ranks must hear of it
             self.error = f"rank {self.mesh.rank}: {_words(error)}"
 
     def finish(self) -> Path:
         """Step 3: the published folder. Raises CheckpointSaveError on all ranks."""
-        reports = agree(self.mesh, (self.error, self.task.digests))
+        reports = agree(self.mesh, (self.error, self.digests))
         error = next((text for text, _ in reports if text is not None), None)
         if error is None:
             digests = {name: d for _, files in reports for name, d in files.items()}
@@ -95,8 +101,7 @@ class _Save:
         try:
             self.task.finish()
             if self.mesh.rank == 0:
-                digests = digests | write_files(self.folder, self.files) | {METADATA: digest(self.folder / METADATA)}
-                write_manifest(self.folder, digests)
+                write_manifest(self.folder, digests | {METADATA: digest(self.folder / METADATA)})
                 publish(self.folder, self.directory, self.iteration)
         except OSError as error:
             return _words(error)
@@ -126,7 +131,7 @@ def _start(
     parts: Sequence[Source],
     files: dict[str, bytes],
     retain: Retention,
-    stage: bool,
+    staging: Scratch | None = None,
 ) -> _Save:
     """Step 1. Raises CheckpointSaveError on all ranks."""
     directory, folder, problem = Path(directory), None, None
@@ -138,16 +143,18 @@ def _start(
     folder, problem = broadcast_object(mesh, (folder, problem))
     if folder is None:
         raise CheckpointSaveError(f"checkpoint of iteration {iteration} not saved to {directory}: {problem}")
-    return _Save(mesh, directory, iteration, retain, folder, plan_save(folder, parts, stage), files)
+    return _Save(mesh, directory, iteration, retain, folder, plan_save(folder, parts, staging), files)
 
 
 class AsyncSaver:
     """The save that is being written in the background, at most one.
 
-    All ranks must call `finalize` at the same points of the run: it exchanges how far they are.
+    All ranks must call `finalize` at the same points of the run: it exchanges how far they are. The host memory that
+    values are copied to stays for the next save.
     """
 
     def __init__(self) -> None:
+        self.staging = Scratch()
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
 
@@ -221,7 +228,8 @@ def save_checkpoint(
     facts, rng = facts_of(model), agree(model.mesh, capture_rng())
     files = header_files(iteration, model.layout, facts, state, rng)
     parts = sources(model, facts)
-    save = _start(model.mesh, directory, iteration, parts, files, retain, stage=saver is not None)
+    staging = saver.staging if saver is not None else None
+    save = _start(model.mesh, directory, iteration, parts, files, retain, staging)
     if saver is not None:
         saver.start(save)
         return None
@@ -257,15 +265,15 @@ def save_weights(
     ]
     facts = Facts(str(dtype).removeprefix("torch."), (), 0, 1, 1, 1)
     files = header_files(iteration, ShardLayout.pack(architecture, 1, Quanta()), facts, state, [])
-    save = _start(mesh, directory, iteration, parts, files, KEEP_ALL, stage=False)
+    save = _start(mesh, directory, iteration, parts, files, KEEP_ALL)
     save.write()
     return save.finish()
 
 
 def _reader(
     read: Callable[[str], Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Callable[[], Tensor]:
-    def tensor() -> Tensor:
+) -> Callable[[Scratch], Tensor]:
+    def tensor(_scratch: Scratch) -> Tensor:
         value = read(name)
         assert tuple(value.shape) == shape, f"{name}: {tuple(value.shape)}, expected {shape}"
         return value.to(dtype)

@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import queue
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -52,6 +50,7 @@ from torch.distributed.checkpoint.filesystem import (
 from torch.utils.serialization import config
 
 from megatron_prune.checkpoint.files import Digest
+from megatron_prune.checkpoint.streams import ALIGNMENT, Scratch, SummingFile, on_host
 
 THREADS = 2  # that write, hence files, per rank (megatron-core's number)
 
@@ -63,7 +62,7 @@ class Source:
     Args:
         key: name of the stored tensor.
         global_shape, offset, shape: the tensor's shape, and this rectangle's place in it.
-        read: gives the values, in `shape` and `dtype`, on any device; called once.
+        read: gives the values, in `shape` and `dtype`, on any device; called once. They may lie in the scratch.
     """
 
     key: str
@@ -71,7 +70,7 @@ class Source:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[Scratch], Tensor]
 
     @property
     def bytes(self) -> int:
@@ -105,55 +104,36 @@ def quiet() -> Iterator[None]:
         yield
 
 
-class _SummingStream:
-    """A file that keeps the CRC-32 of what was written to it (in order; nothing seeks)."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.size, self.crc32 = 0, 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write all of `data`. Raises OSError and keeps it: torch's archive writer hides what went wrong below it."""
-        view = memoryview(data).cast("B")
-        try:
-            self._file.write(view)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        self.crc32 = zlib.crc32(view, self.crc32)
-        self.size += len(view)
-        return len(view)
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.size
-
-    def flush(self) -> None:
-        """Hand everything to the operating system."""
-        self._file.flush()
+_Bucket = tuple[Path, str, list[tuple[Any, Callable[[Scratch], Tensor]]]]  # file, its name, what to write there
 
 
 class _Writer(FileSystemWriterAsync):
     """megatron-core's writer with other means: this rank's write items go to files in threads."""
 
-    def __init__(self, folder: Path, sources: Sequence[Source], stage: bool) -> None:
+    def __init__(self, folder: Path, sources: Sequence[Source], staging: Scratch | None) -> None:
         super().__init__(str(folder), thread_count=THREADS)
         self.results_queue: queue.Queue[Any] = queue.Queue()  # the base class reads the results out of it
-        self.write_buckets: list[tuple[Path, str, list[tuple[Any, Callable[[], Tensor]]]]] = []
+        self.write_buckets: list[_Bucket] = []
         self.digests: dict[str, Digest] = {}
         self.error: OSError | None = None
         self._readers = {(source.key, torch.Size(source.offset)): source.read for source in sources}
-        self._folder, self._stage = folder, stage
+        self._folder, self._staging = folder, staging
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
         """Deal this rank's items to files, balanced by size; staged, their values are copied to host memory now."""
+        scratch = Scratch()
         for items in filter(None, _split_by_size_and_type(self.thread_count, plan.items)):
             name = f"{plan.storage_data.prefix}{len(self.write_buckets)}{DEFAULT_SUFFIX}"
             values = [(item, self._readers[item.index.fqn, item.index.offset]) for item in items]
-            if self._stage:
-                values = [(item, _constant(_to_host(read(), copy=True))) for item, read in values]
+            if self._staging is not None:
+                values = [(item, _constant(self._staged(read, scratch))) for item, read in values]
             self.write_buckets.append((self._folder / name, name, values))
+
+    def _staged(self, read: Callable[[Scratch], Tensor], scratch: Scratch) -> Tensor:
+        assert self._staging is not None
+        scratch.reset()
+        values = read(scratch)
+        return self._staging.empty(values.shape, values.dtype).copy_(values)
 
     def write(self) -> None:
         """Write and flush this rank's files. Raises OSError."""
@@ -165,23 +145,22 @@ class _Writer(FileSystemWriterAsync):
         self.results_queue.put(dict(enumerate(results)))
         self._readers.clear()
 
-    def _write_file(self, bucket: tuple[Path, str, list[tuple[Any, Callable[[], Tensor]]]]) -> list[Any]:
+    def _write_file(self, bucket: _Bucket) -> list[Any]:
         path, name, values = bucket
-        transforms, results = _StorageWriterTransforms(), []
+        transforms, results, scratch = _StorageWriterTransforms(), [], Scratch()
         # The archive format has sums of its own, which cost as much as ours and would find nothing more.
         without_sums = config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
         with without_sums, path.open("wb", buffering=1 << 20) as file:
-            stream: Any = _SummingStream(file)
+            stream: Any = SummingFile(file)
             while values:
                 item, read = values.pop()
+                scratch.reset()
+                tensor = on_host(read(scratch), scratch)
                 try:
-                    results.append(
-                        _write_item(transforms, stream, _to_host(read()), item, name, SerializationFormat.TORCH_SAVE)
-                    )
+                    results.append(_write_item(transforms, stream, tensor, item, name, SerializationFormat.TORCH_SAVE))
                 except RuntimeError as error:
                     raise stream.error or error from error
-            stream.flush()
-            os.fsync(file.fileno())
+            stream.sync()
         self.digests[name] = Digest(stream.size, stream.crc32)
         return results
 
@@ -194,18 +173,8 @@ class _Writer(FileSystemWriterAsync):
             self.error = error
 
 
-def _constant(value: Tensor) -> Callable[[], Tensor]:
-    return lambda: value
-
-
-def _to_host(tensor: Tensor, copy: bool = False) -> Tensor:
-    """Contiguous in host memory, with a storage of just its size (the format stores whole storages)."""
-    host = tensor.detach().to("cpu")
-    is_own = host.data_ptr() != tensor.data_ptr()
-    is_whole = host.is_contiguous() and host.untyped_storage().nbytes() == host.numel() * host.itemsize
-    if is_whole and (is_own or not copy):
-        return host
-    return torch.empty(host.shape, dtype=host.dtype).copy_(host)
+def _constant(value: Tensor) -> Callable[[Scratch], Tensor]:
+    return lambda _scratch: value
 
 
 @dataclass
@@ -231,16 +200,19 @@ class SaveTask:
             raise self._writer.error
 
 
-def plan_save(folder: Path, sources: Sequence[Source], stage: bool) -> SaveTask:
+def plan_save(folder: Path, sources: Sequence[Source], staging: Scratch | None) -> SaveTask:
     """Exchange plans (collective); the first rank checks that each tensor is covered exactly once.
 
     Args:
         folder: an empty folder that all ranks see.
-        stage: copy all values to host memory now, so that `write` may run while training goes on.
+        staging: all values are copied there now, so that `write` may run while training goes on; None: they are read
+            when their turn comes.
     """
+    if staging is not None:
+        staging.reset(reserve=sum(source.bytes + ALIGNMENT for source in sources))
     state = {str(number): source.sharded_tensor() for number, source in enumerate(sources)}
     grouped, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
-    writer = _Writer(folder, sources, stage)
+    writer = _Writer(folder, sources, staging)
     with quiet():
         plan, *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(grouped, False),

@@ -39,7 +39,7 @@ MOMENTS: dict[str, tuple[str, str, bool]] = {
     "while a compaction moves weights": (f"{_RESHARDING}.compact", "move", True),
     "while a compaction moves optimizer state": (f"{_RESHARDING}.compact", "_move_state", True),
     "before a save": (f"{_CHECKPOINT}.save", "plan_save", False),
-    "while tensors are written": (f"{_CHECKPOINT}.storage", "_SummingStream.write", True),
+    "while tensors are written": (f"{_CHECKPOINT}.streams", "SummingFile.write", True),
     "when a rank has written its files": (f"{_CHECKPOINT}.storage", "_Writer.write", True),
     "before the checksums": (f"{_CHECKPOINT}.save", "write_manifest", False),
     "before publishing": (f"{_CHECKPOINT}.save", "publish", False),

@@ -1,5 +1,6 @@
 """Pieces cover each live element of the canonical tensors exactly once, whatever layout and flat ranges cut them."""
 
+import io
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.checkpoint.pieces import pieces, spread
+from megatron_prune.checkpoint.streams import Scratch, on_host
 from megatron_prune.model.architecture import Architecture, Group, LlamaShape
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import take
@@ -78,7 +80,7 @@ def test_any_ranges_of_any_layout_tile_the_canonical_tensors(data):
                 for piece in pieces(row, layout, rank, start, end):
                     assert piece.global_shape == tuple(canonical[piece.hf_name].shape)
                     place = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shape))
-                    values = piece.read(owned)
+                    values = piece.read(owned, Scratch())
                     assert torch.equal(values, canonical[piece.hf_name][place])
                     times[piece.hf_name][place] += 1
                     view = piece.view(owned)
@@ -96,3 +98,19 @@ def test_spread_is_balanced_and_complete(ranks):
     loads = [sum(size for size, rank in zip(sizes, chosen) if rank == r) for r in range(ranks)]
     assert sum(loads) == sum(sizes)
     assert max(loads) - min(loads) <= max(sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_values_on_the_host_are_the_values_in_a_storage_of_their_size(dtype):
+    scratch, buffer = Scratch(), torch.arange(60_000).remainder(97).to(dtype)
+    whole, columns = buffer[12:60].view(6, 8), buffer.view(600, 100)[:6, 2:9]
+    for _ in range(3):  # fresh memory, and memory that is used again
+        for tensor in (whole, columns):
+            found = on_host(tensor, scratch)
+            assert torch.equal(found, tensor) and found.dtype == dtype and found.is_contiguous()
+            assert found.untyped_storage().nbytes() == tensor.numel() * dtype.itemsize
+            torch.save(found, file := io.BytesIO())
+            assert file.tell() - tensor.numel() * dtype.itemsize < 2000, "more than the values is stored"
+        scratch.reset()
+    assert on_host(whole, scratch).data_ptr() == whole.data_ptr(), "copied without need"
+    buffer.untyped_storage().resize_(0)  # as a compaction does with a parameter buffer
