@@ -53,8 +53,9 @@ test-full: install  ## the same and the rest of the covers that `make test` samp
 test-slurm: install  ## job scripts on a real Slurm with two nodes (skipped, with the reason, where there is none)
 	@$(PYTEST) -m slurm -rs tests/slurm $(ARGS)
 
+# Not built for this very processor: with AMX compiled in, Q8_0 ends the process (illegal instruction) on some machines.
 test-gguf: install  ## exported models in llama.cpp (compiles llama-cpp-python the first time: some ten minutes)
-	@$(PIP_INSTALL) llama-cpp-python
+	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP_INSTALL) llama-cpp-python
 	@$(PYTEST) -m gguf $(ARGS)
 
 test-eval: install  ## accuracies against lm-evaluation-harness (installs it the first time: some 50 packages)

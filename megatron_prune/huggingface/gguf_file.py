@@ -267,6 +267,10 @@ def _write_vocabulary(writer: Any, vocabulary: Vocabulary, folder: Path) -> None
     writer.add_add_eos_token(False)
     if vocabulary.add_space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.remove_extra_whitespaces is not None:
+        writer.add_remove_extra_whitespaces(vocabulary.remove_extra_whitespaces)
+    if vocabulary.charsmap:
+        writer.add_precompiled_charsmap(vocabulary.charsmap)
     template = folder / "chat_template.jinja"
     if template.is_file():
         writer.add_chat_template(template.read_text(encoding="utf-8"))

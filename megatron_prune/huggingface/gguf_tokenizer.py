@@ -1,6 +1,6 @@
 """The tokenizer of a Hugging Face folder in GGUF's words, for llama.cpp.
 
-    read_vocabulary   folder -> Vocabulary: a SentencePiece BPE (`llama`), or a byte-level BPE (`gpt2`)
+    read_vocabulary   folder -> Vocabulary: SentencePiece BPE (`llama`) or unigram (`t5`), or byte-level BPE (`gpt2`)
 
 llama.cpp tokenizes with code of its own and knows a byte-level BPE's pre-tokenizer by name only. What it would not do
 exactly is refused by name: other ids than the model was trained with ruin it without a word.
@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_json
-from megatron_prune.huggingface.sentencepiece_model import SentencePieceModel, read_model
+from megatron_prune.huggingface.sentencepiece_model import Kind, SentencePieceModel, read_model
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,14 @@ class Vocabulary:
     """What GGUF stores of a tokenizer.
 
     Attributes:
-        model: `llama` (SentencePiece) or `gpt2` (byte-level BPE).
+        model: `llama` (SentencePiece BPE), `t5` (SentencePiece unigram) or `gpt2` (byte-level BPE).
         pre: llama.cpp's name of the pre-tokenizer.
         tokens, types: one per id; types are GGUF's.
         scores: of SentencePiece pieces, else None.
         merges: of a byte-level BPE, "a b" each, else None.
         special: ids by GGUF's names (`bos`, `eos`, `unk`, `pad`), those that there are.
-        add_bos, add_space_prefix: what llama.cpp does to every text; None leaves its default.
+        add_bos, add_space_prefix, remove_extra_whitespaces: what llama.cpp does to every text; None leaves its default.
+        charsmap: SentencePiece's normalization table, which llama.cpp applies for `t5` only; empty: none.
     """
 
     model: str
@@ -55,6 +56,8 @@ class Vocabulary:
     special: dict[str, int]
     add_bos: bool
     add_space_prefix: bool | None = None
+    remove_extra_whitespaces: bool | None = None
+    charsmap: bytes = b""
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
@@ -87,7 +90,8 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 def _sentencepiece(folder: Path, added: Mapping[int, tuple[str, bool]]) -> Vocabulary:
     file = folder / "tokenizer.model"
     model = read_model(file)
-    _check_sentencepiece(model, file)
+    unigram = model.model_type == "unigram"
+    (_check_unigram if unigram else _check_bpe)(model, file)
     tokens = [piece.text for piece in model.pieces]
     types = [int(piece.kind) for piece in model.pieces]
     scores = [piece.score for piece in model.pieces]
@@ -100,25 +104,58 @@ def _sentencepiece(folder: Path, added: Mapping[int, tuple[str, bool]]) -> Vocab
         scores.append(-1000.0)
     named = {"bos": model.bos, "eos": model.eos, "unk": model.unknown, "pad": model.pad}
     ids = {name: tokens.index(text) for name, text in named.items() if text is not None}
+    ids |= _config_ids(folder, len(tokens))
+    if unigram and "eos" not in ids:
+        raise UserError(f"{folder}: names no end-of-sequence id; llama.cpp would take id 1 of a unigram model for it")
     add_bos = _settings(folder).get("add_bos_token")
     return Vocabulary(
-        model="llama",
+        model="t5" if unigram else "llama",
         pre="default",
         tokens=tokens,
         types=types,
         scores=scores,
         merges=None,
-        special=ids | _config_ids(folder, len(tokens)),
+        special=ids,
         add_bos=bool(add_bos) if add_bos is not None else model.bos is not None,
         add_space_prefix=model.add_dummy_prefix,
+        remove_extra_whitespaces=model.remove_extra_whitespaces if unigram else None,
+        charsmap=model.charsmap if unigram else b"",
     )
 
 
-def _check_sentencepiece(model: SentencePieceModel, file: Path) -> None:
+def _check_unigram(model: SentencePieceModel, file: Path) -> None:
+    """llama.cpp's unigram is SentencePiece's, normalization included, but for these.
+
+    It adds scores in 64 bits, as tokenizer.json does (see sentencepiece_to_json), and puts no prefix before a text of
+    nothing but spaces, where these are kept.
+    """
+    checks = {
+        "byte_fallback: llama.cpp gives the unknown id for characters it lacks, training their bytes": (
+            model.byte_fallback
+        ),
+        "user-defined symbols, which llama.cpp scores in another way": bool(model.texts(Kind.USER_DEFINED)),
+        "unused pieces, which llama.cpp uses": bool(model.texts(Kind.UNUSED)),
+        "extra white space removed without a prefix, where llama.cpp adds one": (
+            model.remove_extra_whitespaces and not model.add_dummy_prefix
+        ),
+        "treat_whitespace_as_suffix": model.treat_whitespace_as_suffix,
+        "escape_whitespaces=false": not model.escape_whitespaces,
+    }
+    for words, wrong in checks.items():
+        if wrong:
+            raise UserError(f"{file}: is a SentencePiece unigram model that does not map to GGUF: {words}")
+    logger.warning(
+        "%s: a unigram model; SentencePiece adds scores in 32 bits, llama.cpp (and tokenizer.json) in 64: where two "
+        "segmentations score the same but for rounding, they may choose different ones",
+        file,
+    )
+
+
+def _check_bpe(model: SentencePieceModel, file: Path) -> None:
     if model.model_type != "bpe":
         raise UserError(
-            f"{file}: is a SentencePiece {model.model_type} model; llama.cpp reads BPE ones exactly, others it would "
-            "split in another way"
+            f"{file}: is a SentencePiece {model.model_type} model; llama.cpp reads BPE and unigram ones, others it "
+            "would split in another way"
         )
     if not model.byte_fallback:
         logger.warning("%s: has no byte pieces; llama.cpp may give other ids for characters it lacks", file)
@@ -139,9 +176,7 @@ def _byte_level(folder: Path, added: Mapping[int, tuple[str, bool]]) -> Vocabula
     content = read_json(file)
     model = content.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback") or not isinstance(model.get("vocab"), dict):
-        raise UserError(
-            f"{file}: is no byte-level BPE; only that and a SentencePiece BPE's tokenizer.model map to GGUF"
-        )
+        raise UserError(f"{file}: is no byte-level BPE; only that and a SentencePiece tokenizer.model map to GGUF")
     tokens = {number: text for text, number in model["vocab"].items()}
     types = dict.fromkeys(tokens, NORMAL)
     for number, (text, is_special) in added.items():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.models import open_candidate
@@ -23,18 +22,9 @@ from megatron_prune.evaluation.zero_shot import (
 )
 
 from .conftest import WORDS
+from .harness import DEFINITIONS, local, run_harness
 
 SUBJECTS = ("abstract_algebra", "anatomy")
-# Our task -> (the harness's file, the split it scores).
-DEFINITIONS = {
-    "arc_challenge": ("arc/arc_challenge.yaml", "test"),
-    "arc_easy": ("arc/arc_easy.yaml", "test"),
-    "boolq": ("super_glue/boolq/default.yaml", "validation"),
-    "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
-    "openbookqa": ("openbookqa/openbookqa.yaml", "test"),
-    "piqa": ("piqa/piqa.yaml", "validation"),
-    "winogrande": ("winogrande/default.yaml", "validation"),
-}
 
 
 def documents(task: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -125,42 +115,6 @@ def test_average_prefers_normalised_accuracy() -> None:
 # Against the harness --------------------------------------------------------------------------------------------------
 
 
-def harness(folder: Path, definitions: list[dict[str, Any]], place: Path, batch_size: int) -> dict[str, Any]:
-    """Results of lm-evaluation-harness with its own `hf` model on tasks defined by YAML files of this test."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    place.mkdir()
-    for number, definition in enumerate(definitions):
-        (place / f"{number}.yaml").write_text(yaml.safe_dump(definition))
-    found = simple_evaluate(
-        model="hf",
-        model_args=f"pretrained={folder},dtype=float32",
-        tasks=[str(place / f"{number}.yaml") for number in range(len(definitions))],
-        task_manager=TaskManager(include_defaults=False),
-        batch_size=batch_size,
-        device="cpu",
-        log_samples=False,
-    )
-    return found["results"]
-
-
-def local(name: str, template: str, split: str, file: Path, cache: Path) -> dict[str, Any]:
-    from lm_eval import tasks
-
-    return {
-        "include": str(Path(tasks.__file__).parent / template),
-        "task": name,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(file)}, "cache_dir": str(cache)},
-        "training_split": None,
-        "validation_split": split if split == "validation" else None,
-        "test_split": split if split == "test" else None,
-        "fewshot_split": None,
-    }
-
-
 @pytest.mark.timeout(300)
 def test_accuracies_are_the_harness_s_to_the_last_digit(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: install megatron-prune[eval]")
@@ -183,7 +137,7 @@ def test_accuracies_are_the_harness_s_to_the_last_digit(model_folders: tuple[Pat
     for subject, theirs in of_subject.items():
         file = write_jsonl(tmp_path / f"{subject}.jsonl", theirs)
         definitions.append(local(subject, f"mmlu/continuation/mmlu_{subject}.yaml", "test", file, cache))
-    expected = harness(folder, definitions, tmp_path / "theirs", 5)
+    expected = run_harness(folder, definitions, tmp_path / "theirs", 5)
 
     ours = {(score.task, score.metric): score for score in scores}
     compared = 0

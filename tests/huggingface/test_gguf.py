@@ -160,6 +160,40 @@ def test_sentencepiece_tokenizer(sp_model: Path, tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.add_bos_token"] is False and fields["tokenizer.ggml.add_space_prefix"] is True
 
 
+def test_unigram_tokenizer(sp_model: Path, tmp_path: Path) -> None:
+    """All of SentencePiece's normalization goes along; options that llama.cpp takes otherwise are refused by name."""
+    import sentencepiece
+
+    text = sp_model.parent / "text.txt"
+
+    def unigram(**options: Any) -> Path:
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text), model_prefix=str(tmp_path / "unigram"), model_type="unigram",
+            hard_vocab_limit=False, num_threads=1, minloglevel=2, **({"vocab_size": 60} | options),
+        )  # fmt: skip
+        return tmp_path / "unigram.model"
+
+    folder = model(tmp_path / "m", unigram())
+    fields, _, _ = read(convert(folder, tmp_path / "m.gguf").file)
+    assert fields["tokenizer.ggml.model"] == "t5"
+    assert fields["tokenizer.ggml.add_space_prefix"] and fields["tokenizer.ggml.remove_extra_whitespaces"]
+    charsmap = bytes(fields["tokenizer.ggml.precompiled_charsmap"])
+    assert len(charsmap) > 100_000 and charsmap in (folder / "tokenizer.model").read_bytes()
+    refused: dict[str, dict[str, Any]] = {
+        "byte_fallback": {"byte_fallback": True, "vocab_size": 300},
+        "user-defined": {"user_defined_symbols": ["dog"]},
+        "without a prefix": {"add_dummy_prefix": False},
+        "as_suffix": {"treat_whitespace_as_suffix": True},
+        "no end-of-sequence id": {"eos_id": -1},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token_id"}))
+    for words, options in refused.items():
+        (folder / "tokenizer.model").write_bytes(unigram(**options).read_bytes())
+        with pytest.raises(UserError, match=words):
+            read_vocabulary(folder, VOCAB)
+
+
 def test_byte_level_tokenizer(sp_model: Path, tmp_path: Path) -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
