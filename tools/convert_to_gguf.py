@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{done.file.stat().st_size:,} bytes"
     )
     if done.fallbacks:
-        print(f"f16 instead of q8_0, since rows are no multiple of 32: {', '.join(done.fallbacks)}")
+        names = dict.fromkeys(re.sub(r"^blk\.\d+\.", "blk.*.", name) for name in done.fallbacks)  # layers are alike
+        print(f"f16 instead of q8_0, since rows are no multiple of 32: {', '.join(names)}")
     return 0
 
 
