@@ -77,7 +77,7 @@ def resolve(directory: Path, step: int | None = None) -> tuple[int, Path]:
     if own and directory.is_dir():
         if step not in (None, int(own[1])):
             raise UserError(f"{directory} is the checkpoint of iteration {int(own[1])}, not {step}: name its parent")
-        return int(own[1]), directory
+        return int(own[1]), _of_ours(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such folder; give the folder that was saved to")
     if step is None:
@@ -85,7 +85,17 @@ def resolve(directory: Path, step: int | None = None) -> tuple[int, Path]:
     folder = step_folder(directory, step)
     if not folder.is_dir():
         raise UserError(f"{directory}: no checkpoint of iteration {step}; {_offer(directory, step)}")
-    return step, folder
+    return step, _of_ours(folder)
+
+
+def _of_ours(folder: Path) -> Path:
+    """`folder`, unless it looks like another program's, which has the same names outside."""
+    if (folder / MANIFEST).exists() or (folder / "architecture.json").exists():
+        return folder
+    raise UserError(
+        f"{folder}: not a checkpoint of megatron_prune; if it is Megatron-LM's, in torch_dist format, make one of it "
+        "with tools/convert_from_megatron.py"
+    )
 
 
 def _latest(directory: Path) -> int:
@@ -96,6 +106,8 @@ def _latest(directory: Path) -> int:
         present = steps(directory)
         if present:  # a run died between the renames of its very first checkpoint, which is complete
             return present[-1]
+        if (directory / "config.json").exists():
+            raise UserError(f"{directory}: a Hugging Face model, not a checkpoint; give it as --hf-model") from None
         raise UserError(f"{path}: no such file, so no complete checkpoint") from None
     if not re.fullmatch(rb"\d+\n?", text):
         raise UserError(f"{path}: not an iteration number; {_offer(directory, None)}")

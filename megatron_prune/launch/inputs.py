@@ -170,8 +170,14 @@ def _check_target(config: Config, architecture: Architecture) -> None:
 def _check_output(config: Config) -> None:
     if config.checkpoint.save is None:
         return
-    save, load = Path(config.checkpoint.save), config.checkpoint.load
-    if _holds_checkpoint(str(save)) and (load is None or Path(load).resolve() != save.resolve()):
+    save, load, finetune = Path(config.checkpoint.save), config.checkpoint.load, config.checkpoint.finetune
+    is_own = load is not None and Path(load).resolve() == save.resolve()
+    if _holds_checkpoint(str(save)) and finetune:
+        raise UserError(
+            f"checkpoint.finetune begins a new run, and checkpoint.save ({save}) already holds one; give another "
+            f"folder, or resume that run with --load {save} --no-finetune"
+        )
+    if _holds_checkpoint(str(save)) and not is_own:
         raise UserError(
             f"checkpoint.save: {save} already holds a run's checkpoints; resume it with --load {save}, or give another "
             "folder"

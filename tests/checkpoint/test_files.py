@@ -40,6 +40,20 @@ def test_nothing_there_is_said_in_one_line(tmp_path):
         resolve(tmp_path)
 
 
+def test_what_others_wrote_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="a Hugging Face model, not a checkpoint; give it as --hf-model"):
+        resolve(tmp_path)
+    megatrons = tmp_path / "iter_0000005"
+    megatrons.mkdir()
+    for name in ("metadata.json", ".metadata", "common.pt"):
+        (megatrons / name).touch()
+    (tmp_path / files.LATEST).write_text("5")
+    for path in (tmp_path, megatrons):
+        with pytest.raises(UserError, match=r"iter_0000005: not a checkpoint of .*convert_from_megatron\.py"):
+            resolve(path)
+
+
 class Crash(BaseException):
     """Stands for a process that ends at this point."""
 

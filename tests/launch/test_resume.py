@@ -82,6 +82,8 @@ def test_finetuning_takes_the_weights_only(tiny, half, tmp_path):
     before = CheckpointReader(half).architecture.parameters
     assert reader.architecture.parameters <= before < 17568
     assert [line["iteration"] for line in reader.meta["history"]] in ([1], [1, 1], [1, 2], [1, 1, 2], [1, 1, 2, 2])
+    output = run([*tiny.arguments(half), "--finetune"], exit_code=2)
+    assert "begins a new run" in output and f"--load {half} --no-finetune" in output
 
 
 def test_the_optimizer_may_be_left_behind(tiny, whole, half):
