@@ -7,6 +7,7 @@ SummingFile    sums up what is written to it, and has the disk begin before the 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -98,9 +99,9 @@ class SummingFile:
         self._file.flush()
         if hasattr(os, "posix_fadvise"):  # not on macOS
             # Linux starts to write what it is told to forget, and does not wait for the end of it.
-            os.posix_fadvise(
-                self._file.fileno(), self._handed_over, self.size - self._handed_over, os.POSIX_FADV_DONTNEED
-            )
+            place = self._handed_over, self.size - self._handed_over
+            with contextlib.suppress(OSError):  # advice that a file system does not take harms nothing
+                os.posix_fadvise(self._file.fileno(), *place, os.POSIX_FADV_DONTNEED)
         self._handed_over = self.size
 
     def tell(self) -> int:
