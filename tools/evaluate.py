@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -145,7 +146,7 @@ def model_folders(
 
     folders: dict[str, Path] = {}
     for given in arguments.hf_model:
-        path = Path(given).resolve()
+        path = Path(os.path.abspath(given))  # a link keeps its name
         name = path.name if path.name not in folders else f"{path.parent.name}/{path.name}"
         if name in folders:
             raise UserError(f"--hf-model {given}: is named twice")
@@ -168,7 +169,8 @@ def judge(candidate: Candidate, plan: Plan) -> Evaluated:
     perplexities = measure_all(candidate, plan) if arguments.data_path or plan.own else []
     scores: list[Any] = []
     if plan.selection:
-        print(f"{candidate.name}: {len(plan.selection)} tasks", file=sys.stderr)
+        stream, tasks = sys.stderr, len(plan.selection)
+        numbers = iter(range(1, tasks + 1))
         options = HarnessOptions(
             device=plan.device,
             batch_size=arguments.batch_size,
@@ -177,7 +179,11 @@ def judge(candidate: Candidate, plan: Plan) -> Evaluated:
             add_bos=arguments.add_bos,
             trust_remote_code=arguments.trust_remote_code,
         )
-        scores = evaluate_tasks(candidate, plan.selection, options, plan.scratch)
+
+        def begun(task: str) -> None:
+            print(f"{candidate.name}: task {next(numbers)} of {tasks}, {task}", file=stream, flush=True)
+
+        scores = evaluate_tasks(candidate, plan.selection, options, plan.scratch, begun)
     return Evaluated(describe(candidate), tuple(perplexities), tuple(scores))
 
 

@@ -17,11 +17,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.metadata
+import io
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -224,12 +226,17 @@ def harness_version() -> str:
 
 
 def evaluate_tasks(
-    candidate: Candidate, selection: Sequence[Selected], options: HarnessOptions, scratch: Path
+    candidate: Candidate,
+    selection: Sequence[Selected],
+    options: HarnessOptions,
+    scratch: Path,
+    on_task: Callable[[str], Any] = lambda _: None,
 ) -> list[Score]:
     """Run a model on tasks, in the harness's own `hf` model.
 
     Args:
         scratch: a folder for generated YAML and the harness's copies of local files.
+        on_task: told each task's name when it begins.
 
     Raises:
         UserError: the harness is missing, or cannot read a task's documents.
@@ -257,6 +264,7 @@ def evaluate_tasks(
         manager = TaskManager(include_defaults=any(selected.file is None for selected in selection))
         scores: list[Score] = []
         for selected in selection:
+            on_task(selected.task.name)
             try:
                 results = simple_evaluate(
                     model=model,
@@ -340,14 +348,16 @@ def average(scores: Sequence[Score]) -> Score | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's and its data library's chatter below errors out of the log."""
+    """Keep the harness's and its libraries' chatter below errors out of the log, and progress bars out of files."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "lm-eval", "accelerate")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    stream = sys.stderr if sys.stderr.isatty() else io.StringIO()  # what goes wrong is raised
     try:
-        yield
+        with contextlib.redirect_stderr(stream):
+            yield
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
