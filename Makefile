@@ -56,7 +56,7 @@ test-slurm: install  ## job scripts on a real Slurm with two nodes (skipped, wit
 # Not built for this very processor: with AMX compiled in, Q8_0 ends the process (illegal instruction) on some machines.
 test-gguf: install  ## exported models in llama.cpp (compiles llama-cpp-python the first time: some ten minutes)
 	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP_INSTALL) llama-cpp-python
-	@$(PYTEST) -m gguf $(ARGS)
+	@$(PYTEST) -m gguf tests/huggingface $(ARGS)
 
 test-eval: install  ## accuracies against lm-evaluation-harness (installs it the first time: some 50 packages)
 	@$(PIP_INSTALL) -e '.[eval]'
