@@ -116,7 +116,10 @@ def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
     candidates = []
     for number, (name, folder) in enumerate(folders.items()):
         (scratch / str(number)).mkdir()
-        candidates.append(open_candidate(folder, name, scratch / str(number), arguments.tokenizer_model))
+        candidate = open_candidate(folder, name, scratch / str(number), arguments.tokenizer_model)
+        if candidate.brings_code and not arguments.trust_remote_code:
+            raise UserError(f"{folder}: brings code of its own; --trust-remote-code runs it")
+        candidates.append(candidate)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     plan = Plan(arguments, device, scratch, tuple(selection), own)
     remarks = [f"Left out for want of a file in --task-data: {', '.join(missing)}."] if missing else []
@@ -125,6 +128,8 @@ def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be meant. Raises UserError."""
+    import torch
+
     if not arguments.hf_model and not arguments.load:
         raise UserError("name a model: --hf-model DIR, or --load DIR for a checkpoint")
     if arguments.hf_model and not arguments.data_path and not arguments.tasks:
@@ -135,6 +140,11 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if arguments.dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {arguments.dtype}: unknown; use float32, bfloat16, float16")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {arguments.device}: cannot be used here: {reason}") from error
 
 
 def model_folders(

@@ -200,7 +200,7 @@ def _load_hugging_face(folder: Path, tokenizer_json: Path | None) -> Any:
             return Backend.from_file(str(tokenizer_json))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False).backend_tokenizer
     except ImportError as error:
         raise UserError(f"{folder}: reading it needs the package {library}: pip install {library}") from error
     except Exception as error:  # tokenizers raises bare Exceptions, transformers a zoo of them

@@ -42,6 +42,7 @@ class Candidate:
         parameters: elements of all stored tensors, a tied output layer counted once.
         dtype: of the stored weights.
         vocab_size, max_length: ids the model knows, tokens it takes.
+        brings_code: whether its folder holds code that transformers must run.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Candidate:
     dtype: str
     vocab_size: int
     max_length: int
+    brings_code: bool
 
     def tokenizer(self, kind: str | None = None) -> Tokenizer:
         """The tokenizer; of that kind if both kinds are there.
@@ -70,7 +72,7 @@ class Candidate:
 
         if self.tokenizer_folder is None:
             return False
-        tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer_folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer_folder), trust_remote_code=False)
         return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -102,6 +104,7 @@ def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model
         dtype=dtype_name(weights.dtype),
         vocab_size=_whole(config, "vocab_size", config_file),
         max_length=_whole(config, "max_position_embeddings", config_file),
+        brings_code="auto_map" in config,
     )
 
 

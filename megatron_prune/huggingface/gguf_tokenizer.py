@@ -260,5 +260,5 @@ def _adds_bos(folder: Path) -> bool:
     """Whether calling the tokenizer begins with bos: asked of transformers, since files say it in several ways."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

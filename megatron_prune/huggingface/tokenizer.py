@@ -162,7 +162,7 @@ def verify_tokenizer(tokenizer_model: Path, save_dir: Path, texts: Iterable[str]
     from transformers import AutoTokenizer
 
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
-    theirs = AutoTokenizer.from_pretrained(str(save_dir))
+    theirs = AutoTokenizer.from_pretrained(str(save_dir), trust_remote_code=False)
     if type(theirs).__name__ not in PLAIN_CLASSES:
         raise UserError(
             f"{save_dir / 'config.json'}: transformers loads {type(theirs).__name__} for its model_type, whatever the "

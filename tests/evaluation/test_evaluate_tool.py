@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,12 @@ def test_mistakes_are_one_line(
     model_folders: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(model_folders[0])
+    config = json.loads((model_folders[0] / "config.json").read_text())
+    with_code = shutil.copytree(folder, tmp_path / "with_code")
+    (with_code / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}))
     cases = {
+        "brings code of its own": ["--hf-model", str(with_code), "--data-path", str(text_file)],
+        "--device warp:9: cannot be used": ["--hf-model", folder, "--data-path", str(text_file), "--device", "warp:9"],
         "name a model": [],
         "say what to measure": ["--hf-model", folder],
         "config.json: does not exist": ["--hf-model", str(tmp_path), "--data-path", str(text_file)],
