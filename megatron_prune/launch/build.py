@@ -20,6 +20,7 @@ from megatron_prune.checkpoint import load_checkpoint
 from megatron_prune.config import Config
 from megatron_prune.data import datasets as data
 from megatron_prune.launch.data_order import check_shuffle, shuffle_of, wanted_samples
+from megatron_prune.launch.failures import agreed
 from megatron_prune.launch.inputs import Inputs
 from megatron_prune.launch.saving import CheckpointSaver
 from megatron_prune.model.layout import Quanta, ShardLayout
@@ -137,7 +138,7 @@ def build_trainer(
         state = RunState.from_state(_run_state(inputs.header.state), inputs.architecture)
     directory = Path(config.checkpoint.save) if config.checkpoint.save else None
     is_writer = mesh.rank == 0
-    reporter = Reporter(config, mesh.world_size, directory, is_active=is_writer)
+    reporter = agreed(mesh, lambda: Reporter(config, mesh.world_size, directory, is_active=is_writer))
     history = HistoryWriter(directory, state.history) if directory is not None and is_writer else None
     samples = wanted_samples(config, state, inputs.shuffle)
     datasets = build_datasets(config, inputs, samples)

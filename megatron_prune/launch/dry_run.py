@@ -26,7 +26,7 @@ from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.weights import FolderWeights
-from megatron_prune.launch import inputs
+from megatron_prune.launch import after, inputs
 from megatron_prune.launch.build import model_options, quanta
 from megatron_prune.launch.estimate.memory import fullest_rank
 from megatron_prune.launch.estimate.placement import Placement
@@ -85,6 +85,7 @@ def look(config: Config) -> Found:
     ):
         if text is not None:
             _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
+    _tasks(config, findings)
     inputs._check_context(config, architecture)
     inputs._check_target(config, architecture)
     inputs._check_output(config)
@@ -152,6 +153,13 @@ def _data(text: str, field: str, vocab_size: int, tokenizer: Tokenizer | None, f
         check_vocabulary(tokenizer, Blend(tuple(present), None), vocab_size)
     sizes = {data.prefix: f"{data.sequences:,} documents, {data.tokens:,} tokens" for data in present}
     findings += [Finding(f"data {prefix}", sizes.get(prefix, NOT_HERE)) for prefix in prefixes]
+
+
+def _tasks(config: Config, findings: list[Finding]) -> None:
+    tasks, folder = config.evaluation.eval_tasks, config.evaluation.eval_task_data
+    if tasks is not None:
+        is_here = folder is None or Path(folder).exists()
+        findings.append(Finding(f"tasks {tasks}", (after.check(config) or "by lm-eval") if is_here else NOT_HERE))
 
 
 def _check_weights(words: list[str], field: str) -> None:

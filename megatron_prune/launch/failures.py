@@ -41,7 +41,8 @@ def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
     complaints = agree(mesh, complaint)
     failed = [rank for rank, text in enumerate(complaints) if text is not None]
     if failed:
-        where = "" if len(failed) == len(complaints) else f" (on ranks {', '.join(map(str, failed))} only)"
+        ranks = f"rank{'s' * (len(failed) > 1)} {', '.join(map(str, failed))}"
+        where = "" if len(failed) == len(complaints) else f" (on {ranks} only)"
         raise UserError(f"{complaints[failed[0]]}{where}")
     return result  # type: ignore[return-value]
 

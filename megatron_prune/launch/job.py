@@ -11,6 +11,7 @@ tools, each in a process of its own, while the other ranks have left.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -26,9 +27,9 @@ from typing import Any
 
 from megatron_prune.config import Config, dump, load_config
 from megatron_prune.errors import UserError
-from megatron_prune.launch import stages
+from megatron_prune.launch import after, stages
 from megatron_prune.launch.agreement import consult, own_facts
-from megatron_prune.launch.places import Torchrun, find_place, rank_settings
+from megatron_prune.launch.places import Rank, Torchrun, find_place, rank_settings
 from megatron_prune.launch.signals import STOP_SIGNALS
 from megatron_prune.launch.stages import Ledger, Plan, make_plan, read_progress, read_run_status
 from megatron_prune.launch.supervisor import supervise
@@ -48,22 +49,16 @@ Runs the stages that are not done yet; the same command goes on where a job stop
 LOG_DIR: folder for one log file per rank. GRACE_SECONDS (240): time to save after SIGTERM or SIGUSR1.
 """
 _NO_RUN = {"--dry-run", "--help", "-h", "--print-default-config"}  # training flags that start nothing
-_OF_RANKS = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 Train = Callable[[list[str]], int]
 
 
 class ToldToLeave(BaseException):
     """SIGTERM or SIGUSR1 arrived while this process was not training."""
+
+
+class NodeError(UserError):
+    """A node's own variables are wrong: it says so itself, since it cannot meet the others."""
 
 
 @dataclass(frozen=True)
@@ -147,17 +142,26 @@ def main(argv: Sequence[str], train: Train, script: Path) -> int:
             raise UserError(f"{sys.executable} has no {missing[0]}; name the right interpreter: PYTHON=.../bin/python")
         if _NO_RUN & set(request.flags):
             return train(request.training_arguments())
-        place = find_place(os.environ)
+        place = _own_place()
         if isinstance(place, Torchrun):
             return _node(request, place, script)
         os.environ.update(place.environment)
         return _Rank(request, place.rank, place.world_size, train, script.resolve().parents[1]).run()
     except UserError as error:
-        if speaks:
+        if speaks or isinstance(error, NodeError):
             sys.stderr.write(f"error: {error}\n")
         return 2
     except ToldToLeave:
         return 0
+
+
+def _own_place() -> Torchrun | Rank:
+    try:
+        return find_place(os.environ)
+    except UserError as error:
+        if {"RANK", "SLURM_PROCID"} & set(os.environ):
+            raise
+        raise NodeError(str(error)) from error
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
@@ -199,6 +203,7 @@ def _node(request: Request, place: Torchrun, script: Path) -> int:
     nproc = place.nproc_per_node or _visible_gpus(os.environ) or 1
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(script.parents[1]), environment.get("PYTHONPATH")]))
     logs = environment.get("LOG_DIR")
     if logs is not None:
         logs = str(Path(logs) / f"node-{place.node_rank}")
@@ -294,13 +299,23 @@ class _Rank:
         if self._config is not None:
             os.environ.update(rank_settings(self._config, os.environ))
         plan, self._store = consult(
-            self.rank, self.world_size, facts, lambda: self._plan().to_json(), os.environ, minutes
+            self.rank, self.world_size, facts, lambda: self._first_plan().to_json(), os.environ, minutes
         )
         return Plan.from_json(plan)
 
     def _read(self) -> str:
         self._config = self.request.read()
         return dump(self._config)
+
+    def _first_plan(self) -> Plan:
+        """The plan, and what it cannot do; raises UserError, before any training, for what `evaluate` cannot read."""
+        plan = self._plan()
+        left_out = after.check(self.config) if stages.EVALUATE in plan.after else None
+        if left_out is None:
+            return plan
+        return dataclasses.replace(
+            plan, notes=(*plan.notes, f"stage {stages.EVALUATE} will leave something out: {left_out}")
+        )
 
     def _plan(self) -> Plan:
         return make_plan(self.request.stages, self.config, read_progress(self.save), Ledger.read(self.save))
@@ -327,63 +342,21 @@ class _Rank:
         iteration = read_progress(self.save).iteration
         assert iteration is not None
         for stage in todo:
-            command, reason = self._tool(stage)
-            if command is None:
-                logger.info("stage %s: skipped, %s", stage, reason)
-                self.ledger.skipped[stage] = reason
-                self.ledger.write(self.save)
-                continue
-            logger.info("stage %s: iteration %d", stage, iteration)
-            code = _run(command)
-            if code != 0:
-                sys.stderr.write(f"error: stage {stage}: {Path(command[1]).name} ended with status {code}\n")
-                self._note(stages.FAILED)
-                return code if code > 0 else 1
-            self.ledger.skipped.pop(stage, None)
-            self.ledger = self.ledger.with_done(stage, iteration)
+            job = (after.export if stage == stages.EXPORT else after.evaluate)(self.config, self.root / "tools")
+            if job.words:
+                logger.info("stage %s: iteration %d", stage, iteration)
+                code = after.run(job.words)
+                if code != 0:
+                    sys.stderr.write(f"error: stage {stage}: {Path(job.words[1]).name} ended with status {code}\n")
+                    self._note(stages.FAILED)
+                    return code if code > 0 else 1
+            if job.left_out is None:
+                self.ledger = self.ledger.with_done(stage, iteration)
+                self.ledger.skipped.pop(stage, None)
+            else:
+                logger.info("stage %s: %s, %s", stage, "incomplete" if job.words else "skipped", job.left_out)
+                self.ledger.skipped[stage] = job.left_out
             self.ledger.write(self.save)
         self._note(stages.FINISHED)
         logger.info("done: stages %s; everything is in %s", ", ".join(self.request.stages), self.save)
         return 0
-
-    def _tool(self, stage: str) -> tuple[list[str] | None, str]:
-        """(command of a stage, "") or (None, why there is none)."""
-        exported, tools = self.save / stages.EXPORTED, self.root / "tools"
-        if stage == stages.EXPORT:
-            tool = tools / "convert_to_hf.py"
-            return [sys.executable, str(tool), "--load", str(self.save), "--save", str(exported), "--overwrite"], ""
-        tool, evaluation = tools / "evaluate.py", self.config.evaluation
-        if not tool.is_file():
-            return None, f"{tool} is not there"
-        inputs: list[str] = []
-        data = evaluation.eval_data_path or self.config.data.valid_data_path
-        if data:
-            is_blend = data.split()[0].replace(".", "", 1).isdigit()  # "weight1 prefix1 weight2 prefix2"
-            inputs += ["--data-path", *([data] if is_blend else data.split())]
-        if evaluation.eval_tasks:
-            inputs += ["--tasks", evaluation.eval_tasks]
-        if evaluation.eval_task_data:
-            inputs += ["--task-data", evaluation.eval_task_data]
-        if not data and not evaluation.eval_tasks:
-            return None, "the configuration names nothing to evaluate on (evaluation.eval_data_path, eval_tasks)"
-        models = [str(path) for path in (self._source(), exported) if path is not None]
-        output = ["--output-dir", str(self.save / stages.EVALUATION)]
-        return [sys.executable, str(tool), "--hf-model", *models, *inputs, *output], ""
-
-    def _source(self) -> Path | None:
-        """The source model's folder, when its weights are there to be evaluated too."""
-        folder = Path(self.config.model.hf_model or "")
-        has_weights = self.config.model.hf_model and self.config.model.init == "source"
-        return folder if has_weights and [*folder.glob("*.safetensors"), *folder.glob("*.bin")] else None
-
-
-def _run(command: list[str]) -> int:
-    """Run a tool in a process of its own, which belongs to no process group; ends it when this one is told to leave."""
-    environment = {k: v for k, v in os.environ.items() if k not in _OF_RANKS and not k.startswith("TORCHELASTIC")}
-    process = subprocess.Popen(command, env=environment)
-    try:
-        return process.wait()
-    except ToldToLeave:
-        process.terminate()
-        process.wait()
-        raise

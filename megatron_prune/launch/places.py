@@ -49,7 +49,7 @@ class Torchrun:
             logs: folder for one file per rank and stream; the node's first rank is then shown, too. None: all on the
                 terminal.
         """
-        words = [python, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
+        words = [python, "-m", "megatron_prune.launch.elastic", f"--nproc-per-node={nproc}"]
         if self.master_addr is None:
             words += ["--standalone"]
         else:

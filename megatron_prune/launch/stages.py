@@ -3,7 +3,7 @@
     prune      train and prune until the target is reached
     continue   train the small model for `continue_tokens` (the same run goes on)
     export     the newest checkpoint as a Hugging Face folder, SAVE/hf
-    evaluate   source and exported model side by side, SAVE/evaluation
+    evaluate   source and exported model side by side, SAVE/evaluation (`after` has both stages' commands)
 
     parse_stages    `prune,continue` -> stages in order
     Progress        what the newest checkpoint says about training
@@ -33,6 +33,7 @@ PRUNE, CONTINUE, EXPORT, EVALUATE = STAGES = ("prune", "continue", "export", "ev
 ALL = "all"
 LEDGER_FILE, RUN_STATUS_FILE = "launch_status.json", "run_status.json"
 EXPORTED, EVALUATION = "hf", "evaluation"
+_FOLDERS = {EXPORT: EXPORTED, EVALUATE: EVALUATION}
 RUNNING, FINISHED, FAILED, PREEMPTED, TIME_LIMIT = "running", "finished", "failed", "preempted", "time_limit"
 
 
@@ -107,11 +108,14 @@ class Ledger:
 
     @classmethod
     def read(cls, save: Path) -> Ledger:
-        """The ledger in `save`; an empty one where there is none, or none that can be read."""
+        """The ledger in `save`; an empty one where there is none, or none that can be read. A stage whose folder has
+        been removed is not done.
+        """
         try:
             values = json.loads((save / LEDGER_FILE).read_text())
-            return cls(values["status"], dict(values["done"]), dict(values["skipped"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            done = {stage: at for stage, at in values["done"].items() if (save / _FOLDERS[stage]).exists()}
+            return cls(values["status"], done, dict(values["skipped"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
 
     def write(self, save: Path) -> None:

@@ -65,7 +65,8 @@ def render(snapshot: Snapshot, width: int) -> list[str]:
         lines.append("            " + " | ".join(f"{label} {text}" for label, text in snapshot.facts.items()))
     if snapshot.seconds:
         parts = sorted(snapshot.seconds.items(), key=lambda item: -item[1])
-        lines.append("ms          " + " | ".join(f"{part} {1000 * seconds:.1f}" for part, seconds in parts))
+        shown = [f"{part} {1000 * seconds:.1f}" for part, seconds in parts if seconds >= 5e-5]
+        lines.append("ms          " + " | ".join(shown))
     return [line[:width] for line in lines]
 
 

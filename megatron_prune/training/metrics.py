@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -102,7 +102,7 @@ class Reporter:
         if progress == "auto":
             progress = "dashboard" if sys.stderr.isatty() else "lines"
         if progress == "dashboard":
-            self._dashboard = Dashboard(sys.stderr, shutil.get_terminal_size((100, 24)).columns)
+            self._dashboard = Dashboard(sys.stderr, _columns(sys.stderr))
         elif progress == "bar":
             from tqdm import tqdm
 
@@ -265,6 +265,14 @@ class Reporter:
                 seconds=self._seconds,
             )
         )
+
+
+def _columns(terminal: IO[str]) -> int:
+    """Of a terminal; 100 where it does not say."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 100
+    except OSError:
+        return 100
 
 
 def _own_peak(config: Config) -> float | None:

@@ -60,15 +60,22 @@ class Sinks:
 
 
 def start_wandb(config: Config) -> Any:
-    """A run of Weights & Biases. Raises UserError where it is not installed."""
+    """A run of Weights & Biases. Raises UserError where it is not installed, or refuses to start."""
+    field = "logging.wandb_project (--wandb-project)"
     try:
         import wandb
     except ImportError as error:
-        raise UserError("logging.wandb_project: wandb is not installed; install it or leave the field null") from error
+        raise UserError(f"{field}: wandb is not installed; install it or leave the field null") from error
     import yaml
 
     same = {}
     if config.checkpoint.save:
         folder = Path(config.checkpoint.save).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         same = {"id": hashlib.sha256(str(folder).encode()).hexdigest()[:16], "name": folder.name, "resume": "allow"}
-    return wandb.init(project=config.logging.wandb_project, config=yaml.safe_load(dump(config)), **same)
+        same["dir"] = str(folder)
+    try:
+        return wandb.init(project=config.logging.wandb_project, config=yaml.safe_load(dump(config)), **same)
+    except wandb.Error as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"{field}: {reason}; WANDB_MODE=offline needs neither account nor network") from error

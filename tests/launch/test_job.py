@@ -1,4 +1,4 @@
-"""examples/pretrain_efficientllm.sh as users start it: by torchrun, by bash on one and on two nodes, and wrongly."""
+"""examples/pretrain_efficientllm.sh as users start it: by torchrun, by bash, wrongly (two nodes: test_two_nodes)."""
 
 import json
 import os
@@ -10,21 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.config import dump, load_config
 from megatron_prune.launch.job import main
+from megatron_prune.testing.ranks import watch_ranks
+from megatron_prune.testing.tiny_runs import CONTINUED_ITERATIONS, VOCABULARY, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_efficientllm.sh"
-CONFIG = """
-model: {{hf_model: {stories}, make_vocab_size_divisible_by: 8}}
-parallel: {{device: cpu}}
-data: {{data_path: {folder}/stories, split: "90,10,0", seq_length: 64}}
-training: {{micro_batch_size: 1, global_batch_size: 2, train_iters: 100}}
-optimizer: {{lr: 1.0e-3, lr_decay_style: constant}}
-pruning: {{target_params: 240K, ratio: "8:1"}}
-continued: {{continue_tokens: 256}}
-checkpoint: {{save: {folder}/run}}
-logging: {{log_interval: 1}}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -78,54 +70,67 @@ def test_it_is_a_shell_script_and_a_python_program():
     assert os.access(SCRIPT, os.X_OK)
 
 
-@pytest.mark.timeout(400)
-def test_stages_go_on_where_the_job_stopped(stories260k, tinystories, tmp_path, monkeypatch, caplog):
-    """Prune by torchrun on two ranks, the rest by bash on one; a third call finds everything done."""
-    text = tmp_path / "text.txt"
-    text.write_text(tinystories.read_text()[:60_000])
-    tokenizer = stories260k / "tokenizer.model"
-    prepare = ("tools/preprocess_data.py", "--input", text, "--output-prefix", tmp_path / "stories")
-    code, output = run(
-        sys.executable, ROOT / prepare[0], *prepare[1:], "--tokenizer-model", tokenizer, PYTHONPATH=str(ROOT)
-    )
-    assert code == 0, output
-    config = tmp_path / "run.yaml"
-    config.write_text(CONFIG.format(stories=stories260k, folder=tmp_path))
+def one_rank(_rank, _world_size, words):
+    """One rank of a job, as torchrun starts it."""
+    from megatron_prune.pretrain import main as train
 
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    code, output = run(*torchrun, SCRIPT, config, "--stage", "prune")
-    assert code == 0 and "target reached" in output, output
-    reached = json.loads((tmp_path / "run" / "summary.json").read_text())["iteration"]
+    status = main([str(word) for word in words], train, SCRIPT)
+    if status:
+        os._exit(status)
 
-    code, output = run("bash", SCRIPT, config, "--", "--log-interval", "2")
-    assert code == 0 and "stage prune: done" in output, output
-    assert output.count("done: stages prune, continue, export, evaluate") == 1
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["iteration"] == reached + 2, "256 tokens are two iterations"
-    assert json.loads((tmp_path / "run" / "hf" / "config.json").read_text())["vocab_size"] == 512
-    assert json.loads((tmp_path / "run" / "launch_status.json").read_text())["done"]["export"] == reached + 2
+
+def test_stages_go_on_where_the_job_stopped(tmp_path, monkeypatch, caplog):
+    """Prune on two ranks, continue and export on one; a third call finds everything done."""
+    save, config = tmp_path / "run", tmp_path / "run.yaml"
+    config.write_text(dump(load_config(prepare(tmp_path).arguments(save))))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with monkeypatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", port)
+        fates = watch_ranks(one_rank, 2, [config, "--stage", "prune"])
+    assert [fate.exit_code for fate in fates] == [0, 0] and "target reached" in fates[0].output, fates[0].output
+    reached = json.loads((save / "summary.json").read_text())["iteration"]
+
+    words = [config, "--stage", "prune,continue,export"]
+    (fate,) = watch_ranks(one_rank, 1, [*words, "--", "--log-interval", "2"])
+    assert fate.exit_code == 0 and "stage prune: done" in fate.output, fate.output
+    assert fate.output.count("done: stages prune, continue, export") == 1
+    assert json.loads((save / "summary.json").read_text())["iteration"] == reached + CONTINUED_ITERATIONS
+    assert json.loads((save / "hf" / "config.json").read_text())["vocab_size"] == VOCABULARY
+    assert json.loads((save / "launch_status.json").read_text())["done"]["export"] == reached + CONTINUED_ITERATIONS
 
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
     with caplog.at_level("INFO"):
-        assert main([str(config)], never, SCRIPT) == 0
-    assert [f"stage {stage}: done" in caplog.text for stage in ("prune", "continue", "export")] == [True] * 3
+        assert main([str(word) for word in words], never, SCRIPT) == 0
+    assert all(f"stage {stage}: done" in caplog.text for stage in ("prune", "continue", "export"))
+
+
+def test_bash_starts_torchrun_which_starts_ranks_of_which_one_speaks(tmp_path):
+    recipe = (ROOT / "examples/configs/debug_cpu.yaml", "--stage", "export", "--", "--save", tmp_path / "run")
+    code, output = run("bash", SCRIPT, *recipe, NPROC_PER_NODE="2")
+    assert code == 2 and "Traceback" not in output, output
+    told = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert told == [f"error: --stage export: there is no checkpoint yet in {tmp_path / 'run'}"], output
 
 
 @pytest.mark.full
-def test_nodes_that_disagree_stop_with_one_line(tmp_path):
-    """Two nodes (both are this machine), started by hand with different flags."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    usual = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    recipe = (SCRIPT, ROOT / "examples/configs/debug_cpu.yaml", "--", "--save", tmp_path / "run")
-    nodes = [start("bash", *recipe, "--seed", node + 1, NODE_RANK=str(node), **usual) for node in range(2)]
-    outputs = [node.communicate(timeout=200)[0] for node in nodes]
-    assert all(node.returncode != 0 for node in nodes)
-    assert [output.count("error: configuration: rank 1 read") for output in outputs] == [1, 0], outputs
-    assert '"seed: 2" where rank 0 has "seed: 1"' in outputs[0]
-    assert not (tmp_path / "run").exists()
+@pytest.mark.timeout(300)
+def test_torchrun_takes_the_script_through_all_stages(tmp_path):
+    """The loss that `evaluate` finds in the exported model is the training's own."""
+    save, config = tmp_path / "run", tmp_path / "run.yaml"
+    config.write_text(dump(load_config(prepare(tmp_path).arguments(save))))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    code, output = run(*torchrun, SCRIPT, config)
+    assert code == 0 and output.count("done: stages prune, continue, export, evaluate") == 1, output
+    final = json.loads((save / "summary.json").read_text())["stages"]["final"]
+    models = json.loads((save / "evaluation" / "evaluation.json").read_text())["models"]
+    assert [model["name"] for model in models] == ["source", "hf"]
+    assert models[1]["perplexity"][0]["loss"] == pytest.approx(final["validation_loss"], rel=1e-4)
+    ledger = json.loads((save / "launch_status.json").read_text())
+    assert ledger["done"] == dict.fromkeys(("export", "evaluate"), final["iteration"]) and not ledger["skipped"]
 
 
 # Wrong use ------------------------------------------------------------------------------------------------------------
@@ -163,6 +168,16 @@ def test_only_the_first_process_tells(monkeypatch, capfd):
             patch.setenv(name, value)
             assert main(["nowhere.yaml", "--stage", "x"], never, SCRIPT) == 2
     assert capfd.readouterr().err == ""
+
+
+def test_a_node_tells_what_is_wrong_with_its_own_variables(monkeypatch, capfd):
+    """Nobody else can: it never meets the other nodes."""
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_ID", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("NNODES", "2"), ("NODE_RANK", "2"), ("MASTER_ADDR", "node0")):
+        monkeypatch.setenv(name, value)
+    assert main(["nowhere.yaml"], never, SCRIPT) == 2
+    assert capfd.readouterr().err == "error: NODE_RANK=2 is not below NNODES=2; nodes count from 0\n"
 
 
 def test_flags_that_only_look_start_nothing(monkeypatch):

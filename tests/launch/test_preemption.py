@@ -66,10 +66,9 @@ def test_a_signal_to_one_rank_saves_and_ends_all_of_them(tiny, uninterrupted, tm
     assert Traces.read(tmp_path / "run") == uninterrupted
 
 
+@pytest.mark.full  # `make test` sends the same signals to ranks (above) and through the launcher (test_supervisor)
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.full)], ids=lambda number: number.name
-)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
 def test_torchrun_passes_a_signal_on_and_waits(tiny, tmp_path, number):
     arguments = tiny.arguments(tmp_path / "run", *LAYOUT, *LONG)
     handled = ("--signals-to-handle", "SIGUSR1,SIGTERM,SIGINT", "--shutdown-timeout", "60")

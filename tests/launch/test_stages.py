@@ -133,6 +133,8 @@ def test_ledger_and_progress_on_disk(tmp_path):
     assert read_run_status(tmp_path) is None
     written = Ledger("preempted").with_done("export", 40)
     written.write(tmp_path)
+    assert Ledger.read(tmp_path) == Ledger("preempted"), "what is gone is not done"
+    (tmp_path / "hf").mkdir()
     assert Ledger.read(tmp_path) == written
     (tmp_path / "launch_status.json").write_text("{")
     assert Ledger.read(tmp_path) == Ledger()

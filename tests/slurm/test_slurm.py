@@ -1,10 +1,12 @@
-"""examples/slurm/pretrain_efficientllm.sbatch on a real Slurm: preempted in mid-pruning, requeued, finished.
+"""Jobs and job arrays on a real Slurm: preempted in mid-pruning, requeued, finished, exported, evaluated, collected.
 
 `make test-slurm` runs these; they need a cluster with two idle nodes of at least two CPUs whose file system is shared
 with this machine, and the real inputs that MEGATRON_PRUNE_DATA names. Elsewhere they are skipped, with the reason.
 """
 
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,20 +15,24 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.data.preprocess import Options, preprocess
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = ROOT / "examples" / "slurm" / "pretrain_efficientllm.sbatch"
+SCALING = ROOT / "examples" / "token_scaling.sh"
 CONFIG = """
 model: {{hf_model: {stories}, make_vocab_size_divisible_by: 8}}
 parallel: {{device: cpu}}
-data: {{data_path: {folder}/stories, data_cache_path: {folder}/cache, split: "90,10,0", seq_length: 128}}
+data: {{data_path: {data}/stories, data_cache_path: {data}/cache, split: "90,10,0", seq_length: 128}}
 training: {{micro_batch_size: 2, global_batch_size: 8, train_iters: 600}}
 optimizer: {{lr: 1.0e-3, lr_decay_style: constant}}
 pruning: {{target_params: 150K, ratio: "1:1", normalize: none}}
 continued: {{continue_tokens: 10240, continue_lr: 1.0e-3}}
 checkpoint: {{save: {folder}/run, save_interval: 20, keep_last: 2}}
 logging: {{log_interval: 5}}
+evaluation: {{eval_tasks: arc_easy, eval_task_data: {bench}}}
 """
 
 
@@ -50,18 +56,31 @@ def cluster():
         pytest.skip("needs a Slurm cluster with two nodes that are not busy")
 
 
+@pytest.fixture(scope="module")
+def data(stories260k, tinystories, tmp_path_factory):
+    """The folder of the data set."""
+    folder = tmp_path_factory.mktemp("data")
+    options = Options(tokenizer_model=str(stories260k / "tokenizer.model"), prepend_bos=True)
+    preprocess([str(tinystories)], str(folder / "stories"), options)
+    return folder
+
+
 @pytest.fixture
-def job(stories260k, tinystories, tmp_path, monkeypatch):
-    """A folder with data and run.yaml; `job(*options)` submits it and returns its number; cancelled at the end."""
-    prepare = [ROOT / "tools" / "preprocess_data.py", "--input", tinystories, "--output-prefix", tmp_path / "stories"]
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command(sys.executable, *prepare, "--tokenizer-model", stories260k / "tokenizer.model", "--prepend-bos")
-    (tmp_path / "run.yaml").write_text(CONFIG.format(stories=stories260k, folder=tmp_path))
+def place(real_data, stories260k, data, tmp_path, monkeypatch):
+    """A working folder with run.yaml, in a user's plain environment."""
+    names = {"stories": stories260k, "data": data, "folder": tmp_path, "bench": real_data / "bench"}
+    (tmp_path / "run.yaml").write_text(CONFIG.format(**names))
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NNODES", "NPROC_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"MEGATRON_PRUNE_ROOT": ROOT, "PYTHON": sys.executable, "OMP_NUM_THREADS": 1}.items():
         monkeypatch.setenv(name, str(value))
+    return tmp_path
+
+
+@pytest.fixture
+def job(place):
+    """`job(*options)` submits run.yaml and returns the job's number; cancelled at the end."""
     submitted = []
 
     def submit(*options):
@@ -71,6 +90,16 @@ def job(stories260k, tinystories, tmp_path, monkeypatch):
     yield submit
     for number in submitted:
         command("scancel", number, ok=False)
+
+
+def gone(*numbers, minutes=10):
+    """Wait until Slurm has no such jobs any more; False: it still has."""
+    end = time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
+        if not any(command("squeue", "-h", "-j", number, ok=False) for number in numbers):
+            return True
+        time.sleep(1)
+    return False
 
 
 def log(number):
@@ -111,9 +140,7 @@ def preempt(number, *how):
 
 def finished(number, stopped_at):
     """Wait for the end and check what is there."""
-    end = time.monotonic() + 600
-    while command("squeue", "-h", "-j", number, ok=False) and time.monotonic() < end:
-        time.sleep(1)
+    assert gone(number), log(number)[-3000:]
     text = log(number)
     assert "JobState=COMPLETED" in command("scontrol", "show", "job", number), text[-3000:]
     assert text.count("job finished at iteration") == 1
@@ -126,6 +153,21 @@ def finished(number, stopped_at):
     before, after = ([r for r in removals if (r["iteration"] <= stopped_at) == early] for early in (True, False))
     assert before and after, "it was preempted in mid-pruning"
     assert json.loads(Path("run/hf/config.json").read_text())["vocab_size"] == 512
+    evaluated(text, ledger)
+
+
+def evaluated(text, ledger):
+    """Source and exported model were judged: on data always, on tasks where lm-eval is installed."""
+    models = json.loads(Path("run/evaluation/evaluation.json").read_text())["models"]
+    assert [model["name"] for model in models] == ["stories260K", "hf"]
+    losses = [model["perplexity"][0]["loss"] for model in models]
+    assert 1.0 < losses[0] < losses[1] < 5.0, "the pruned one has lost something, and is no wreck"
+    if importlib.util.find_spec("lm_eval") is None:
+        assert "lm-eval is not installed" in ledger["skipped"]["evaluate"] and "evaluate" not in ledger["done"]
+        assert "stage evaluate: incomplete, lm-eval is not installed" in text
+    else:
+        assert ledger["done"]["evaluate"] == iteration() and not ledger["skipped"]
+        assert all(model["tasks"] for model in models)
 
 
 def test_a_task_per_node_preempted_by_a_signal_to_its_steps(job, monkeypatch):
@@ -152,11 +194,9 @@ def test_a_cancelled_job_stays_cancelled(job, monkeypatch):
     number = job("--nodes=1")
     wait(number, "first checkpoint", lambda: iteration() >= 20)
     command("scancel", number)
-    end = time.monotonic() + 120
-    while command("squeue", "-h", "-j", number, ok=False) and time.monotonic() < end:
-        time.sleep(1)
+    assert gone(number, minutes=2)
     assert "JobState=CANCELLED" in command("scontrol", "show", "job", number)
-    assert "requeued" not in log(number)
+    assert f"{number}: requeued" not in log(number)
 
 
 def test_wrong_use_fails_with_one_line(job):
@@ -164,11 +204,44 @@ def test_wrong_use_fails_with_one_line(job):
     text = Path("run.yaml").read_text()
     Path("run.yaml").write_text(text.replace("global_batch_size: 8", "global_batch_size: 6"))
     number = job("--nodes=2", "--ntasks-per-node=2")
-    end = time.monotonic() + 300
-    while command("squeue", "-h", "-j", number, ok=False) and time.monotonic() < end:
-        time.sleep(1)
+    assert gone(number, minutes=5)
     logs = [path.read_text() for path in Path(f"efficientllm-{number}").rglob("rank-*.log")]
     told = [line for text in logs for line in text.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and "training.global_batch_size 6" in told[0], logs
     assert "JobState=FAILED" in command("scontrol", "show", "job", number)
     assert "requeued" not in log(number) and not Path("run/hf").exists()
+
+
+def test_a_job_array_of_ratios_collects_itself(place):
+    """Real runs of three ratios; one is preempted and requeued, the collecting job waits for it."""
+    ratios = ("8:1", "2:1", "1:1")
+    flags = ("--prune-target-params", "200K", "--save-interval", 5, "--eval-interval", 1000)
+    words = (SCALING, "run.yaml", "out", "--ratios", " ".join(ratios), "--slurm", "--nodes=1 --cpus-per-task=1")
+    told = command("bash", *words, "--", *flags)
+    array, last = map(int, re.search(r"job array (\d+) with 3 runs; job (\d+) collects", told).groups())
+    try:
+        watch_the_array(array, last, ratios)
+    finally:
+        command("scancel", array, last, ok=False)
+
+
+def watch_the_array(array, last, ratios):
+    """Preempt the slowest run, wait for the end, and look at what is there."""
+    slowest = Path("out/ratio_1-1")
+    end = time.monotonic() + 300
+    while not (slowest / "latest_checkpointed_iteration.txt").exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    command("scancel", "--signal=TERM", f"{array}_2")
+    while "PENDING" not in command("squeue", "-h", "-j", f"{array}_2", "-o", "%T") and time.monotonic() < end:
+        time.sleep(0.5)
+    assert json.loads((slowest / "launch_status.json").read_text())["status"] == "preempted"
+    command("scontrol", "update", f"JobId={array}_2", "StartTime=now")
+    assert gone(array, last), command("squeue")
+    runs = json.loads(Path("out/token_scaling.json").read_text())
+    assert [run["ratio"] for run in runs] == list(ratios), Path("out/collect.log").read_text()
+    tokens = [run["pruning_tokens"] for run in runs]
+    assert tokens == sorted(set(tokens)), "the slower the pruning, the more tokens"
+    ledgers = [json.loads(path.read_text()) for path in Path("out").glob("ratio_*/launch_status.json")]
+    assert [ledger["status"] for ledger in ledgers] == ["finished"] * 3
+    assert all(Path("out", name).stat().st_size > 5000 for name in ("loss_vs_tokens.png", "loss_vs_parameters.png"))
+    assert Path("out/token_scaling.md").read_text().count("\n") == 6

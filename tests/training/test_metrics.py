@@ -1,8 +1,12 @@
 """The reporter: log lines, MFU, memory, time split, figures during the run, TensorBoard and wandb, the last line."""
 
 import dataclasses
+import fcntl
 import logging
+import os
+import struct
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
@@ -125,7 +129,8 @@ def test_wandb_gets_the_same_run_again_after_a_requeue(tmp_path, monkeypatch, cl
     """Against a stand-in with wandb's interface: a project, a stable id, one record per iteration."""
     begun, records = [], []
     run = SimpleNamespace(log=records.append, finish=lambda: records.append("finished"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: begun.append(given) or run))
+    standin = SimpleNamespace(init=lambda **given: begun.append(given) or run, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", standin)
     wanted = config(log_interval=1, wandb_project="pruning")
     saves = dataclasses.replace(wanted.checkpoint, save=str(tmp_path / "run"))
     for _ in range(2):
@@ -134,6 +139,7 @@ def test_wandb_gets_the_same_run_again_after_a_requeue(tmp_path, monkeypatch, cl
         reporter.close()
     assert [given["project"] for given in begun] == ["pruning"] * 2
     assert begun[0]["id"] == begun[1]["id"] and begun[0]["resume"] == "allow" and begun[0]["name"] == "run"
+    assert begun[0]["dir"] == str(tmp_path / "run") and (tmp_path / "run").is_dir()
     assert begun[0]["config"]["logging"]["wandb_project"] == "pruning"
     assert records[0]["lm loss"] == 2.5 and records[0]["iteration"] == 1 and records[1] == "finished"
 
@@ -142,6 +148,34 @@ def test_wandb_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed"):
         Reporter(config(wandb_project="pruning"), 1, None, is_active=True)
+
+
+def test_wandb_that_does_not_start_is_said_in_one_line(monkeypatch):
+    def init(**_given):
+        raise RuntimeError("no key\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    with pytest.raises(UserError, match=r"^logging.wandb_project \(--wandb-project\): no key.*WANDB_MODE=offline.*$"):
+        Reporter(config(wandb_project="pruning"), 1, None, is_active=True)
+
+
+def test_a_terminal_gets_a_dashboard_of_its_width_and_a_pipe_plain_lines(monkeypatch, tmp_path, caplog):
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 47, 0, 0))
+    with os.fdopen(slave, "w") as terminal, (tmp_path / "log").open("w") as pipe, caplog.at_level(logging.INFO):
+        for stream in (terminal, pipe):
+            monkeypatch.setattr(sys, "stderr", stream)
+            reporter = Reporter(config(progress="auto"), 1, None, is_active=True)
+            reporter.begin(ARCHITECTURE)
+            reporter.iteration(report(1), ARCHITECTURE)
+            reporter.iteration(report(2), ARCHITECTURE)
+            reporter.close()
+        shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "heads" in shown
+    drawn = shown[: shown.index("\r\n")]
+    assert drawn.startswith("iteration") and len(drawn) == 46
+    assert (tmp_path / "log").read_text() == "" and len(caplog.messages) == 2, "lines go to the log"
 
 
 def test_other_ranks_show_nothing(tmp_path, caplog):
