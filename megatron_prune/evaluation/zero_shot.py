@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -275,10 +276,20 @@ def evaluate_tasks(
                 )
             except Exception as error:  # datasets, jinja and the task's own code raise whatever they like
                 where = selected.file or "its documents, which the harness downloads (--task-data names local files)"
-                reason = (str(error) or type(error).__name__).partition("\n")[0]
+                reason = _reason(error, candidate.max_length)
                 raise UserError(f"task {selected.task.name}: the harness cannot run {where}: {reason}") from error
             scores.extend(_scores(selected.task, results))
     return scores
+
+
+def _reason(error: Exception, max_length: int) -> str:
+    """What went wrong in the harness, in one line; its assertions say nothing themselves."""
+    if isinstance(error, AssertionError) and not str(error):
+        failed = traceback.extract_tb(error.__traceback__)[-1].line or "an assertion"
+        if "max_length" in failed:
+            return f"an answer is longer than the {max_length} tokens the model takes; leave this task out"
+        return f"{failed!r} does not hold"
+    return (str(error) or type(error).__name__).partition("\n")[0]
 
 
 def _specification(selected: Selected, scratch: Path) -> str:

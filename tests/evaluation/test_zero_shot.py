@@ -153,3 +153,15 @@ def test_accuracies_are_the_harness_s_to_the_last_digit(model_folders: tuple[Pat
     right = {m: sum(expected[s][f"{m},none"] * len(of_subject[s]) for s in SUBJECTS) for m in ("acc", "acc_norm")}
     for metric, count in right.items():  # MMLU: the mean over questions of the harness's own subjects
         assert ours["mmlu_cloze", metric].value == pytest.approx(count / 37, abs=1e-12)
+
+
+def test_an_answer_longer_than_the_model_takes_is_said(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: install megatron-prune[eval]")
+    candidate = open_candidate(model_folders[0], "large", tmp_path)
+    rows = documents("piqa", 2)
+    rows[1]["sol2"] = " ".join(WORDS * candidate.max_length)
+    write_jsonl(tmp_path / "piqa.jsonl", rows)
+    selection, _ = select_tasks("piqa", str(tmp_path))
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(UserError, match=f"longer than the {candidate.max_length} tokens the model takes"):
+        evaluate_tasks(candidate, selection, HarnessOptions("cpu", 5, dtype="float32"), tmp_path / "scratch")
