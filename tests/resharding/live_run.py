@@ -16,6 +16,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 from megatron_prune.checkpoint.storage import Source
+from megatron_prune.checkpoint.streams import Scratch
 from megatron_prune.checkpoint.tensors import facts_of, optimizer_key, sources, weight_key
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
 from megatron_prune.optimizer.build import ShardedModel
@@ -69,7 +70,7 @@ def canonical(model: ShardedModel) -> dict[str, Tensor]:
     """{checkpoint key: tensor} of weights, main weights and moments; weights must be in step over DP (collective)."""
 
     def described(source: Source) -> tuple[str, tuple[int, ...], tuple[int, ...], Tensor]:
-        return source.key, source.global_shape, source.offset, source.read().clone()
+        return source.key, source.global_shape, source.offset, source.read(Scratch()).clone()
 
     return assembled(model.mesh, map(described, sources(model, facts_of(model))))
 
