@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +111,6 @@ def load(folder: Path, attention: str = "sdpa", trust: bool = True, **options: A
         folder, attn_implementation=attention, trust_remote_code=trust, **options
     )
     return model.eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies code that comes with a model into a cache: one of our own."""
-    from transformers import dynamic_module_utils
-
-    cache = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        yield
-    if cache in sys.path:
-        sys.path.remove(cache)
 
 
 @pytest.fixture(scope="module")

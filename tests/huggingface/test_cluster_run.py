@@ -27,15 +27,6 @@ CONFIG = tiny_config(
 )
 
 
-@pytest.fixture(autouse=True)
-def _code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies code that comes with a model into a cache, which it puts on the path: one of our own."""
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
 def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> str:
     """Train and prune as a user would; the run's output."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks) if ranks > 1 else ()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint.pieces import pieces
+from megatron_prune.checkpoint.streams import Scratch
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
 from megatron_prune.optimizer.owned import owned_shards
 from megatron_prune.resharding.retire import retire
@@ -42,7 +43,7 @@ def whole(model, squares):
         for name, values in squares.items():
             shard = owners[name]
             for piece in pieces(shard.row, model.layout, mesh.tp_rank, shard.start, shard.end):
-                found.append((piece.hf_name, piece.global_shape, piece.offset, piece.read(values).clone()))
+                found.append((piece.hf_name, piece.global_shape, piece.offset, piece.read(values, Scratch()).clone()))
     return assembled(mesh, found)
 
 
