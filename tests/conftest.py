@@ -8,6 +8,7 @@ skipped, with the reason, where the variable is unset. A variable that names no 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,13 @@ settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the data folder absolute: tests and the processes they start run in folders of their own."""
+    """Make the data folder absolute: tests and the processes they start run in folders of their own.
+
+    transformers copies code that comes with a model into a cache and imports it from there: one of the session's own.
+    """
+    cache = tempfile.TemporaryDirectory(prefix="modules-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["HF_MODULES_CACHE"] = cache.name
     folder = os.environ.get(DATA_VARIABLE, "")
     if not folder:
         os.environ.pop(DATA_VARIABLE, None)

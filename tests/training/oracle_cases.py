@@ -124,7 +124,7 @@ SPECIAL = {
         {"criterion": "obd", "fisher_unit": "token", "gqa": "cluster"},
     ),
     "recompute-core": (
-        Case(tp=2, recompute="selective", quanta=Quanta(2, 16, 4, 8)),
+        Case(tp=2, recompute="selective", quanta=Quanta(2, 8, 4, 8)),
         MODELS["mha"],
         {"criterion": "magnitude"},
     ),
