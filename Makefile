@@ -44,7 +44,7 @@ $(STAMP): setup.py
 	@$(PIP_INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@
 
-test: install  ## the tests (a few minutes)
+test: install  ## the tests (12 to 18 minutes on 2 cores)
 	@$(PYTEST) -m "not soak and not slurm and not gguf and not full" $(ARGS)
 
 test-full: install  ## the same and the rest of the covers that `make test` samples
