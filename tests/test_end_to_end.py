@@ -6,39 +6,15 @@ that is wrong from the start needs no real input and is tried everywhere.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.commands import run, torchrun
 from tools import convert_from_hf, convert_to_hf, preprocess_data
 
-ROOT = Path(__file__).resolve().parents[1]
 TARGET = 130_000
 GREETING = ", there was a little girl named Lily. She loved to play outside in the park."
-
-
-def run(*command, ok=True):
-    """Run a command of this repository with one thread per rank; returns its output."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert (done.returncode == 0) == ok, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
-
-
-def torchrun(ranks, *arguments, ok=True):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
-    return run(sys.executable, *launcher, "-m", "megatron_prune.pretrain", *arguments, ok=ok)
 
 
 @pytest.fixture(scope="module")

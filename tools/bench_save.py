@@ -12,17 +12,17 @@ beside the training: how long they hold it up, as a fraction of a step. Medians.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from megatron_prune.model.architecture import FFN, HEAD, STEM, LlamaShape
 from megatron_prune.resharding.retire import retire
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
+from megatron_prune.testing.meters import Stopwatch
 from megatron_prune.testing.pieces import Setup, SteppedRun
 from megatron_prune.testing.ranks import run_ranks
 from megatron_prune.testing.sharded import Case
@@ -65,16 +66,6 @@ def setup_of(case: Case, tiny: bool) -> Setup:
     return Setup(shape, case, seq_length=128, micro_batch_size=1, micro_batches=2)
 
 
-@contextlib.contextmanager
-def stopwatch(times: list[float]) -> Iterator[None]:
-    """Seconds of the slowest rank."""
-    dist.barrier()
-    begin = time.perf_counter()
-    yield
-    dist.barrier()
-    times.append(time.perf_counter() - begin)
-
-
 def write_raw(folder: Path, rank: int, sizes: Sequence[int], content: memoryview) -> None:
     """Files of `sizes` bytes, each by a thread of its own, flushed."""
 
@@ -94,6 +85,7 @@ def measure(rank: int, _world_size: int, setup: Setup, is_pruned: bool, pairs: i
     case, place, saves = setup.case, Path(folder), Path(folder) / "saves"
     mesh = init_mesh(choose_device(case.device), case.tp, case.pp)
     run, saver = SteppedRun(setup, mesh), AsyncSaver()
+    clock = Stopwatch(mesh)
     run.plain_step()
     for kind in (HEAD, FFN, FFN, FFN, STEM, STEM, STEM) if is_pruned else ():
         run.model.force_param_sync()
@@ -112,34 +104,27 @@ def measure(rank: int, _world_size: int, setup: Setup, is_pruned: bool, pairs: i
             place.mkdir()
         dist.barrier()
 
-    def save() -> None:
-        with stopwatch(times["save"]):
-            save_checkpoint(run.model, saves, 1, STATE)
+    def timed(name: str, job: Callable[[], Any]) -> None:
+        times[name].append(clock.time(job)[1].wall)
 
-    def raw() -> None:
-        with stopwatch(times["raw"]):
-            write_raw(place, rank, sizes, content)
-
-    jobs: list[Callable[[], None]] = [save, raw]
+    jobs: list[tuple[str, Callable[[], Any]]] = [
+        ("save", lambda: save_checkpoint(run.model, saves, 1, STATE)),
+        ("raw", lambda: write_raw(place, rank, sizes, content)),
+    ]
     for pair in range(pairs):
-        for job in jobs if pair % 2 else reversed(jobs):
+        for name, job in jobs if pair % 2 else reversed(jobs):
             clear()
-            job()
+            timed(name, job)
     for number in range(1 + max(2, pairs // 2)):
         clear()
-        with stopwatch(times["step"]):
-            run.plain_step()
-        with stopwatch(times["stall"]):
-            save_checkpoint(run.model, saves, 1, STATE, saver=saver)
-        with stopwatch(times["beside"]):
-            run.plain_step()
+        timed("step", run.plain_step)
+        timed("stall", lambda: save_checkpoint(run.model, saves, 1, STATE, saver=saver))
+        timed("beside", run.plain_step)
         if number == 0:
             first = times["stall"].pop()  # the memory to copy to is made
-        with stopwatch([]):
-            while saver.is_writing:
-                time.sleep(0.01)
-        with stopwatch(times["publish"]):
-            saver.finalize(blocking=True)
+        while saver.is_writing:
+            time.sleep(0.01)
+        timed("publish", lambda: saver.finalize(blocking=True))
     close_mesh()
     found = {name: statistics.median(values) for name, values in times.items()}
     ratio = statistics.median(a / b for a, b in zip(times["save"], times["raw"], strict=True))

@@ -24,7 +24,7 @@ from megatron_prune.huggingface.config import read_json
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.provenance import source_of, tokenizer_of
 from megatron_prune.huggingface.shards import DTYPES, dtype_name
-from megatron_prune.huggingface.tokenizer import export_tokenizer
+from megatron_prune.huggingface.tokenizer import adds_bos, export_tokenizer
 from megatron_prune.huggingface.verify import load_stock_model
 from megatron_prune.huggingface.weights import HEAD_WEIGHT, FolderWeights
 
@@ -68,12 +68,7 @@ class Candidate:
 
     def adds_bos(self) -> bool:
         """Whether calling the tokenizer, as transformers loads it, begins with the begin-of-sequence id."""
-        from transformers import AutoTokenizer
-
-        if self.tokenizer_folder is None:
-            return False
-        tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer_folder), trust_remote_code=False)
-        return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return self.tokenizer_folder is not None and adds_bos(self.tokenizer_folder)
 
 
 def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model: str | None = None) -> Candidate:

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_json
 from megatron_prune.huggingface.sentencepiece_model import Kind, SentencePieceModel, read_model
+from megatron_prune.huggingface.tokenizer import adds_bos
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ def _byte_level(folder: Path, added: Mapping[int, tuple[str, bool]]) -> Vocabula
         merges=merges,
         special=_named_ids(folder, {text: number for number, text in tokens.items()})
         | _config_ids(folder, len(tokens)),
-        add_bos=_adds_bos(folder),
+        add_bos=adds_bos(folder),
     )
 
 
@@ -254,11 +255,3 @@ def _config_ids(folder: Path, size: int) -> dict[str, int]:
         if isinstance(first, int) and 0 <= first < size:
             found[name] = first
     return found
-
-
-def _adds_bos(folder: Path) -> bool:
-    """Whether calling the tokenizer begins with bos: asked of transformers, since files say it in several ways."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -8,9 +8,6 @@ compared with the training model by `--verify`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +16,9 @@ import sentencepiece
 
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from tests.commands import torchrun
 from tools import convert_to_hf, inspect_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tiny_config(
     hidden_size=60, num_hidden_layers=3, num_attention_heads=15, num_key_value_heads=5, head_dim=4, vocab_size=64
 )
@@ -29,9 +26,8 @@ CONFIG = tiny_config(
 
 def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> str:
     """Train and prune as a user would; the run's output."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks) if ranks > 1 else ()
-    words = (
-        sys.executable, *launcher, "-m", "megatron_prune.pretrain", "--hf-model", source,
+    return torchrun(
+        ranks, "--hf-model", source,
         "--data-path", folder / "data", "--data-cache-path", folder / "cache", "--split", "1,0,0", "--seq-length", 32,
         "--tokenizer-model", folder / "tokenizer.model", "--micro-batch-size", 2, "--global-batch-size", 2,
         "--train-iters", 60, "--lr", "1e-3", "--lr-decay-style", "constant", "--prune-target-params", target,
@@ -39,18 +35,6 @@ def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> st
         "--prune-saliency-momentum", 0, "--eval-interval", 0, "--log-interval", 1,
         "--tensor-model-parallel-size", ranks, "--save", save,
     )  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [str(word) for word in words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
 
 
 @pytest.mark.timeout(600)

@@ -1,12 +1,12 @@
 """Ranks that must not train together: other configuration, other code, or a rank that cannot even begin."""
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from megatron_prune.errors import UserError
 from megatron_prune.launch.agreement import Facts, code_version, consult, insist, own_facts, verdict
+from tests.launch.launched import free_port
 
 GOOD = Facts(None, "training:\n  seed: 1\n  lr: 2\n", "0.1.0+aaaa")
 
@@ -53,12 +53,6 @@ def test_over_a_mesh_too(monkeypatch):
     others.append(Facts(None, dump(Config()), "0.0.1+old"))
     with pytest.raises(UserError, match=r"code: megatron_prune on rank 2 is not what rank 0 runs \(0.0.1\+old"):
         insist(None, Config())
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def together(*facts, plan=lambda: {"train": None}):

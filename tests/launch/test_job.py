@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from megatron_prune.config import dump, load_config
 from megatron_prune.launch.job import main
 from megatron_prune.testing.ranks import watch_ranks
 from megatron_prune.testing.tiny_runs import CONTINUED_ITERATIONS, VOCABULARY, prepare
+from tests.launch.launched import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_efficientllm.sh"
@@ -83,12 +83,9 @@ def test_stages_go_on_where_the_job_stopped(tmp_path, monkeypatch, caplog):
     """Prune on two ranks, continue and export on one; a third call finds everything done."""
     save, config = tmp_path / "run", tmp_path / "run.yaml"
     config.write_text(dump(load_config(prepare(tmp_path).arguments(save))))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     with monkeypatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", port)
+        patch.setenv("MASTER_PORT", str(free_port()))
         fates = watch_ranks(one_rank, 2, [config, "--stage", "prune"])
     assert [fate.exit_code for fate in fates] == [0, 0] and "target reached" in fates[0].output, fates[0].output
     reached = json.loads((save / "summary.json").read_text())["iteration"]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import time
 
 import pytest
@@ -13,7 +12,7 @@ from megatron_prune.pretrain import main
 from megatron_prune.testing.kills import Traces, victim
 from megatron_prune.testing.ranks import watch_ranks
 from megatron_prune.testing.tiny_runs import prepare
-from tests.launch.launched import Launched
+from tests.launch.launched import Launched, free_port
 
 MINUTES = 0.1  # until a hung collective ends the run
 LAYOUTS = {
@@ -35,10 +34,8 @@ def stopped(rank, _world_size, arguments, folder):
     """
     from megatron_prune.training import trainer
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        ranks = [None, None]
-        dist.all_gather_object(ranks, (os.getpid(), probe.getsockname()[1]))
+    ranks = [None, None]
+    dist.all_gather_object(ranks, (os.getpid(), free_port()))
     dist.destroy_process_group()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks[0][1])}
     if rank == 1:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.testing.tiny_runs import prepare
+from tests.launch.launched import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_efficientllm.sh"
@@ -59,9 +59,7 @@ class Node:
 
 def start(words, other_words=None):
     """Both nodes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [Node(0, port, words), Node(1, port, other_words or words)]
 
 
