@@ -98,6 +98,28 @@ demo: install  ## the whole way from a corpus to an exported small model (under 
 bench: install  ## what pruning costs, as fractions of a training step
 	@$(BIN)/python tools/bench.py $(ARGS)
 
+# Machines with a GPU and no network: wheels for their Python are fetched beforehand and travel with the tree.
+GPU_PYTHON_VERSION ?= 3.12
+GPU_WHEELS = build/gpu_wheels
+GPU_SITE = build/gpu_site
+
+gpu-wheels:  ## fetch what a GPU machine without network lacks beside torch and transformers, into build/gpu_wheels
+	@mkdir -p $(GPU_WHEELS)
+	@$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: -d $(GPU_WHEELS) \
+	    --python-version $(GPU_PYTHON_VERSION) --implementation cp --platform manylinux_2_28_x86_64 \
+	    --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	    'megatron-core==0.16.1' 'isal>=1.6'
+	@ls $(GPU_WHEELS)
+
+# The environment there is, with build/gpu_wheels beside it where they are; .venv where `make install` has made one.
+gpu-check:  ## what a GPU computes, how fast, in how much memory: docs/gpu.md (8 minutes; ARGS="--device cpu --tiny" rehearses)
+	@if [ -x $(BIN)/python ]; then python=$(BIN)/python; else python=$(PYTHON); fi; \
+	if [ -d $(GPU_WHEELS) ] && ! [ -x $(BIN)/python ]; then \
+	    $$python -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(GPU_SITE) $(GPU_WHEELS)/*.whl \
+	        || exit 1; \
+	fi; \
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE):$$PYTHONPATH $$python tools/gpu_check.py $(ARGS)
+
 clean:  ## remove build outputs, demo outputs and caches; .venv stays
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find megatron_prune tests $(wildcard tools examples) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Instruments for tests and benchmarks: time, bytes communicated, peak memory of this process.
 
 Stopwatch    wall and CPU seconds of a call, the slowest rank's
+Dispatches   operators that torch dispatches, and copies between host and device
 Traffic      bytes that this rank hands to collectives, whatever function they were started through
 PeakMemory   highest memory in use since `start`: resident memory on the CPU, allocated memory on CUDA
 """
@@ -87,6 +88,26 @@ class Traffic(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)]
             self.by_operator[name] += sum(t.numel() * t.element_size() for t in tensors)
         return func(*args, **(kwargs or {}))
+
+
+class Dispatches(TorchDispatchMode):
+    """Counts, while entered, the operators that torch dispatches on this thread.
+
+    Attributes:
+        total: all of them. copies: those that move a tensor between host and device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, then go on as usual."""
+        result = func(*args, **(kwargs or {}))
+        self.total += 1
+        places = {leaf.device.type for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)}
+        self.copies += len(places) > 1 and "copy" in func._schema.name
+        return result
 
 
 class PeakMemory:

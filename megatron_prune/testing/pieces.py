@@ -65,12 +65,16 @@ class Setup:
 
 
 class SteppedRun:
-    """One rank of a run on `mesh`, from random weights. All ranks call the same methods in the same order."""
+    """One rank of a run on `mesh`. All ranks call the same methods in the same order.
 
-    def __init__(self, setup: Setup, mesh: Mesh) -> None:
+    Args:
+        weights: Hugging Face name -> tensor; random ones, the same on every layout, unless given.
+    """
+
+    def __init__(self, setup: Setup, mesh: Mesh, weights: Callable[[str], Tensor] | None = None) -> None:
         self.setup, self.mesh, self.config = setup, mesh, setup.config
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        weights = RandomWeights(setup.shape, 0)
+        weights = weights or RandomWeights(setup.shape, 0)
         self.model = build_sharded(setup.shape, weights, mesh, setup.case, setup.seq_length, self.config.optimizer)
         data = Datasets(_Endless(RandomTokens(setup.shape.vocab_size, setup.seq_length, 64)), None)
         reporter = Reporter(self.config, mesh.world_size, None, is_active=False)

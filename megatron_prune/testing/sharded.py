@@ -32,17 +32,23 @@ from megatron_prune.model.llama import ModelOptions, build_llama, load_parameter
 from megatron_prune.model.param_axes import ParamTable
 from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel
 from megatron_prune.resharding.verify import verify
-from megatron_prune.runtime.device import choose_device
+from megatron_prune.runtime.device import DeviceRuntime, choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.testing.oracle import OracleSettings
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.state import RunState
 from megatron_prune.training.trainer import Datasets, Trainer
 
+SHARED_GPU = "shared-gpu"  # all ranks on the first GPU, over gloo, since NCCL wants one each
+
 
 @dataclass(frozen=True)
 class Case:
-    """How the sharded side of a comparison runs."""
+    """How the sharded side of a comparison runs.
+
+    Args:
+        device: `cpu`, `cuda` or SHARED_GPU.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -219,6 +225,12 @@ class _Recorder(Reporter):
         self.reports.append(report)
 
 
+def _device_of(case: Case) -> DeviceRuntime:
+    if case.device == SHARED_GPU:
+        return DeviceRuntime("cuda", "gloo", torch.device("cuda", 0))
+    return choose_device(case.device)
+
+
 def run_case(
     _rank: int,
     _world_size: int,
@@ -232,7 +244,7 @@ def run_case(
     seq_length: int = 16,
 ) -> Outcome:
     """Train and prune on this rank for `iterations` and return what happened (call it through `run_ranks`)."""
-    mesh = init_mesh(choose_device(case.device), case.tp, case.pp)
+    mesh = init_mesh(_device_of(case), case.tp, case.pp)
     config = run_config(settings, micro_batches, micro_batch_size, seq_length)
     rounded = dataclasses.replace(config.pruning, round_widths=RoundWidths(*case.round_widths))
     config = dataclasses.replace(config, pruning=rounded)

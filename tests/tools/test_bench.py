@@ -13,6 +13,7 @@ from megatron_prune.optimizer.owned import owned_shards
 from megatron_prune.resharding.plan import plan_transfer
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, close_mesh, init_mesh
+from megatron_prune.testing import costs
 from megatron_prune.testing.meters import Traffic
 from megatron_prune.testing.pieces import Setup, SteppedRun
 from megatron_prune.testing.ranks import run_ranks
@@ -110,15 +111,15 @@ def test_tiny_run_prints_every_row(capsys):
         for table in out.split("### ")[1:]
     )
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in cpu}
-    wanted = [*bench.SCORING.values(), *bench.CHANGES.values(), "scoring, all of it / step", "bytes: scores"]
+    wanted = [*costs.SCORING.values(), *costs.CHANGES.values(), "scoring, all of it / step", "bytes: scores"]
     wanted += [f"compaction after a quantum, {kind} / step" for kind in (HEAD, FFN, STEM)]
     wanted += [f"second order: update before a removal, {kind} / step" for kind in (HEAD, FFN, STEM)]
-    wanted += [f"{bench.THROUGHPUT} A B A B, a compaction per 64 removals"]
+    wanted += [f"{costs.THROUGHPUT} A B A B, a compaction per 64 removals"]
     wanted += ["peak memory of a compaction / of a plain step"] if torch.version.cuda is None else []
     for name in wanted:
         cells = [cell.strip() for cell in rows[name].split(" | ")[1:]]
         assert cells[0] and cells[2] and bench.NOT_MEASURED not in cells, name
-    assert rows["bytes: scores"].split(" | ")[1] == rows[bench.FORMULA].split(" | ")[1]
+    assert rows["bytes: scores"].split(" | ")[1] == rows[costs.FORMULA].split(" | ")[1]
     if not torch.cuda.is_available():
         assert len(gpu) == len(cpu)
         assert all(line.count(bench.NOT_MEASURED) == 3 for line in gpu[1:]), "no GPU here, yet something was measured"

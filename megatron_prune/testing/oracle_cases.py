@@ -5,7 +5,11 @@ the whole product, for the full run. `SPECIAL` adds what the factors leave out: 
 families, recomputation, uneven stages, coarse quanta.
 """
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_prune.model.layout import Quanta
 from megatron_prune.testing.sharded import Case
@@ -60,7 +64,7 @@ _ROWS = """
 """
 
 
-def is_possible(factors):
+def is_possible(factors: Mapping[str, Any]) -> bool:
     """Whether a combination means something on at most four ranks."""
     return not (
         factors["tp"] * factors["pp"] * factors["dp"] > 4
@@ -71,7 +75,7 @@ def is_possible(factors):
     )
 
 
-def _parse(line):
+def _parse(line: str) -> dict[str, Any]:
     tp, pp, dp, sp, do, ov, kinds, model, gqa = line.split()
     values = (int(tp), int(pp), int(dp), sp == "sp", do == "do", ov == "ov", kinds, model, gqa)
     return dict(zip(FACTORS, values, strict=True))
@@ -80,16 +84,17 @@ def _parse(line):
 PAIRWISE = [_parse(line) for line in _ROWS.strip().splitlines()]
 
 
-def everything():
+def everything() -> list[dict[str, Any]]:
     """All possible combinations of the factors."""
     product = (dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values()))
     return [factors for factors in product if is_possible(factors)]
 
 
+OracleCase = tuple[Case, dict[str, Any], dict[str, Any]]  # case, HF config, fields of OracleSettings
 EXACT, COARSE = Quanta(vocab=8), Quanta(1, 4, 4, 8)
 
 
-def case_of(factors, quanta=EXACT):
+def case_of(factors: Mapping[str, Any], quanta: Quanta = EXACT) -> OracleCase:
     """(case, HF config, settings) of one combination; exact quanta compact after every removal, which takes time."""
     layout = {name: factors[name] for name in list(FACTORS)[:6]}
     return (
@@ -99,12 +104,12 @@ def case_of(factors, quanta=EXACT):
     )
 
 
-def name_of(factors):
+def name_of(factors: Mapping[str, Any]) -> str:
     """Test id."""
     return f"{case_of(factors)[0].name}-{factors['kinds']}-{factors['model']}-{factors['gqa']}"
 
 
-SPECIAL = {
+SPECIAL: dict[str, OracleCase] = {
     "fisher-adam": (Case(pp=2, dp=2, distributed_optimizer=True, quanta=COARSE), MODELS["mha"], {"fisher": "adam"}),
     "two-per-step": (Case(tp=2, dp=2, distributed_optimizer=True), MODELS["gqa-tied"], {"ratio": (2, 1)}),
     "qwen2": (Case(tp=2, pp=2, sequence_parallel=True, quanta=COARSE), MODELS["qwen2"], {"gqa": "cluster"}),

@@ -1,0 +1,132 @@
+"""Two ranks on one card: NCCL refuses that; gloo takes CUDA tensors for some operations. Tried, and told as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_prune.model.layout import Quanta
+from megatron_prune.testing.comparison import (
+    MICRO_BATCH,
+    MICRO_BATCHES,
+    SEQUENCE,
+    hold_together,
+    oracle_run,
+    oracle_settings,
+)
+from megatron_prune.testing.gpu_check.record import Context, Row
+from megatron_prune.testing.gpu_check.smoke import FP32_ERROR
+from megatron_prune.testing.oracle_cases import MODELS
+from megatron_prune.testing.sharded import SHARED_GPU, Case, run_case
+from megatron_prune.testing.tiny_models import random_llama_weights
+
+ROOT = Path(__file__).resolve().parents[3]
+CASES = {
+    "TP 2, sequence parallel": {"tp": 2, "sequence_parallel": True},
+    "PP 2": {"pp": 2},
+    "DP 2, distributed optimizer": {"dp": 2, "distributed_optimizer": True},
+}
+ITERATIONS = 12
+
+
+def check(context: Context) -> Iterator[Row]:
+    """A row for the operations, and one per layout."""
+    for name in ("operations", *CASES):
+        yield _pair(context, name)
+
+
+def _pair(context: Context, name: str) -> Row:
+    """What two ranks found, each a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment |= {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "megatron_prune.testing.gpu_check.shared", name, context.device, folder],
+                env=environment | {"RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        words = ""
+        for rank in ranks:
+            try:
+                _, told = rank.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                told = "hangs"
+            sys.stdout.write(told)
+            if rank.returncode != 0 and not words:
+                words = (told.strip().splitlines() or [f"status {rank.returncode}"])[-1][:160]
+        found = Path(folder) / "found.json"
+        measured = words or json.loads(found.read_text())
+    return Row(f"two ranks on one device over gloo: {name}", measured)
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
+
+
+def _operations(device: torch.device) -> str:
+    """Which collectives of training gloo has for tensors on `device`."""
+    x, texts = torch.ones(4, device=device), []
+    operations = {
+        "all_reduce": lambda: dist.all_reduce(x.clone()),
+        "broadcast": lambda: dist.broadcast(x.clone(), 0),
+        "all_gather": lambda: dist.all_gather_into_tensor(torch.empty(8, device=device), x),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(torch.empty(2, device=device), x),
+        "send and receive": lambda: _pass_on(x),
+    }
+    for name, operation in operations.items():
+        try:
+            operation()
+            texts.append(f"{name} runs")
+        except (RuntimeError, ValueError) as error:
+            texts.append(f"{name}: {' '.join(str(error).split())[:50]}")
+    return "; ".join(texts)
+
+
+def _pass_on(x: torch.Tensor) -> None:
+    if dist.get_rank() == 0:
+        dist.send(x, 1)
+    else:
+        dist.recv(x, 0)
+
+
+def _rank(name: str, device: str, folder: str) -> None:
+    """One of the two ranks."""
+    if name == "operations":
+        place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+        dist.init_process_group("gloo")
+        text = _operations(place)
+    else:
+        kind = SHARED_GPU if device == "cuda" else "cpu"
+        case = Case(**CASES[name], quanta=Quanta(1, 4, 4, 8), device=kind)  # type: ignore[arg-type]
+        model = MODELS["gqa-tied"]
+        weights, settings = random_llama_weights(model, seed=3), oracle_settings(model)
+        job = (model, weights, settings, ITERATIONS, MICRO_BATCHES, MICRO_BATCH, SEQUENCE)
+        outcome = run_case(int(os.environ["RANK"]), 2, case, *job)
+        agreement = hold_together(*oracle_run(model, weights, settings, ITERATIONS), outcome)
+        agrees = not agreement.faults and max(agreement.loss_errors) < FP32_ERROR
+        text = f"{agreement.compared} of {agreement.of} removals as the oracle's, losses within "
+        text += f"{max(agreement.loss_errors):.1e}: {'agrees' if agrees else 'DIFFERS'}"
+    if os.environ["RANK"] == "0":
+        (Path(folder) / "found.json").write_text(json.dumps(text))
+
+
+if __name__ == "__main__":
+    _rank(*sys.argv[1:])
