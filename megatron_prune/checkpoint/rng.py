@@ -24,9 +24,10 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(states: dict[str, Any]) -> None:
-    """Inverse of `capture_rng`."""
+    """Inverse of `capture_rng`; the generators of a device stay as they are when the states are of another kind of it."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state(states["device"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
+    if states["device"].numel() == torch.cuda.get_rng_state().numel():
+        torch.cuda.set_rng_state(states["device"])
+        get_cuda_rng_tracker().set_states(states["tracker"])

@@ -229,6 +229,8 @@ def save_checkpoint(
     files = header_files(iteration, model.layout, facts, state, rng)
     parts = sources(model, facts)
     staging = saver.staging if saver is not None else None
+    if staging is not None:
+        staging.pinned = model.mesh.device.kind == "cuda"
     save = _start(model.mesh, directory, iteration, parts, files, retain, staging)
     if saver is not None:
         saver.start(save)

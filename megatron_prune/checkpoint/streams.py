@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -25,9 +26,14 @@ _HAND_OVER = 32 << 20  # bytes after which the disk begins
 
 
 class Scratch:
-    """Memory for tensors that are done with together; used by one thread at a time."""
+    """Memory for tensors that are done with together; used by one thread at a time.
 
-    def __init__(self) -> None:
+    Args:
+        pinned: keep it page-locked: a GPU then copies into it several times as fast.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.pinned = pinned
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._wanted = 0
 
@@ -36,6 +42,8 @@ class Scratch:
         room = max(self._wanted, reserve)
         if room > len(self._memory):
             self._memory = torch.empty(room, dtype=torch.uint8)
+            if self.pinned:
+                _pin(self._memory)
         self._wanted = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -45,6 +53,13 @@ class Scratch:
         if start + size > len(self._memory):
             return torch.empty(tuple(shape), dtype=dtype)
         return _window(self._memory[start : start + size], dtype, shape)
+
+
+def _pin(memory: Tensor) -> None:
+    """Page-lock `memory` until it is gone. (`pin_memory=True` would round its size up to a power of two.)"""
+    runtime = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(memory.data_ptr(), len(memory), 0)) == 0:  # else it stays as it is, only slower
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
 
 
 def _window(flat: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -131,6 +131,7 @@ def wrap(
             overlap_param_gather=options.overlap_param_gather,
         ),
         [ddp],
+        use_gloo_process_groups=False,
     )
     for inner in optimizer.chained_optimizers:
         if isinstance(inner.optimizer, torch.optim.AdamW):

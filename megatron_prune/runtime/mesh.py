@@ -119,7 +119,7 @@ def init_mesh(device: DeviceRuntime, tp: int, pp: int, timeout_minutes: float = 
     parallel_state.initialize_model_parallel(
         tp,
         pp,
-        create_gloo_process_groups=device.backend == "gloo",
+        create_gloo_process_groups=False,  # only megatron-core's own optimizer checkpoints want them
         distributed_timeout_minutes=timeout_minutes,  # of the groups it makes; the default is its own
     )
     return Mesh(

@@ -17,6 +17,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_prune.testing.comparison import (
     ITERATIONS,
     MICRO_BATCH,
@@ -65,7 +67,8 @@ def check(context: Context) -> Iterator[Row]:
     names = list(single_rank_cases())
     if context.tiny:
         names = [names[0], names[-1]]
-    workers = min(len(names), 6 if context.is_cuda else 2)
+    workers = min(len(names), 8 if context.is_cuda else 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = {pool.submit(compare_one, name, context.device, context.tiny): name for name in names}
         for job in as_completed(jobs):
@@ -83,8 +86,7 @@ def compare_one(name: str, device: str, tiny: bool) -> Row:
     case, model, changes = single_rank_cases()[name]
     case = dataclasses.replace(case, device=device)
     settings, weights = oracle_settings(model, **changes), random_llama_weights(model, seed=3)
-    # The oracle and the CPU's reductions must not be computed by as many threads as there are workers times cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # there are as many workers as cores, and the oracle's tensors are small
     oracle, expected = oracle_run(model, weights, settings, 8 if tiny else ITERATIONS // 2)
     count = iterations_of(oracle, len(expected))
     outcome = run_case(0, 1, case, model, weights, settings, count, MICRO_BATCHES, MICRO_BATCH, SEQUENCE)
