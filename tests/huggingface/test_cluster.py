@@ -160,6 +160,35 @@ def test_generation_is_the_same_with_and_without_cache(case: str, exports: Expor
     assert len(set(results[0][0, 9:].tolist())) > 1 or len(set(results[0][1, 9:].tolist())) > 1
 
 
+def test_cache_is_read_under_every_name_and_none_is_swallowed(exports: Exports) -> None:
+    from transformers import DynamicCache
+
+    model = exports.load("llama")
+    attention = model.model.layers[1].self_attn
+    states = torch.randn(1, 5, 29, generator=torch.Generator().manual_seed(1))
+    rotary = model.model.rotary_emb(states, torch.arange(5)[None])
+
+    def attend(start: int, end: int, **arguments: Any) -> torch.Tensor:
+        where = tuple(part[:, start:end] for part in rotary)
+        return attention(states[:, start:end], position_embeddings=where, attention_mask=None, **arguments)[0]
+
+    with torch.no_grad():
+        whole = attend(0, 5)[:, -1:]
+        for name in ("cache", "past_key_values", "past_key_value"):
+            cache = DynamicCache()
+            attend(0, 4, **{name: cache})
+            torch.testing.assert_close(attend(4, 5, **{name: cache}, use_cache=True), whole)
+        for unknown in (
+            {"key_value_store": DynamicCache()},
+            {"old": (states, states)},
+            {"old_keys": torch.zeros(1, 4, 4, 8)},
+            {"use_cache": True},
+            {"cache": DynamicCache(), "past_key_values": DynamicCache()},
+        ):
+            with pytest.raises(TypeError, match=r"modeling_cluster_llama.py does not know .* --refresh-code"):
+                attend(4, 5, **unknown)
+
+
 def test_beams_and_a_static_cache_give_what_the_expanded_model_gives(exports: Exports) -> None:
     compact, stock = exports.load("llama"), exports.load("llama", EXPAND)
     for options in ({"num_beams": 3}, {"cache_implementation": "static"}):

@@ -22,6 +22,36 @@ from transformers.models.llama.modeling_llama import (
 
 from .configuration_cluster_llama import ClusterLlamaConfig
 
+# What versions of transformers call the cache that they hand to attention.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+# What they hand beside it that attention functions may read; none of these types can hold keys and values of old tokens
+# but a tensor, and a tensor of that kind has four dimensions.
+PLAIN_TYPES = (bool, int, float, str, torch.dtype, torch.Tensor)
+
+
+def take_cache(arguments):
+    """Take the cache (or None) out of attention's keyword arguments, under whatever name it is there.
+
+    Raises:
+        TypeError: an argument that this code does not know could be the cache, or one is wanted and there is none:
+            to go on would compute something else without a word.
+    """
+    found = [cache for cache in (arguments.pop(name, None) for name in CACHE_NAMES) if cache is not None]
+    unknown = [name for name, value in arguments.items() if not _is_plain(value)]
+    if unknown or (arguments.get("use_cache") and not found) or any(cache is not found[0] for cache in found):
+        import transformers
+
+        what = f"hands {', '.join(unknown)} to attention" if unknown else "hands no cache, or several, to attention"
+        raise TypeError(
+            f"transformers {transformers.__version__} {what}, which modeling_cluster_llama.py does not know and will "
+            "not ignore: use another version of transformers, or newer code (convert_to_hf.py --refresh-code)"
+        )
+    return found[0] if found else None
+
+
+def _is_plain(value):
+    return value is None or (isinstance(value, PLAIN_TYPES) and getattr(value, "ndim", 0) < 4)
+
 
 class ClusterAttention(LlamaAttention):
     """Self-attention of one layer: KV head i serves the next `queries[i]` query heads.
@@ -46,9 +76,9 @@ class ClusterAttention(LlamaAttention):
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         """[B, S, stem] -> ([B, S, stem], attention weights [B, N, S, T] or None)."""
-        cache = kwargs.pop("past_key_value", None) if past_key_values is None else past_key_values
+        cache = take_cache(kwargs)
         B, S, _ = hidden_states.shape
         query_BNSD = self.q_norm(self.q_proj(hidden_states).view(B, S, -1, self.head_dim)).transpose(1, 2)
         key_BKSD = self.k_norm(self.k_proj(hidden_states).view(B, S, -1, self.head_dim)).transpose(1, 2)
