@@ -165,7 +165,7 @@ def all_scores(config: Any, run: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def correlate(config: Any, names: Sequence[str], output: Path) -> list[str]:
     """Score by everything, remove everything; lines of the table."""
-    from megatron_prune.data.datasets import BatchStream
+    from megatron_prune.data.batches import BatchStream
     from megatron_prune.launch.one_shot import opened
     from megatron_prune.training.step import evaluate
 

@@ -100,7 +100,7 @@ def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
     """Measure everything that was asked for. Raises UserError."""
     import torch
 
-    from megatron_prune.evaluation.corpora import is_text
+    from megatron_prune.evaluation.corpora import check_corpus
     from megatron_prune.evaluation.models import open_candidate
     from megatron_prune.evaluation.report import Report
     from megatron_prune.evaluation.zero_shot import harness_version, select_tasks
@@ -111,7 +111,7 @@ def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
     if selection:
         settings["lm_eval"] = harness_version()
     for path in arguments.data_path:
-        is_text(path)  # a wrong one is told before anything is computed
+        check_corpus(path, arguments.document_separator, arguments.json_key)  # told before anything is computed
     folders, own = model_folders(arguments, scratch)
     candidates = []
     for number, (name, folder) in enumerate(folders.items()):

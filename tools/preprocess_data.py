@@ -10,6 +10,7 @@ what was done (tokenizer, options, documents, tokens). A mistake is one line on 
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 import time
@@ -17,7 +18,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from megatron_prune.data.documents import JSON_SUFFIXES, SEPARATORS
+from megatron_prune.config.values import one_line
+from megatron_prune.data.documents import AUTO, INPUT_FORMATS, SEPARATORS
 from megatron_prune.data.preprocess import Options, Progress, Summary, preprocess
 from megatron_prune.data.tokenizer import TOKENIZER_TYPES
 from megatron_prune.errors import UserError
@@ -36,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help=f"UTF-8 text, or JSON lines where the name ends in {', '.join(JSON_SUFFIXES)}; either may be gzipped",
+        help="UTF-8 text or JSON lines, seen from the content; packed (gzip, bzip2, xz) or not; or a pipe: <(zcat F)",
     )
     add("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
     add(
@@ -46,6 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--append-eod", action="store_true", help="end every document with the end-of-sequence id")
     add("--prepend-bos", action="store_true", help="begin every document with the begin-of-sequence id")
     add("--workers", type=int, default=1, metavar="N", help="processes that encode; the output does not depend on it")
+    add("--input-format", choices=INPUT_FORMATS, default=AUTO, help="what all inputs are, where it is not to be seen")
     add("--json-key", default="text", metavar="KEY", help="where a JSON line holds its text")
     add("--document-separator", choices=SEPARATORS, default=SEPARATORS[0], help="what ends a document of a text file")
     add("--overwrite", action="store_true", help="replace a data set that stands at the prefix")
@@ -65,15 +68,15 @@ class ProgressDisplay:
         rate = progress.tokens / max(progress.seconds, 1e-9)
         if self._terminal:
             if self._bar is None:
-                self._bar = tqdm(total=progress.total_bytes, unit="B", unit_scale=True, desc="encoding")
+                self._bar = tqdm(total=progress.total_bytes or None, unit="B", unit_scale=True, desc="encoding")
             self._bar.set_postfix_str(f"{progress.tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
             self._bar.update(progress.disk_bytes - self._bar.n)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            share = progress.disk_bytes / max(progress.total_bytes, 1)
+            known = progress.total_bytes > 0  # of a pipe it is not
+            share = f"{progress.disk_bytes / progress.total_bytes:4.0%} of the input, " if known else ""
             print(
-                f"{share:4.0%} of the input, {progress.documents:,} documents, {progress.tokens:,} tokens, "
-                f"{rate:,.0f} tokens/s",
+                f"{share}{progress.documents:,} documents, {progress.tokens:,} tokens, {rate:,.0f} tokens/s",
                 file=sys.stderr,
                 flush=True,
             )
@@ -88,7 +91,7 @@ def report(summary: Summary, prefix: str) -> None:
     """Say what was written."""
     facts = summary.metadata
     print(
-        f"{prefix}.bin: {facts.documents:,} documents, {facts.tokens:,} tokens, {summary.bin_bytes:,} bytes "
+        f"{one_line(prefix)}.bin: {facts.documents:,} documents, {facts.tokens:,} tokens, {summary.bin_bytes:,} bytes "
         f"({facts.dtype}), {facts.text_bytes / facts.tokens:.2f} bytes of text per token, "
         f"{facts.tokens / max(summary.seconds, 1e-9):,.0f} tokens/s"
     )
@@ -106,15 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepend_bos=arguments.prepend_bos,
         document_separator=arguments.document_separator,
         json_key=arguments.json_key,
+        input_format=arguments.input_format,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("megatron_prune").setLevel(logging.INFO)
     display = ProgressDisplay()
     try:
         summary = preprocess(arguments.input, arguments.output_prefix, options, display)
     except UserError as error:
         display.close()
-        print(f"preprocess_data: {error}", file=sys.stderr)
+        print(f"preprocess_data: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         display.close()

@@ -7,6 +7,7 @@ over earlier ones. Nothing is abbreviated and nothing is guessed: a wrong word i
 """
 
 import dataclasses
+import shlex
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,7 +169,12 @@ def _raw_value(target: Option, flag: str, words: list[str]) -> RawValue:
         return list(words)
     if len(words) > 1 and not target.rules.several_words:
         raise UserError(f"{flag} takes one value, got {len(words)}: {one_line(' '.join(words))}")
-    return " ".join(words)
+    return " ".join(words if len(words) == 1 else map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """A word of several, such as a blend's prefix, quoted where it would fall apart or lose a quote."""
+    return shlex.quote(word) if set(word) & set(" \t\n\"'\\") else word
 
 
 def _default(found: Option) -> str:

@@ -1,34 +1,36 @@
-"""From --data-path to micro-batches, through megatron-core's GPT data sets.
+"""From --data-path to megatron-core's GPT data sets.
 
-    parse_blend       "w1 p1 w2 p2" or one prefix -> `Blend`, its files checked
+    blend_words       "w1 p1 w2 p2" or one prefix -> its words, quoted ones whole
+    parse_blend       the same -> `Blend`, its files checked
     check_vocabulary  tokenizer, data and model must agree about ids
     build_datasets    `Blend` -> (train, valid, test), megatron-core's data sets
-    BatchStream       a data set -> micro-batches of one data-parallel rank
 
 A sample is `seq_length` tokens and their successors, cut from documents that were shuffled and laid end to end; epochs
-follow one another without a gap. Which samples a global batch holds depends on the seed and on the number of samples
-consumed before, never on how many ranks share the batch.
+follow one another without a gap.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-import torch
+import torch.distributed as dist
 
-from megatron_prune.data.indexed import IndexedData, inspect
+from megatron_prune.data.guarded import guarded, raise_file_limit
+from megatron_prune.data.index_cache import FIELD as CACHE_FIELD
+from megatron_prune.data.indexed import IndexedData, bin_path, idx_path, inspect
 from megatron_prune.data.tokenizer import Tokenizer
 from megatron_prune.errors import UserError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SPLITS = ("training", "validation", "test")
 # A tokenizer may be smaller than its model by padding; by more than both of these it is another model's.
@@ -43,10 +45,12 @@ class Blend:
     Attributes:
         data: the data sets, whole.
         weights: shares of the samples, positive, not normalised; None for a single data set.
+        vocab_size: the model's number of ids, which no id may reach; None: not known.
     """
 
     data: tuple[IndexedData, ...]
     weights: tuple[float, ...] | None
+    vocab_size: int | None = None
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -54,30 +58,42 @@ class Blend:
         return tuple(data.prefix for data in self.data)
 
 
-class Dataset(Protocol):
-    """What `BatchStream` reads: samples by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
-
-
 # The blend ------------------------------------------------------------------------------------------------------------
+
+
+def blend_words(text: str, field: str = "data.data_path (--data-path)") -> list[str]:
+    """A blend's weights and prefixes, in turn, or one prefix alone.
+
+    A text that is a data set's prefix as it stands is one, spaces and all; otherwise words are parted by white space,
+    and one that holds white space itself is quoted as in a shell.
+
+    Raises:
+        UserError: a quotation does not end.
+    """
+    prefix = text.strip()
+    if os.path.exists(bin_path(prefix)) or os.path.exists(idx_path(prefix)):
+        return [prefix]
+    if not set(text) & set("\"'\\"):
+        return text.split()
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{field}: {text}: {str(error).lower()}; quote a prefix that holds spaces or quotes") from error
 
 
 def parse_blend(text: str, vocab_size: int | None = None, field: str = "data.data_path (--data-path)") -> Blend:
     """Read a blend as users write it, and check every data set in it.
 
     Args:
-        text: one prefix, or weights and prefixes in turn, parted by white space.
+        text: one prefix, or weights and prefixes in turn (see `blend_words`).
         vocab_size: the model's number of ids; data with an id beyond it is refused.
         field: what errors call the option.
 
     Raises:
-        UserError: weights and prefixes do not alternate, a weight is no positive number, files are missing or
-            truncated, or an id is beyond `vocab_size`.
+        UserError: weights and prefixes do not alternate, a weight is no positive number, files are missing, truncated
+            or inconsistent, or an id is beyond `vocab_size`.
     """
-    words = text.split()
+    words = blend_words(text, field)
     if not words:
         raise UserError(f"{field}: is empty; give the prefix of a .bin/.idx data set, or a blend")
     weights = None if len(words) == 1 else tuple(_weight(word, field) for word in words[::2])
@@ -86,7 +102,7 @@ def parse_blend(text: str, vocab_size: int | None = None, field: str = "data.dat
         raise UserError(
             f'{field}: the last weight, "{words[-1]}", has no prefix; give "weight1 prefix1 weight2 prefix2"'
         )
-    blend = Blend(tuple(inspect(prefix) for prefix in prefixes), weights if len(prefixes) > 1 else None)
+    blend = Blend(tuple(inspect(prefix) for prefix in prefixes), weights if len(prefixes) > 1 else None, vocab_size)
     if vocab_size is not None:
         for data in blend.data:
             _check_ids(data, vocab_size)
@@ -98,7 +114,8 @@ def _weight(word: str, field: str) -> float:
         weight = float(word)
     except ValueError:
         raise UserError(
-            f'{field}: expected a weight, got "{word}"; give one prefix, or "weight1 prefix1 weight2 prefix2"'
+            f'{field}: expected a weight, got "{word}"; give one prefix, or "weight1 prefix1 weight2 prefix2", '
+            "with quotes around a prefix that holds spaces"
         ) from None
     if not 0 < weight < math.inf:
         raise UserError(f"{field}: the weight {word} is not above 0")
@@ -106,9 +123,10 @@ def _weight(word: str, field: str) -> float:
 
 
 def _check_ids(data: IndexedData, vocab_size: int) -> None:
-    if data.max_token_id >= vocab_size:
+    wrong = data.min_token_id if data.min_token_id < 0 else data.max_token_id
+    if not 0 <= wrong < vocab_size:
         raise UserError(
-            f"{data.prefix}: holds token id {data.max_token_id}, but the model's vocabulary is {vocab_size}; "
+            f"{data.prefix}: holds token id {wrong}, but the model's vocabulary is {vocab_size}; "
             "preprocess the data with the model's own tokenizer"
         )
 
@@ -186,7 +204,31 @@ def build_datasets(
     Raises:
         UserError: a share without documents, an epoch of less than one sample, a cache folder that is not writable.
     """
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    datasets = _rank_after_rank(
+        lambda: (
+            _build(blend, tokenizer, seq_length, samples, split, seed, cache_path, eod_mask_loss)
+            if not dist.is_initialized() or is_built_on_rank()
+            else (None, None, None)
+        )
+    )
+    for name, dataset in zip(SPLITS, datasets):
+        if dataset is not None:
+            logger.info("%s data: %d samples of %d tokens", name, len(dataset), seq_length)
+    return datasets
+
+
+def _build(
+    blend: Blend,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    samples: tuple[int | None, int | None, int | None],
+    split: str,
+    seed: int,
+    cache_path: str | None,
+    eod_mask_loss: bool,
+) -> tuple[Any, Any, Any]:
+    """This rank's data sets, without a word to the others."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     with _quiet("megatron.core.datasets"):
         config = GPTDatasetConfig(
@@ -204,32 +246,39 @@ def build_datasets(
         parts = [part if count != 0 else None for part, count in zip(config.split_matrix, samples)]
         _check_documents(blend, parts, samples, seq_length, split)
         sizes = [0 if part is None else count for part, count in zip(parts, samples)]
+        raise_file_limit(len(blend.data), sum(part is not None for part in parts))
         config.split_matrix = parts
         config.path_to_cache = _cache_folder(blend, cache_path)
         config.mid_level_dataset_surplus = _surplus(blend.weights, sizes)
-        datasets = _builder_class()(GPTDataset, sizes, is_built_on_rank, config).build()
-    for name, dataset in zip(SPLITS, datasets):
-        if dataset is not None:
-            logger.info("%s data: %d samples of %d tokens", name, len(dataset), seq_length)
-    train, valid, test = datasets
+        classes = guarded(tokenizer.vocab_size if blend.vocab_size is None else blend.vocab_size)
+        train, valid, test = classes.builder(classes.dataset, sizes, lambda: True, config).build()
     return train, valid, test
 
 
-def _builder_class() -> Any:
-    """megatron-core's builder, able to blend without torch.distributed: it asks for a rank to write the cache."""
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+def _rank_after_rank(build: Callable[[], T]) -> T:
+    """`build` on rank 0 and then on the others, which find what it put into the cache; collective.
 
-    class Builder(BlendedMegatronDatasetBuilder):
-        @staticmethod
-        def build_generic_dataset(cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
-            if cls is BlendedDataset and not torch.distributed.is_initialized():
-                in_memory = copy.copy(args[-1])
-                in_memory.path_to_cache = None
-                args = (*args[:-1], in_memory)
-            return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
+    Where the cache is not shared, or cannot be read, a rank makes its own.
 
-    return Builder
+    Raises:
+        UserError: of the first rank that has one, on all ranks.
+    """
+    if not dist.is_initialized():
+        return build()
+    result: T | None = None
+    for has_turn in (dist.get_rank() == 0, dist.get_rank() != 0):
+        complaint = None
+        if has_turn:
+            try:
+                result = build()
+            except UserError as error:
+                complaint = str(error)
+        complaints: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(complaints, complaint)
+        told = next((text for text in complaints if text is not None), None)
+        if told is not None:
+            raise UserError(told)
+    return result  # type: ignore[return-value]
 
 
 def _plain_split(split: str) -> str:
@@ -263,7 +312,13 @@ def _check_documents(
                     f"data.split (--split) {split}: leaves no document of {data.prefix} for {name}, which has "
                     f"{data.sequences} in all; give it a larger share or more documents"
                 )
-            if count is None and int(data.lengths[start:end].sum()) <= seq_length:
+            tokens = int(data.lengths[start:end].sum(dtype="int64"))
+            if tokens == 0:
+                raise UserError(
+                    f"data.split (--split) {split}: the {name} part of {data.prefix} holds only empty documents; "
+                    "give it a larger share or other data"
+                )
+            if count is None and tokens <= seq_length:
                 raise UserError(
                     f"data.split (--split) {split}: the {name} part of {data.prefix} is shorter than one sample "
                     f"(seq_length {seq_length} + 1 tokens)"
@@ -293,9 +348,7 @@ def _cache_folder(blend: Blend, cache_path: str | None) -> str:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.data_cache_path (--data-cache-path): {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"data.data_cache_path (--data-cache-path): {folder} cannot be written; name another folder")
+        raise UserError(f"{CACHE_FIELD}: {folder} cannot be made: {error.strerror}; name another folder") from error
     return folder
 
 
@@ -309,56 +362,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         noisy.setLevel(level)
-
-
-# Micro-batches --------------------------------------------------------------------------------------------------------
-
-
-class BatchStream:
-    """Micro-batches of one data-parallel rank, in order, for ever.
-
-    Of the k-th micro-batch, rank r of d reads the samples consumed_samples + (k * d + r) * micro_batch_size + i: a
-    global batch of n samples is the next n of the data set, for every d and micro_batch_size that divide it.
-
-    An item is {tokens, labels: [micro_batch_size, seq_length] int64, loss_mask: the same, fp32}, on the CPU.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        consumed_samples: int = 0,
-    ) -> None:
-        assert micro_batch_size > 0 and 0 <= data_parallel_rank < data_parallel_size and consumed_samples >= 0
-        self._dataset = dataset
-        self._micro_batch_size = micro_batch_size
-        self._rank = data_parallel_rank
-        self._stride = data_parallel_size * micro_batch_size
-        self._position = consumed_samples
-
-    @property
-    def position(self) -> int:
-        """Samples that all ranks together have consumed; give it to a new stream as `consumed_samples` to go on."""
-        return self._position
-
-    def __iter__(self) -> BatchStream:
-        return self
-
-    def __next__(self) -> dict[str, torch.Tensor]:
-        """The next micro-batch.
-
-        Raises:
-            UserError: the data set is exhausted.
-        """
-        first = self._position + self._rank * self._micro_batch_size
-        end = first + self._micro_batch_size
-        if end > len(self._dataset):
-            raise UserError(
-                f"the data set is exhausted: it holds {len(self._dataset)} samples and sample {end - 1} is wanted; "
-                "lower training.train_iters (--train-iters) or give more data"
-            )
-        samples = [self._dataset[index] for index in range(first, end)]
-        self._position += self._stride
-        return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}

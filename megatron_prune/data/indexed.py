@@ -4,8 +4,9 @@
     P.idx   its index: header, one int32 length and one int64 byte offset per sequence, the documents' borders as int64
     P.json  what preprocessing knows about it (`Metadata`); absent from data sets that Megatron-LM's own tool made
 
-`inspect` reads a data set's header and compares the sizes, so that a missing or truncated file is a clear error before
-training starts. This module knows the layout of the .idx file; writing and reading tokens is megatron-core's.
+`inspect` reads the whole index and compares both files' sizes with it, so that a missing, truncated or inconsistent
+file is a clear error before training starts. This module knows the layout of the .idx file; writing it is
+megatron-core's.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,7 +30,8 @@ METADATA_FORMAT = "megatron_prune data 1"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of the documents' borders
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_PEEK_BYTES = 4 << 20  # of a .bin without metadata, searched for its largest id
+_PEEK_BYTES = 64 << 20  # of a .bin without metadata, searched for its largest id; what follows is seen when it is read
+_ENTRIES = 1 << 20  # of an .idx looked at together
 _EDGE_BYTES = 64 << 10  # at both ends of an .idx, taken into the fingerprint
 
 
@@ -107,13 +110,25 @@ def read_metadata(prefix: str) -> Metadata | None:
         raise UserError(
             f"{metadata_path(prefix)}: fields are missing or unknown ({different}); preprocess the data again"
         )
+    wrong = [field.name for field in dataclasses.fields(Metadata) if not _has_type(content[field.name], field.type)]
+    if wrong:
+        raise UserError(f"{metadata_path(prefix)}: {wrong[0]} has a value of the wrong kind; preprocess the data again")
     return Metadata(**{**content, "inputs": tuple(content["inputs"])})
+
+
+def _has_type(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value is what an annotation of `Metadata` says; counts are not negative."""
+    if annotation == "int":
+        return type(value) is int and value >= 0
+    if annotation == "tuple[str, ...]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, {"str": str, "bool": bool}[annotation])
 
 
 def _metadata_content(prefix: str) -> dict[str, Any] | None:
     try:
         content = json.loads(metadata_path(prefix).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or a JSON-lines corpus of the same name
+    except (OSError, ValueError, RecursionError):  # absent, or a JSON-lines corpus of the same name
         return None
     if not isinstance(content, dict) or content.pop("format", None) != METADATA_FORMAT:
         return None
@@ -138,18 +153,27 @@ class IndexedData:
     dtype: np.dtype[Any]
     metadata: Metadata | None
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
-        """[sequences] int32, tokens of every sequence, mapped from the .idx."""
+        """[sequences] int32, tokens of every sequence, mapped from the .idx anew: no file stays open."""
         return np.memmap(idx_path(self.prefix), np.int32, mode="r", offset=_HEADER.size, shape=(self.sequences,))
 
     @property
     def max_token_id(self) -> int:
-        """The largest id; without metadata, the largest among the first 4 MiB."""
-        if self.metadata is not None:
-            return self.metadata.max_token_id
+        """The largest id; without metadata, the largest among the first 64 MiB."""
+        return self._peeked[1] if self.metadata is None else self.metadata.max_token_id
+
+    @property
+    def min_token_id(self) -> int:
+        """The smallest id, which another tool's data may hold below 0; with metadata 0."""
+        return self._peeked[0] if self.metadata is None else 0
+
+    @cached_property
+    def _peeked(self) -> tuple[int, int]:
+        """The smallest and the largest id in the first `_PEEK_BYTES`, read rather than mapped: the file may shrink."""
         count = min(self.tokens, _PEEK_BYTES // self.dtype.itemsize)
-        return int(np.fromfile(bin_path(self.prefix), self.dtype, count).max())
+        ids = np.fromfile(bin_path(self.prefix), self.dtype, count)
+        return int(ids.min(initial=0)), int(ids.max(initial=0))
 
     @property
     def fingerprint(self) -> str:
@@ -164,45 +188,65 @@ class IndexedData:
 
 
 def inspect(prefix: str) -> IndexedData:
-    """Read the header of a data set and check that its files are whole.
+    """Read the index of a data set, every entry of it, and check that its files are whole.
 
     Raises:
-        UserError: a file is missing, is no indexed data set, is truncated, or is longer than the index says; or the
-            data set holds no token.
+        UserError: a file is missing, cannot be read, is no indexed data set, is truncated, or is longer than the index
+            says; an entry of the index contradicts the others; `P.json` describes other data; or the data set holds no
+            token.
     """
     for suffix in (".bin", ".idx"):
         if prefix.endswith(suffix) and idx_path(prefix[: -len(suffix)]).is_file():
             raise UserError(f"{prefix}: give the prefix without {suffix}")
     for path in (idx_path(prefix), bin_path(prefix)):
-        if not path.is_file():
+        if not _is_file(path):
             raise UserError(f"{path}: does not exist; make it with tools/preprocess_data.py --output-prefix {prefix}")
     index = idx_path(prefix)
-    with open(index, "rb") as stream:
-        header = stream.read(_HEADER.size)
-        if header[: len(_MAGIC)] != _MAGIC[: len(header)] or not header:
-            raise UserError(f"{index}: is no index of megatron-core's data sets")
-        if len(header) < _HEADER.size:
-            raise UserError(f"{index}: is truncated; preprocess the data again")
-        _, version, code, sequences, borders = _HEADER.unpack(header)
-        if version != 1 or code not in _DTYPES:
-            raise UserError(f"{index}: version {version} with element type {code} is not supported")
-        dtype = np.dtype(_DTYPES[code])
-        tokens = _checked_tokens(stream, prefix, sequences, borders, dtype.itemsize)
-    return IndexedData(prefix, sequences, tokens, dtype, read_metadata(prefix))
+    try:
+        with open(index, "rb") as stream:
+            sequences, borders, dtype = _header(stream, index)
+            tokens = _checked_tokens(stream, prefix, sequences, borders, dtype.itemsize)
+    except OSError as error:
+        raise UserError(f"{error.filename or index}: cannot be read: {error.strerror}") from error
+    metadata = read_metadata(prefix)
+    if metadata is not None and (metadata.tokens, metadata.dtype) != (tokens, dtype.name):
+        raise UserError(
+            f"{metadata_path(prefix)}: describes other data ({metadata.tokens} tokens as {metadata.dtype}, the index "
+            f"says {tokens} as {dtype.name}); copy all three files again, or remove this one"
+        )
+    return IndexedData(prefix, sequences, tokens, dtype, metadata)
 
 
-def _checked_tokens(stream: Any, prefix: str, sequences: int, borders: int, itemsize: int) -> int:
-    """Compare both files' sizes with what the index says; returns the number of tokens."""
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a NUL
+        return False
+
+
+def _header(stream: BinaryIO, index: Path) -> tuple[int, int, np.dtype[Any]]:
+    """(sequences, entries of the documents' borders, dtype)."""
+    header = stream.read(_HEADER.size)
+    if header[: len(_MAGIC)] != _MAGIC[: len(header)] or not header:
+        raise UserError(f"{index}: is no index of megatron-core's data sets")
+    if len(header) < _HEADER.size:
+        raise UserError(f"{index}: is truncated; preprocess the data again")
+    _, version, code, sequences, borders = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPES:
+        raise UserError(f"{index}: version {version} with element type {code} is not supported")
+    return sequences, borders, np.dtype(_DTYPES[code])
+
+
+def _checked_tokens(stream: BinaryIO, prefix: str, sequences: int, borders: int, itemsize: int) -> int:
+    """Compare all entries with each other and both files' sizes with them; returns the number of tokens."""
     index, data = idx_path(prefix), bin_path(prefix)
     if index.stat().st_size < _HEADER.size + sequences * (4 + 8) + borders * 8:
         raise UserError(f"{index}: is truncated; preprocess the data again")
     if sequences == 0:
         raise UserError(f"{prefix}: the data set holds no documents")
-    stream.seek(_HEADER.size + (sequences - 1) * 4)
-    (last_length,) = struct.unpack("<i", stream.read(4))
-    stream.seek(_HEADER.size + sequences * 4 + (sequences - 1) * 8)
-    (last_offset,) = struct.unpack("<q", stream.read(8))
-    expected, actual = last_offset + last_length * itemsize, data.stat().st_size
+    expected = _checked_sequences(stream, index, sequences, itemsize)
+    _check_borders(stream, index, sequences, borders)
+    actual = data.stat().st_size
     if actual < expected:
         raise UserError(f"{data}: is truncated: {actual} of {expected} bytes; copy it or preprocess the data again")
     if actual > expected:
@@ -210,3 +254,48 @@ def _checked_tokens(stream: Any, prefix: str, sequences: int, borders: int, item
     if expected == 0:
         raise UserError(f"{prefix}: the data set holds no tokens")
     return expected // itemsize
+
+
+def _checked_sequences(stream: BinaryIO, index: Path, sequences: int, itemsize: int) -> int:
+    """Every sequence must begin where the one before it ends; returns the end of the last, in bytes."""
+    lengths = _entries(stream, _HEADER.size, sequences, "<i4")
+    offsets = _entries(stream, _HEADER.size + sequences * 4, sequences, "<i8")
+    first = end = 0
+    for some_lengths, some_offsets in zip(lengths, offsets):
+        wrong = some_lengths < 0
+        ends = end + np.cumsum(some_lengths, dtype=np.int64) * itemsize
+        starts = np.concatenate(([end], ends[:-1]))
+        wrong |= some_offsets != starts
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise UserError(
+                f"{index}: is damaged: sequence {first + at} has {some_lengths[at]} tokens at byte {some_offsets[at]}, "
+                f"where byte {starts[at]} is due; preprocess the data again"
+            )
+        first, end = first + len(ends), int(ends[-1])
+    return end
+
+
+def _check_borders(stream: BinaryIO, index: Path, sequences: int, borders: int) -> None:
+    """Documents are runs of sequences: their borders rise from 0 to the number of sequences."""
+    last = 0
+    for some in _entries(stream, _HEADER.size + sequences * (4 + 8), borders, "<i8"):
+        if some[0] < last or (np.diff(some) < 0).any():
+            raise UserError(f"{index}: is damaged: the documents' borders do not rise; preprocess the data again")
+        last = int(some[-1])
+    if last != sequences:
+        raise UserError(
+            f"{index}: is damaged: the documents end at sequence {last} of {sequences}; preprocess the data again"
+        )
+
+
+def _entries(stream: BinaryIO, start: int, count: int, dtype: str) -> Iterator[np.ndarray]:
+    """`count` numbers from byte `start` on, a million at a time; two of these may take turns on one stream."""
+    size = np.dtype(dtype).itemsize
+    for first in range(0, count, _ENTRIES):
+        stream.seek(start + first * size)
+        wanted = min(_ENTRIES, count - first)
+        content = stream.read(wanted * size)
+        if len(content) < wanted * size:
+            raise UserError(f"{stream.name}: was cut short while it was read; copy it again")
+        yield np.frombuffer(content, dtype)

@@ -6,7 +6,7 @@
 The output is the same byte for byte whatever the number of processes: documents are cut into chunks by the one process
 that reads, and chunks are written in the order they were read. Only a few chunks per process are alive at a time, so
 memory does not grow with the input. Files are written beside their place under temporary names and renamed when all is
-done, the index last: where `P.idx` stands, the data set is whole.
+done, the index last: where `P.idx` stands, the data set is whole. What a killed run left there is removed by the next.
 
 Workers are spawned and load the tokenizer only; scripts that call `preprocess` with more than one of them need an
 `if __name__ == "__main__"` guard.
@@ -15,6 +15,7 @@ Workers are spawned and load the tokenizer only; scripts that call `preprocess` 
 from __future__ import annotations
 
 import functools
+import glob
 import multiprocessing
 import os
 import signal
@@ -23,20 +24,23 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_prune.data.documents import Document, check_inputs, read_documents
+from megatron_prune.data.documents import AUTO, Document, check_inputs, read_documents
 from megatron_prune.data.indexed import Metadata, bin_path, holds_metadata, idx_path, metadata_path, token_dtype
+from megatron_prune.data.leftovers import claim, clear_unowned
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
 
 _CHUNK_CHARACTERS = 1 << 18
 _CHUNK_DOCUMENTS = 1024
+_SECONDS_TO_RENAME = 60
 _CHUNKS_PER_WORKER = 4  # in flight: enough to keep every worker busy, few enough to bound memory
 
 
@@ -48,7 +52,7 @@ class Options:
         tokenizer_model, tokenizer_type: see `build_tokenizer`.
         append_eod: end every document with the end-of-document id.
         prepend_bos: begin every document with the begin-of-sequence id.
-        document_separator, json_key: see `read_documents`.
+        document_separator, json_key, input_format: see `read_documents`.
         workers: processes that encode; 1 encodes in the calling process.
         overwrite: replace a data set that stands at the output prefix.
     """
@@ -59,13 +63,16 @@ class Options:
     prepend_bos: bool = False
     document_separator: str = "blank-line"
     json_key: str = "text"
+    input_format: str = AUTO
     workers: int = 1
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the job is: `disk_bytes` of `total_bytes` of the input files, as they lie on disk, are encoded."""
+    """How far the job is: `disk_bytes` of `total_bytes` of the input files, as they lie on disk, are encoded; of pipes
+    `total_bytes` is 0.
+    """
 
     documents: int
     tokens: int
@@ -138,7 +145,7 @@ def preprocess(
     tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model)
     if options.prepend_bos and tokenizer.bos is None:
         raise UserError(f"--prepend-bos: the tokenizer {tokenizer.path} has no begin-of-sequence id")
-    documents = read_documents(inputs, options.document_separator, options.json_key)
+    documents = read_documents(inputs, options.document_separator, options.json_key, options.input_format)
     dtype = token_dtype(tokenizer.vocab_size)
     with _output(output_prefix, inputs, options.overwrite) as files:
         builder = _indexed_dataset_builder(str(files.bin), dtype)
@@ -239,6 +246,11 @@ def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, options: Op
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except (BrokenProcessPool, MemoryError) as error:
+        raise UserError(
+            f"--workers {options.workers}: a process was killed or ran out of memory; nothing was written; give fewer "
+            "workers or more memory"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -263,8 +275,7 @@ def _indexed_dataset_builder(path: str, dtype: type[np.integer[Any]]) -> Any:
     return IndexedDatasetBuilder(path, dtype=dtype)
 
 
-@dataclass(frozen=True)
-class _Files:
+class _Files(NamedTuple):
     bin: Path
     idx: Path
     metadata: Path
@@ -276,32 +287,58 @@ def _output(prefix: str, inputs: Sequence[str], overwrite: bool) -> Iterator[_Fi
     final = _Files(bin_path(prefix), idx_path(prefix), metadata_path(prefix))
     _check_output(prefix, final, inputs, overwrite)
     ending = f".tmp{os.getpid()}"
-    files = _Files(Path(f"{final.bin}{ending}"), Path(f"{final.idx}{ending}"), Path(f"{final.metadata}{ending}"))
+    files = _Files(*(Path(f"{path}{ending}") for path in final))
     try:
         final.bin.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-prefix {prefix}: its folder cannot be made: {error.strerror}") from error
+    _clear_leftovers(final)
     try:
-        yield files
-        _check_output(prefix, final, inputs, overwrite)  # another run may have finished meanwhile
-        final.idx.unlink(missing_ok=True)  # from here to the last line nothing can be taken for a whole data set
-        files.bin.replace(final.bin)
-        files.metadata.replace(final.metadata)
-        files.idx.replace(final.idx)
+        with claim(files.bin):
+            try:
+                yield files
+                _check_output(prefix, final, inputs, overwrite)  # another run may have finished meanwhile
+                final.idx.unlink(missing_ok=True)  # from here to the last line nothing passes for a whole data set
+                files.bin.replace(final.bin)
+                files.metadata.replace(final.metadata)
+                files.idx.replace(final.idx)
+            finally:
+                for path in files:
+                    path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--output-prefix {prefix}: cannot be written: {error.strerror or error}") from error
-    finally:
-        for path in (files.bin, files.metadata, files.idx):
-            path.unlink(missing_ok=True)
+
+
+def _clear_leftovers(final: _Files) -> None:
+    """Remove what runs that were killed left here: a .bin that nobody has a claim on, with what belongs to it."""
+    claimed = {path.name.removeprefix(final.bin.name): path for path in _temporaries(final.bin)}
+    clear_unowned(claimed.values())
+    for path in (final.idx, final.metadata):
+        for left in _temporaries(path):
+            owner = claimed.get(left.name.removeprefix(path.name))
+            with suppress(OSError):
+                if not owner.exists() if owner is not None else _is_settled(left):
+                    left.unlink()
+
+
+def _temporaries(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(glob.escape(path.name) + ".tmp[0-9]*"))
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether nobody is just about to put this file in place, which takes no time once it is written."""
+    return time.time() - path.stat().st_mtime > _SECONDS_TO_RENAME
 
 
 def _check_output(prefix: str, final: _Files, inputs: Sequence[str], overwrite: bool) -> None:
-    if Path(prefix).is_dir() or prefix.endswith(("/", os.sep)):
+    if "\0" in prefix:
+        raise UserError(f"--output-prefix {prefix}: no file can have a NUL in its name")
+    if os.path.isdir(prefix) or prefix.endswith(("/", os.sep)):
         raise UserError(f"--output-prefix {prefix}: is a folder; add a name, which becomes NAME.bin and NAME.idx")
     if prefix.endswith((".bin", ".idx")):
         raise UserError(f"--output-prefix {prefix}: give it without {prefix[-4:]}")
-    for path in (final.bin, final.idx, final.metadata):
-        if not path.exists():
+    for path in final:
+        if not os.path.exists(path):  # which is False for a name that is too long, too
             continue
         if any(path.samefile(source) for source in inputs):
             raise UserError(f"--output-prefix {prefix}: {path} is an input file; choose another prefix")

@@ -1,5 +1,6 @@
 """What perplexity is measured on: windows of tokens, each with its successor.
 
+    is_text, check_corpus           what a --data-path names, and whether all of it can be read
     TextOptions, text_corpus        a text file, in the ids of the model's own tokenizer
     IndexedOptions, indexed_corpus  a .bin/.idx data set (or blend): the very samples that training evaluates on
     run_options                     what a training run evaluates on, from its checkpoint
@@ -21,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_prune.data.datasets import Blend, build_datasets, check_vocabulary, parse_blend
+from megatron_prune.data.datasets import Blend, blend_words, build_datasets, check_vocabulary, parse_blend
 from megatron_prune.data.documents import SEPARATORS, read_documents
 from megatron_prune.data.indexed import bin_path
 from megatron_prune.data.tokenizer import Tokenizer
@@ -94,12 +95,28 @@ def is_text(path: str) -> bool:
     Raises:
         UserError: it names neither.
     """
-    words = path.split()
-    if len(words) > 1 or (words and bin_path(path).exists()):
+    if bin_path(path).exists():
         return False
     if Path(path).is_file():
         return True
+    if len(blend_words(path, FIELD)) > 1:
+        return False
+    if Path(path).is_fifo():
+        raise UserError(f"{FIELD}: {path} is a pipe, which only one model could read; name a file")
     raise UserError(f"{FIELD}: {path} is neither a text file nor the prefix of a .bin/.idx data set")
+
+
+def check_corpus(path: str, document_separator: str = SEPARATORS[0], json_key: str = "text") -> None:
+    """Read what a --data-path names, before anything is computed: every document of a text, every data set of a blend.
+
+    Raises:
+        UserError: it is missing or damaged, or a line is wrong.
+    """
+    if not is_text(path):
+        parse_blend(path, field=FIELD)
+        return
+    for _ in read_documents([path], document_separator, json_key):
+        pass
 
 
 # Text -----------------------------------------------------------------------------------------------------------------

@@ -81,12 +81,12 @@ def check(config: Config) -> str | None:
     """
     evaluation = config.evaluation
     if evaluation.eval_tasks or evaluation.eval_data_path:
-        from megatron_prune.evaluation.corpora import is_text
+        from megatron_prune.evaluation.corpora import check_corpus
         from megatron_prune.evaluation.zero_shot import select_tasks
 
         try:
             for path in _separate(evaluation.eval_data_path):
-                is_text(path)
+                check_corpus(path)
             if evaluation.eval_tasks:
                 select_tasks(evaluation.eval_tasks, evaluation.eval_task_data)
         except UserError as error:
@@ -116,7 +116,11 @@ def _data_words(config: Config) -> list[str]:
     samples = str(training.eval_iters * training.global_batch_size)
     if config.evaluation.eval_data_path:
         paths = _separate(config.evaluation.eval_data_path)
-        return ["--data-path", *paths, *(["--eval-samples", samples] if " " in paths[0] else [])]  # a blend has no end
+        return [
+            "--data-path",
+            *paths,
+            *(["--eval-samples", samples] if _is_blend(paths[0]) else []),
+        ]  # a blend has no end
     if data.valid_data_path:
         path, split = data.valid_data_path, "0,1,0"
     elif data.data_path and float(data.split.split(",")[1]) > 0:
@@ -129,12 +133,22 @@ def _data_words(config: Config) -> list[str]:
 
 def _separate(paths: str | None) -> list[str]:
     """Data sets by themselves; a blend, `weight1 prefix1 weight2 prefix2`, is one of them."""
-    words = (paths or "").split()
+    from megatron_prune.data.datasets import blend_words
+
+    if paths is None or Path(paths).is_file():
+        return [paths] if paths else []
+    words = blend_words(paths, "evaluation.eval_data_path (--eval-data-path)")
     try:
         float(words[0])
     except (IndexError, ValueError):
         return words
-    return [" ".join(words)]
+    return [paths]
+
+
+def _is_blend(path: str) -> bool:
+    from megatron_prune.data.datasets import blend_words
+
+    return not Path(path).is_file() and len(blend_words(path)) > 1
 
 
 def _source(config: Config) -> Path | None:

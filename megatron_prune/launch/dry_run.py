@@ -12,6 +12,7 @@ again; what is there and damaged, or does not fit, is an error.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import cast
 
 from megatron_prune.checkpoint import Header, read_header
 from megatron_prune.config import Config
-from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
+from megatron_prune.data.datasets import Blend, blend_words, check_vocabulary, parse_blend
 from megatron_prune.data.indexed import IndexedData, bin_path, idx_path
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
@@ -138,13 +139,15 @@ def _tokenizer(config: Config, header: Header | None, findings: list[Finding]) -
 
 def _data(text: str, field: str, vocab_size: int, tokenizer: Tokenizer | None, findings: list[Finding]) -> None:
     """Check a blend whose data sets may be absent, but not halves of them."""
-    words = text.split()
+    words = blend_words(text, field)
     prefixes = words if len(words) == 1 else words[1::2]
     absent = [p for p in prefixes if not bin_path(p).exists() and not idx_path(p).exists()]
     if len(words) == 1 or len(words) % 2 or not absent:
         pairs = [text] if not absent or len(words) > 1 else []
     else:
-        pairs = [f"{weight} {prefix}" for weight, prefix in zip(words[::2], prefixes) if prefix not in absent]
+        pairs = [
+            f"{weight} {shlex.quote(prefix)}" for weight, prefix in zip(words[::2], prefixes) if prefix not in absent
+        ]
         _check_weights(words[::2], field)
     present: list[IndexedData] = []
     for pair in pairs:

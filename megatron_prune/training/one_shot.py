@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_prune.config import Config
-from megatron_prune.data.datasets import BatchStream, Dataset
+from megatron_prune.data.batches import BatchStream, Dataset
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.optimizer.build import ShardedModel
@@ -25,7 +25,7 @@ from megatron_prune.resharding.coordinator import Coordinator
 from megatron_prune.saliency.scores import UnitScores
 from megatron_prune.training.pruner import Pruner, selector_settings
 from megatron_prune.training.state import RunState
-from megatron_prune.training.step import Batches, forward_backward
+from megatron_prune.training.step import Batches, forward_backward, read_batch
 
 
 def _ignore(*_: Any) -> None:
@@ -112,7 +112,7 @@ class OneShot:
         pruner.begin(self.num_microbatches)
         forward_backward(
             self.model,
-            self._announced(batches),
+            self._announced(read_batch(batches, self.num_microbatches, mesh)),
             self.num_microbatches,
             training.micro_batch_size,
             self.config.data.seq_length,

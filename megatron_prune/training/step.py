@@ -13,11 +13,29 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prune.config import Config
-from megatron_prune.data.datasets import BatchStream, Dataset
+from megatron_prune.data.batches import BatchStream, Dataset
+from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
+from megatron_prune.runtime.mesh import Mesh, agree, all_reduce_sum
 
 Batches = Iterator[dict[str, Tensor]]
+
+
+def read_batch(batches: Batches, count: int, mesh: Mesh) -> Batches:
+    """The next `count` micro-batches, read before any of them is used, on all ranks or on none; collective.
+
+    Raises:
+        TrainingStoppedError: on all ranks, in the words of the first that cannot read its own.
+    """
+    found: list[dict[str, Tensor]] = []
+    complaint: str | None = None
+    try:
+        found = [next(batches) for _ in range(count)]
+    except UserError as error:
+        complaint = str(error)
+    if most([int(complaint is not None)], mesh)[0]:
+        raise TrainingStoppedError(next(text for text in agree(mesh, complaint) if text is not None))
+    return iter(found)
 
 
 def forward_backward(
@@ -48,7 +66,7 @@ def validation_loss(model: ShardedModel, dataset: Dataset, config: Config) -> tu
     mesh.device.synchronize()
     start = time.perf_counter()
     losses = [
-        evaluate(model, batches, count, training.micro_batch_size, config.data.seq_length)
+        evaluate(model, read_batch(batches, count, mesh), count, training.micro_batch_size, config.data.seq_length)
         for _ in range(training.eval_iters)
     ]
     elapsed = time.perf_counter() - start

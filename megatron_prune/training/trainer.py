@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_prune.config import Config
-from megatron_prune.data.datasets import BatchStream
+from megatron_prune.data.batches import BatchStream
 from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.optimizer.build import ShardedModel, clip_and_step
@@ -26,7 +26,7 @@ from megatron_prune.training.learning_rate import build_scheduler, current_lr
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.state import CONTINUED, PRUNING, RunState
-from megatron_prune.training.step import forward_backward, validation_loss
+from megatron_prune.training.step import forward_backward, read_batch, validation_loss
 from megatron_prune.training.stopping import FINISHED, StepAgreement, Stop
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,9 @@ class Trainer:
             self.pruner.begin(self.num_microbatches)
         learning_rate = current_lr(self.model)
         with self.clock.part("forward-backward"):
+            batches = read_batch(self.batches, self.num_microbatches, self.model.mesh)
             loss = forward_backward(
-                self.model, self.batches, self.num_microbatches, training.micro_batch_size, self.config.data.seq_length
+                self.model, batches, self.num_microbatches, training.micro_batch_size, self.config.data.seq_length
             )
         with self.clock.part("scoring"):
             if self.pruner:

@@ -23,6 +23,23 @@ def make_documents(count: int, seed: int) -> list[str]:
     return ["\n".join(line() for _ in range(generator.randint(1, 4))) for _ in range(count)]
 
 
+def mutated(content: bytes, random: random.Random) -> bytes:
+    """`content` with a few bytes changed, cut out, put in, or its end cut off."""
+    changed = bytearray(content)
+    for _ in range(random.randint(1, 3)):
+        at = random.randint(0, len(changed))
+        kind = random.choice(("set", "flip", "drop", "insert", "cut"))
+        if kind == "insert":
+            changed[at:at] = random.choice((b"\0", b"\xff\xff\xff\xff", b'"', b"\n", b"{", b"\\ud83d", b"[" * 3000))
+        elif kind == "cut":
+            del changed[at:]
+        elif at < len(changed) and kind == "drop":
+            del changed[at : at + random.randint(1, 8)]
+        elif at < len(changed):
+            changed[at] = random.choice((0, 1, 0x7F, 0x80, 0xFF)) if kind == "set" else changed[at] ^ 1 << at % 8
+    return bytes(changed)
+
+
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
     """300 documents."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import re
+import resource
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +19,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.data.datasets import BatchStream, Blend, build_datasets, check_vocabulary, parse_blend
+from megatron_prune.config import parse_command
+from megatron_prune.data.batches import BatchStream
+from megatron_prune.data.datasets import Blend, build_datasets, check_vocabulary, parse_blend
 from megatron_prune.data.preprocess import Options, preprocess
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
@@ -72,6 +78,50 @@ def test_the_option_is_named(make_data: Callable[..., str]) -> None:
         parse_blend(" ")
     with pytest.raises(UserError, match=r"^data\.valid_data_path \(--valid-data-path\): "):
         parse_blend("x y", field="data.valid_data_path (--valid-data-path)")
+
+
+def test_prefixes_with_spaces_and_quotes(make_data: Callable[..., str], tmp_path: Path) -> None:
+    spaced, quoted = make_data("two words"), make_data('it\'s "mine"')
+    for alone in (spaced, quoted):
+        assert parse_blend(alone).prefixes == (alone,), "what stands there is one prefix"
+    text = f"1 {shlex.quote(spaced)} 2 {shlex.quote(quoted)}"
+    assert parse_blend(text).prefixes == (spaced, quoted)
+    arguments = ["--data-path", "1", spaced, "2", quoted]
+    config = parse_command(arguments).config
+    assert config is not None and config.data.data_path is not None
+    assert parse_blend(config.data.data_path).prefixes == (spaced, quoted), "several words of a command line"
+    with pytest.raises(UserError, match='expected a weight, got ".*two"; .* with quotes around a prefix'):
+        parse_blend(f"{tmp_path}/two wordz")
+    with pytest.raises(UserError, match="no closing quotation; quote a prefix"):
+        parse_blend("1 'a 2 b")
+
+
+def test_many_data_sets_raise_the_limit_of_open_files(make_data: Callable[..., str], sp_model: Path) -> None:
+    ((count, told),) = run_ranks(_open_many, 1, make_data("p", 20), str(sp_model))
+    assert count <= 400, "a data set of one split keeps five files open"
+    assert re.search(
+        r"80 data sets keep \d+ files open, and this system allows 300 \(ulimit -Hn\); raise that to", told
+    )
+
+
+def _open_many(_rank: int, _world_size: int, prefix: str, model: str) -> tuple[int, str]:
+    """Files that 80 data sets of one split keep open, begun under a limit of 100; what is said where 300 is all."""
+    blend = parse_blend(" ".join([f"1 {prefix}"] * 80))
+
+    def build() -> Any:
+        return build_datasets(blend, build_tokenizer(None, model), SEQ, (80, 0, 0), "1,0,0", seed=1)[0]
+
+    before, (_, hard) = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    train = build()
+    assert len(rows(train)) == len(train)
+    count = len(os.listdir("/proc/self/fd")) - before - 2
+    del train
+    gc.collect()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+    with pytest.raises(UserError) as refusal:
+        build()
+    return count, str(refusal.value)
 
 
 def test_vocabularies_that_disagree_are_refused(
@@ -226,8 +276,8 @@ def test_a_cache_that_cannot_be_made_is_named(
 def test_megatron_s_chatter_stays_out_of_the_log(
     make_data: Callable[..., str], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
     blend = parse_blend(f"1 {make_data('one')} 1 {make_data('two')}")
+    caplog.set_level(logging.INFO)
     train, _, _ = build_datasets(blend, tokenizer, SEQ, (10, 0, 0), "1,0,0", seed=1)
     assert [record.getMessage() for record in caplog.records] == [f"training data: {len(train)} samples of 32 tokens"]
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import logging
+import lzma
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_prune.data.documents import check_inputs, read_documents
 from megatron_prune.errors import UserError
+
+from .conftest import mutated
 
 TEXT = "\n  one\ntwo  \n\n \t\nthree\n\n\nfour \n"
 
@@ -74,6 +85,9 @@ def test_gzip_is_seen_from_the_content(tmp_path: Path, name: str) -> None:
     ("content", "message"),
     [
         ('{"text": "a"}\n{"text": ', r"a\.jsonl:2: is no JSON"),
+        ('{"text": "a", "meta": ' + "[" * 100_000 + "]" * 100_000 + "}", r"a\.jsonl:1: is nested too deeply"),
+        ('{"text": "a"}\n' + "[" * 100_000, r"a\.jsonl:2: is nested too deeply"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", r"a\.jsonl:1: is no JSON that can be read"),
         ('\n["a"]\n', r"a\.jsonl:2: expected a JSON object on every line, got list"),
         ('{"body": "a", "id": 1}', r'a\.jsonl:1: has no key "text" \(keys: body, id\); choose one with --json-key'),
         ('{"text": 3}', r'a\.jsonl:1: "text" holds no string but int'),
@@ -84,6 +98,95 @@ def test_gzip_is_seen_from_the_content(tmp_path: Path, name: str) -> None:
 def test_a_wrong_line_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         texts(write(tmp_path / "a.jsonl", content))
+
+
+@pytest.mark.parametrize("name", ["c4.JSONL", "c4.Json.GZ", "part-00000", "c4.txt", "c4.jsonl.txt"])
+@pytest.mark.parametrize("before", ["", "\ufeff\n \n"])
+def test_json_lines_are_seen_whatever_their_name(
+    tmp_path: Path, name: str, before: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    content = before + json.dumps({"id": 1, "text": "one {"}) + "\n" + json.dumps({"text": "two"})
+    path = write(tmp_path / name, gzip.compress(content.encode()) if name.endswith("GZ") else content)
+    assert texts(path) == ["one {", "two"]
+    assert f"{path}: read as JSON lines, by its " in caplog.text
+    assert texts(path, input_format="text")[0].startswith('{"id"')
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "a"}, {"text": "b"}]',
+        '[\n  {\n    "text": "a"\n  }\n]',
+        '{\n  "text": "a"\n}',
+        '{"text": "a",\n "id": 1}',
+        "{'text': 'a'}\n{'text': 'b'}\n",
+        '{"text": "a"}{"text": "b"}\n',
+    ],
+)
+def test_json_of_another_layout_is_no_training_text(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path / "part-00000", content)
+    with pytest.raises(UserError, match=r"part-00000: begins like JSON, but .* --input-format text"):
+        texts(path)
+    assert texts(path, input_format="text", separator="file") == [content.rstrip()]
+
+
+@pytest.mark.parametrize("content", ["{braces} of prose", "[1] a note", "{ x: 1 }", '"quoted": yes', "[Verse]\n{la}"])
+def test_prose_that_begins_with_a_bracket_is_text(tmp_path: Path, content: str) -> None:
+    assert texts(write(tmp_path / "part-00000", content)) == [content]
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, gzip.compress])
+@pytest.mark.parametrize("name", ["a.txt", "a.JSONL.bz2", "part-1"])
+def test_packed_files_are_seen_from_their_content(tmp_path: Path, pack: Callable[[bytes], bytes], name: str) -> None:
+    content = json.dumps({"text": "one\n\ntwo"}).encode()
+    assert texts(write(tmp_path / name, pack(content))) == ["one\n\ntwo"]
+    with pytest.raises(UserError, match=f"{name}: the (gzip|bzip2|xz) file is damaged or cut short"):
+        texts(write(tmp_path / name, pack(content * 100)[:-20]))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x28\xb5\x2f\xfd" + b"a" * 50, r"packed with zstd: give a pipe, <\(zstd -dc FILE\)"),
+        (b"PAR1" + b"a" * 50, "a parquet file"),
+        (b"PK\x03\x04" + b"a" * 50, "a zip archive"),
+        (b"name" + b"\0" * 253 + b"ustar" + b"\0" * 500, "a tar archive"),
+        (gzip.compress(b"name" + b"\0" * 253 + b"ustar" + b"\0" * 500), "a tar archive"),
+        ("words".encode("utf-16-le"), "holds NUL bytes"),
+    ],
+)
+def test_files_that_are_no_text_are_named(tmp_path: Path, content: bytes, words: str) -> None:
+    with pytest.raises(UserError, match=rf"a\.txt: (is )?{words}"):
+        texts(write(tmp_path / "a.txt", content))
+
+
+def test_pipes_are_read_once_and_whole(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "word " * 5000 + str(i)}) for i in range(100)]  # more than a pipe holds
+    for content in ("\n".join(lines).encode(), gzip.compress("\n".join(lines).encode())):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        assert check_inputs([str(pipe)]) == 0, "nobody knows how much will come"
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+        writer.start()
+        assert texts(pipe) == [json.loads(line)["text"] for line in lines]
+        writer.join()
+        pipe.unlink()
+
+
+@given(seed=st.integers(0, 2**32))
+def test_a_mutated_file_is_read_or_refused_in_one_line(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    random, path = Random(seed), tmp_path_factory.getbasetemp() / "mutated"
+    for _ in range(8):
+        content = "\n".join(json.dumps({"text": "one\ttwo \u6771", "n": i}) for i in range(4)).encode()
+        pack = random.choice((bytes, gzip.compress, bz2.compress, lzma.compress))
+        content = pack(mutated(content, random)) if random.random() < 0.5 else mutated(pack(content), random)
+        try:
+            found = texts(write(path, content))
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+        else:
+            assert all(isinstance(text, str) and text.encode() is not None for text in found)
 
 
 def test_damaged_gzip_files_are_named(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import sentencepiece
 
 from megatron_prune.data.indexed import inspect
+from megatron_prune.data.leftovers import claim
 from megatron_prune.data.preprocess import Options, Progress, preprocess
 from megatron_prune.errors import UserError
 from tools import preprocess_data
@@ -158,6 +161,104 @@ def test_nothing_is_left_of_an_interrupted_run(
     with pytest.raises((KeyboardInterrupt, UserError, RuntimeError)):
         preprocess([str(text_file)], str(tmp_path / "p"), Options(str(sp_model)), fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_one(
+    text_file: Path, sp_model: Path, tmp_path: Path, make_data: Callable[..., str]
+) -> None:
+    left = [tmp_path / f"p{suffix}.tmp4711" for suffix in (".bin", ".idx", ".json")]
+    orphan, just_made = tmp_path / "p.idx.tmp4712", tmp_path / "p.json.tmp4713"
+    others = [tmp_path / "p.bin.tmpl", tmp_path / "p2.bin.tmp4711", just_made]
+    for path in (*left, orphan, *others):
+        path.write_text("")
+    os.utime(orphan, (0, 0))
+    with claim(tmp_path / "p.bin.tmp4714"):  # of a run that goes on
+        preprocess([str(text_file)], str(tmp_path / "p"), Options(str(sp_model)))
+        expected = {*others, tmp_path / "p.bin.tmp4714", *(tmp_path / f"p{end}" for end in (".bin", ".idx", ".json"))}
+        assert set(tmp_path.iterdir()) == expected
+
+
+def test_a_worker_that_is_killed_is_one_line(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text(text_file.read_text() * 200)
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "preprocess_data.py"),
+        "--input",
+        str(source),
+        "--workers",
+        "2",
+    ]
+    command += ["--output-prefix", str(tmp_path / "out" / "p"), "--tokenizer-model", str(sp_model)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as job:
+        while not (workers := [c for c in psutil.Process(job.pid).children() if "spawn_main" in " ".join(c.cmdline())]):
+            time.sleep(0.01)
+        workers[0].kill()
+        _, told = job.communicate()
+    assert job.returncode == 2
+    lines = [line for line in told.splitlines() if not line.endswith("read as text")]
+    assert len(lines) == 1 and "--workers 2: a process was killed or ran out of memory" in lines[0], told
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(("workers", "inputs"), [(1, "--input <(zcat a.gz)"), (2, "--input /dev/stdin < <(zcat a.gz)")])
+def test_pipes_and_standard_input_give_the_same_data(
+    text_file: Path, sp_model: Path, tmp_path: Path, workers: int, inputs: str
+) -> None:
+    preprocess([str(text_file)], str(tmp_path / "plain"), Options(str(sp_model)))
+    tool = f"{sys.executable} {REPOSITORY}/tools/preprocess_data.py --tokenizer-model {sp_model} --workers {workers}"
+    (tmp_path / "a.gz").write_bytes(gzip.compress(text_file.read_bytes()))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = ["bash", "-c", f"{tool} --output-prefix {tmp_path}/p {inputs}"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert files_of(str(tmp_path / "p"))[:2] == files_of(str(tmp_path / "plain"))[:2]
+    assert "read as text" in result.stderr
+
+
+def test_strange_names_are_names(sp_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (
+        "a b",
+        "-p",
+        "*",
+        "[x]",
+        "q'; touch X; '",
+        "$(touch X)",
+        "a\nb",
+        "\x1b[2J",
+        "\udcff",
+        "東京",
+        "x" * 240,
+    ):
+        source = tmp_path / f"{name}.txt"
+        source.write_text("the cat")
+        arguments = [
+            "--input",
+            str(source),
+            "--output-prefix",
+            str(tmp_path / name),
+            "--tokenizer-model",
+            str(sp_model),
+        ]
+        assert preprocess_data.main(arguments) == 0
+        assert stored_documents(str(tmp_path / name)) and inspect(str(tmp_path / name)).metadata
+        assert preprocess_data.main(arguments) == 2, "it is there"
+        out, err = capsys.readouterr()
+        assert out.count("\n") == err.count("\n") == 1 and (out + err).replace("\n", "").isprintable()
+    assert not (tmp_path / "X").exists() and not Path("X").exists()
+    for name in ("x" * 300, "a\0b"):
+        arguments = [
+            "--input",
+            str(source),
+            "--output-prefix",
+            str(tmp_path / name),
+            "--tokenizer-model",
+            str(sp_model),
+        ]
+        assert preprocess_data.main(arguments) == 2
+        with pytest.raises(UserError, match="does not exist"):
+            inspect(str(tmp_path / name))
 
 
 def test_an_output_is_replaced_only_when_asked(make_data: Callable[..., str], sp_model: Path) -> None:

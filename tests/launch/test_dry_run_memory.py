@@ -95,7 +95,7 @@ def measure(mesh, config, architecture):
 
 
 def steps(model, config, mesh):
-    from megatron_prune.data.datasets import BatchStream
+    from megatron_prune.data.batches import BatchStream
     from megatron_prune.training.step import forward_backward
 
     training = config.training

@@ -89,7 +89,7 @@ def measure_all(_rank, _world_size, cases):
 def measure(mesh, config, counter):
     from megatron.core import tensor_parallel
 
-    from megatron_prune.data.datasets import BatchStream
+    from megatron_prune.data.batches import BatchStream
     from megatron_prune.model.llama import build_llama, load_parameters
     from megatron_prune.model.param_axes import ParamTable
     from megatron_prune.model.sources import RandomWeights

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_prune.data.datasets import BatchStream
+from megatron_prune.data.batches import BatchStream
 from megatron_prune.model.architecture import Architecture, LlamaShape
 from megatron_prune.model.layout import Quanta
 from megatron_prune.model.param_axes import ParamTable
