@@ -4,10 +4,13 @@
 #   make test ARGS="tests/model -k axes"  further arguments for pytest
 #   make install TORCH_PIP_ARGS="..."     further arguments for installing torch (another index, say a CPU one)
 #   make install PYTHON=python3.12        the interpreter .venv is made with
+#   make install CONSTRAINTS= TORCH=...   what setup.py allows, instead of the versions in constraints.txt
+#   make test-newest TORCH=torch==2.13.0  any target: another torch than its own choice
 
 PYTHON ?= python3
 TORCH = torch==2.13.0
 TORCH_PIP_ARGS ?=
+CONSTRAINTS = constraints.txt
 EXTRAS = dev,hf,plot,gguf
 ARGS ?=
 
@@ -15,6 +18,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check
+PINS = $(addprefix -c ,$(CONSTRAINTS))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 SOURCES = megatron_prune tests setup.py $(wildcard tools examples)
 
@@ -23,26 +27,47 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-full test-gguf test-eval test-slurm soak lint types dry-run checks demo bench clean
+.PHONY: help install constraints test test-full test-newest test-oldest test-gguf test-eval \
+    test-slurm soak lint types dry-run checks demo bench clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
-install: $(STAMP)  ## set up .venv: torch first, then the package and its tools
+install: $(STAMP)  ## set up .venv with the versions in constraints.txt: torch first, then the package and its tools
 	@:
 
-# torch goes first and alone: whatever build of it is chosen here stays, since the package bounds it only from below.
-$(STAMP): setup.py
+# torch goes first and alone: whatever build of it is chosen here stays, since the package bounds it only from below, and
+# an index that holds nothing but torch and old releases of what it needs will do; the next step brings the right ones.
+$(STAMP): setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	    || { echo "install: needs Python 3.10 or newer; name one: make install PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
 	    || { echo "install: $(PYTHON) cannot make .venv; Debian and Ubuntu need the package python3-venv" >&2; exit 1; }
 	@echo "install: $(TORCH) into $(VENV) (a large download the first time)"
-	@$(PIP_INSTALL) --upgrade pip
+	@$(PIP_INSTALL) $(PINS) --upgrade pip
 	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) $(TORCH)
 	@echo "install: megatron_prune[$(EXTRAS)] into $(VENV)"
-	@$(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	@$(PIP_INSTALL) $(PINS) $(addprefix --build-constraint ,$(CONSTRAINTS)) -e '.[$(EXTRAS)]'
 	@touch $@
+
+# uv resolves for all Pythons at once (pip: for the one it runs in), and to the lowest versions.
+UV = build/uv/bin/uv
+RESOLVE = $(UV) pip compile -q --upgrade --no-header --no-annotate --no-python-downloads setup.py - --extra dev --extra hf \
+    --extra plot --extra gguf --extra eval
+# No CUDA package and no local version (+cpu): which build of torch there is, is the machine's own affair.
+NEUTRAL = sed -E '/^(nvidia|cuda|triton)/d; s/\+[a-z0-9.]+//'
+
+$(UV):
+	@$(PYTHON) -m venv build/uv
+	@build/uv/bin/python -m pip install -qq --disable-pip-version-check uv
+
+constraints: $(UV)  ## resolve setup.py anew into constraints.txt: the newest versions allowed, for every Python from 3.10
+	@printf '%s\n' '$(TORCH)' pip llama-cpp-python | $(RESOLVE) --universal --python-version 3.10 \
+	    -o build/resolved.txt >/dev/null
+	@{ echo "# The versions that megatron_prune is tested with. Made by 'make constraints', used by 'make install'."; \
+	   $(NEUTRAL) build/resolved.txt; } > build/constraints.txt
+	@mv build/constraints.txt constraints.txt
+	@echo "constraints: $$(grep -c == constraints.txt) versions in constraints.txt; run the tests, then commit it"
 
 test: install  ## the tests (12 to 18 minutes on 2 cores)
 	@$(PYTEST) -m "not soak and not slurm and not gguf and not full" $(ARGS)
@@ -50,16 +75,31 @@ test: install  ## the tests (12 to 18 minutes on 2 cores)
 test-full: install  ## the same and the rest of the covers that `make test` samples
 	@$(PYTEST) -m "not soak and not slurm and not gguf" --hypothesis-profile=full $(ARGS)
 
+# Of an environment's own, made anew each time. TORCH is what was asked for on the command line, if anything was.
+ASKED_TORCH = $(if $(filter command line,$(origin TORCH)),$(TORCH))
+
+test-newest:  ## the tests with the newest releases that setup.py allows, in build/newest: the early warning
+	@rm -rf build/newest
+	@$(MAKE) --no-print-directory test VENV=build/newest CONSTRAINTS= TORCH='$(or $(ASKED_TORCH),torch)'
+
+test-oldest: $(UV)  ## the tests with the oldest releases that setup.py allows, in build/oldest (an old torch may be large)
+	@rm -rf build/oldest
+	@printf '%s\n' '$(ASKED_TORCH)' | $(RESOLVE) --resolution lowest-direct --python $(PYTHON) -o build/resolved.txt \
+	    >/dev/null
+	@sed '/^pip==/d' build/resolved.txt | $(NEUTRAL) > build/oldest.txt
+	@$(MAKE) --no-print-directory test VENV=build/oldest CONSTRAINTS=build/oldest.txt \
+	    TORCH="$$(grep '^torch==' build/oldest.txt)"
+
 test-slurm: install  ## job scripts on a real Slurm with two nodes (skipped, with the reason, where there is none)
 	@$(PYTEST) -m slurm -rs tests/slurm $(ARGS)
 
 # Not built for this very processor: with AMX compiled in, Q8_0 ends the process (illegal instruction) on some machines.
 test-gguf: install  ## exported models in llama.cpp (compiles llama-cpp-python the first time: some ten minutes)
-	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP_INSTALL) llama-cpp-python
+	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP_INSTALL) $(PINS) llama-cpp-python
 	@$(PYTEST) -m gguf tests/huggingface $(ARGS)
 
 test-eval: install  ## accuracies against lm-evaluation-harness (installs it the first time: some 50 packages)
-	@$(PIP_INSTALL) -e '.[eval]'
+	@$(PIP_INSTALL) $(PINS) -e '.[eval]'
 	@$(PYTEST) tests/evaluation $(ARGS)
 
 soak: install  ## kill runs at random moments, 200 times or for an hour; goes on where it stopped (ARGS="--minutes 10")

@@ -2,9 +2,10 @@
 
 A plain `pip install .` beside a CPU build of torch must pull no CUDA package. Hence:
 
-- torch is bounded from below only, where megatron-core itself bounds it. A tighter bound would make pip replace the
-  torch a machine already has (a CPU build, a cluster's own build) by the index's build, which brings CUDA along. The
-  version the project is tested with is pinned in the Makefile, which installs it first.
+- torch is bounded from below only. An upper bound would make pip replace the newer torch a machine already has (a CPU
+  build, a cluster's own build) by the index's build, which brings CUDA along. `make test-newest` warns instead.
+- Lower ends are what the tests pass with (`make test-oldest`). The exact versions that everything is tested with are in
+  constraints.txt (`make constraints`), which `make install` uses.
 - megatron-core is taken without its extras (they bring transformer-engine and friends); the 0.16 series is pinned,
   since the optimizer and the distributed buffers it builds are taken apart and rebuilt here.
 - NVIDIA apex is used when it is present, and never named as a dependency: the `apex` on the package index is an
@@ -21,7 +22,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 REQUIRES = [
-    "torch>=2.6",
+    "torch>=2.8",  # 2.7 writes checkpoint items by another call (no SerializationFormat)
     "megatron-core==0.16.*",
     "isal>=1.6",  # CRC-32 of checkpoint files, several times as fast as zlib's
     "numpy>=1.26",
@@ -29,11 +30,13 @@ REQUIRES = [
     "pyyaml>=6.0",
     "safetensors>=0.4.3",
     "sentencepiece>=0.2",
-    "tensorboard>=2.16",
+    "tensorboard>=2.16.2",  # 2.16.0 requires nightly builds of TensorFlow
     "tqdm>=4.66",
 ]
 
-HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.20"]
+# Exports load with older transformers (each model card says from which on); this is for the project's own code and tests.
+# Below 6, since the code in cluster exports builds on transformers' own classes.
+HUGGING_FACE = ["transformers>=4.57,<6", "tokenizers>=0.22"]
 
 EXTRAS = {
     "hf": HUGGING_FACE,  # reloading exported models, their tokenizers

@@ -117,7 +117,7 @@ def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
     if trainer.history is not None and directory is not None:
         trainer.history.close()
         try:
-            outputs.write_summary(trainer.config, trainer.state, directory)
+            outputs.write_summary(trainer.config, trainer.state, trainer.architecture, directory)
             outputs.write_run_status(directory, status, trainer.state.iteration)
         except OSError as error:
             logging.getLogger(__name__).error("%s: %s", error.filename or directory, error.strerror)

@@ -128,8 +128,44 @@ def test_torch_present_is_kept(declared: dict[str, Any]) -> None:
     pinned = re.search(r"^TORCH = torch==(\S+)$", makefile, re.MULTILINE)
     assert pinned is not None
     assert pinned.group(1) == TESTED_TORCH.public
+    assert f"torch=={pinned.group(1)}" in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     # Alone and before the package, so that the package's requirements find it there.
     assert makefile.index("$(TORCH_PIP_ARGS) $(TORCH)") < makefile.index("-e '.[$(EXTRAS)]'")
+
+
+@pytest.fixture(scope="module")
+def pins() -> list[Requirement]:
+    """The lines of constraints.txt."""
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+def test_constraints_are_exact_and_fit_any_platform(pins: list[Requirement]) -> None:
+    assert [pin.name for pin in pins if CUDA.match(pin.name)] == []
+    for pin in pins:
+        (version,) = pin.specifier
+        assert version.operator == "==" and "+" not in version.version and not pin.extras, str(pin)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_requirement_has_one_tested_version_on_every_python(
+    declared: dict[str, Any], pins: list[Requirement], python: str
+) -> None:
+    where = {"python_version": python, "python_full_version": f"{python}.1", "extra": ""}
+    chosen: dict[str, Requirement] = {}
+    for pin in pins:
+        if pin.marker is None or pin.marker.evaluate(where):
+            assert canonicalize_name(pin.name) not in chosen, f"two versions of {pin.name} on Python {python}"
+            chosen[canonicalize_name(pin.name)] = pin
+    extras = [text for extra, texts in declared["extras_require"].items() if extra != "gpu" for text in texts]
+    for requirement in map(Requirement, declared["install_requires"] + extras):
+        (version,) = chosen[canonicalize_name(requirement.name)].specifier
+        assert requirement.specifier.contains(version.version), f"{requirement}, but {version.version} is tested"
+
+
+def test_constraints_name_all_that_an_installation_brings(declared: dict[str, Any], pins: list[Requirement]) -> None:
+    wanted = [*declared["install_requires"], *declared["extras_require"]["dev"]]
+    assert closure(wanted, stop={"torch"}) <= {canonicalize_name(pin.name) for pin in pins}
 
 
 def test_megatron_core_is_pinned_to_one_series(declared: dict[str, Any]) -> None:

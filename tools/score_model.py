@@ -69,7 +69,7 @@ def run(argv: Sequence[str] | None) -> int:
         print(f"scored on {training.global_batch_size} sequences of {config.data.seq_length} tokens")
         for name in names:
             print("\n" + "\n".join([*table(name, scores[name], columns), *first(choices[name])]))
-        write(arguments, scores, choices)
+        write(arguments, scores, choices, columns)
     return 0
 
 
@@ -148,7 +148,9 @@ def first(choice: Any) -> Iterator[str]:
     yield f"first to go: {choice.group.kind} {units} (least saliency by kind: {saliencies}; margin {choice.margin:.1%})"
 
 
-def write(arguments: argparse.Namespace, scores: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
+def write(
+    arguments: argparse.Namespace, scores: Mapping[str, Any], choices: Mapping[str, Any], per_column: bool
+) -> None:
     """--json and --plot."""
     a = next(iter(scores.values())).architecture
     if arguments.json is not None:
@@ -161,13 +163,19 @@ def write(arguments: argparse.Namespace, scores: Mapping[str, Any], choices: Map
             }
             for name, units in scores.items()
         }
-        content = {"architecture": a.to_json(), "criteria": found}
+        # Sums; what a head's is divided by where groups are compared, as the table and the figure show it.
+        content = {
+            "architecture": a.to_json(),
+            "head_divisor": a.shape.kv_channels if per_column else 1,
+            "criteria": found,
+        }
         Path(arguments.json).write_text(json.dumps(content) + "\n")
         print(f"\nscores written: {arguments.json}")
     if arguments.plot is not None:
         from megatron_prune.saliency.plots import plot_scores
 
-        plot_scores(scores, Path(arguments.plot), f"{a.parameters:,} parameters, {a.shape.num_layers} layers")
+        title = f"{a.parameters:,} parameters, {a.shape.num_layers} layers"
+        plot_scores(scores, Path(arguments.plot), title, per_column=per_column)
         print(f"figure written: {arguments.plot}")
 
 

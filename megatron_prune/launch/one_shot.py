@@ -197,7 +197,7 @@ def prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architectu
     if is_writer:
         HistoryWriter(directory, saved.history).close()
         write_config(config, directory)
-        write_summary(config, saved, directory)
+        write_summary(config, saved, run.model.layout.architecture, directory)
     removed = saved.history[len(before) :]
     return Pruned(saved, removed, scorings, run.model.layout.architecture, directory)
 

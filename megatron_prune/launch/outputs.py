@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from megatron_prune.config import Config, dump
+from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.plots import plot_history
 from megatron_prune.training.state import RunState
 
@@ -46,7 +47,7 @@ def write_run_status(directory: Path, status: str, iteration: int) -> None:
     temporary.replace(directory / RUN_STATUS)
 
 
-def write_summary(config: Config, state: RunState, directory: Path) -> None:
+def write_summary(config: Config, state: RunState, architecture: Architecture, directory: Path) -> None:
     """summary.json (measured facts of each stage) and, where matplotlib is installed, the figures."""
     facts = {
         "iteration": state.iteration,
@@ -62,5 +63,5 @@ def write_summary(config: Config, state: RunState, directory: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         logger.info("matplotlib is not installed: no figures")
         return
-    for path in plot_history(state.history, directory):
+    for path in plot_history(state.history, architecture, directory):
         logger.info("figure written: %s", path)

@@ -3,6 +3,7 @@
 Removal          one line
 HistoryWriter    appends lines to pruning_history.jsonl (one rank only)
 read_history     lines -> list of Removal
+before           what the first removal was taken from
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import Group
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
 
 logger = logging.getLogger(__name__)
 
@@ -127,3 +131,15 @@ def read_history(path: Path) -> list[Removal]:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}:{number}: not a line of a pruning history ({error})") from error
     return removals
+
+
+def before(architecture: Architecture, history: Sequence[Removal]) -> Architecture:
+    """What the first removal was taken from, given the architecture after the last one."""
+
+    def whole(kind: str, layer: int) -> np.ndarray:
+        gone: Iterable[int] = (u for r in history if r.kind == kind for u in r.group.of_layer(layer))
+        return np.union1d(architecture.live(kind, layer), np.fromiter(gone, np.int32)).astype(np.int32)
+
+    layers = range(architecture.shape.num_layers)
+    heads, ffn = (tuple(whole(kind, layer) for layer in layers) for kind in (HEAD, FFN))
+    return Architecture(architecture.shape, heads, ffn, whole(STEM, 0))

@@ -1,51 +1,42 @@
 """Figures of a pruning history: saliencies and widths over tokens (the paper's Figure 7, left and right), or over
-removals where no training came between them."""
+removals where tokens do not tell their order (no training in between, or another run before)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_prune.model.architecture import GROUP_KINDS
-from megatron_prune.pruning.history import Removal
+from megatron_prune.model.architecture import GROUP_KINDS, Architecture
+from megatron_prune.pruning.history import Removal, before
 
 _WIDTHS = {
     "num_attention_heads": "query heads",
     "ffn_hidden_size": "FFN channels",
     "hidden_size": "stem channels",
+    "parameters": "parameters",
 }
 
 
-def plot_history(history: Sequence[Removal], directory: Path) -> list[Path]:
+def plot_history(history: Sequence[Removal], architecture: Architecture, directory: Path) -> list[Path]:
     """Write pruning_saliencies.png and pruning_widths.png into `directory`; returns their paths.
 
     Each file is replaced in one piece, so a run may redraw them while somebody looks. Needs matplotlib.
+
+    Args:
+        history: at least one removal. architecture: the model after the last of them.
     """
     from matplotlib.figure import Figure
 
-    is_one_shot = len(history) > 1 and history[0].tokens == history[-1].tokens  # no training in between
-    xlabel = "removed groups" if is_one_shot else "training tokens"
-    times = [number if is_one_shot else removal.tokens for number, removal in enumerate(history, start=1)]
-    saliencies = Figure(figsize=(7, 4.2), layout="constrained")
+    tokens = [removal.tokens for removal in history]
+    is_counted = tokens != sorted(tokens) or (len(tokens) > 1 and tokens[0] == tokens[-1])
+    times = list(range(1, len(history) + 1)) if is_counted else tokens
+    xlabel = "removed groups" if is_counted else "training tokens"
+    saliencies, widths = Figure(figsize=(7, 4.2), layout="constrained"), Figure(figsize=(7, 4.2), layout="constrained")
     axes = saliencies.add_subplot(xlabel=xlabel, ylabel="saliency of the least group", yscale="log")
-    for kind in GROUP_KINDS:
-        points = [(t, r.scores[kind]) for t, r in zip(times, history, strict=True) if r.scores.get(kind, 0) > 0]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=kind, linewidth=1)
-    chosen = [(t, r.scores[r.kind]) for t, r in zip(times, history, strict=True) if r.scores.get(r.kind, 0) > 0]
-    if chosen:
-        axes.plot(*zip(*chosen, strict=True), ".", color="black", markersize=3, label="removed")
-    axes.legend()
-
-    widths = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = widths.add_subplot(xlabel=xlabel, ylabel="width, relative to the first removal")
-    for field, label in _WIDTHS.items():
-        values = [getattr(removal, field) for removal in history]
-        axes.step(times, [v / values[0] for v in values], where="post", label=f"{label} ({values[0]} to {values[-1]})")
-    parameters = [removal.parameters for removal in history]
-    axes.plot(times, [p / parameters[0] for p in parameters], "--", color="black", linewidth=1, label="parameters")
-    axes.set_ylim(0, 1.05)
-    axes.legend()
+    _draw_saliencies(axes, times, history, xlabel)
+    axes = widths.add_subplot(xlabel=xlabel, ylabel="width, relative to the source")
+    _draw_widths(axes, times, history, before(architecture, history))
 
     paths = [directory / "pruning_saliencies.png", directory / "pruning_widths.png"]
     for figure, path in zip((saliencies, widths), paths, strict=True):
@@ -53,3 +44,49 @@ def plot_history(history: Sequence[Removal], directory: Path) -> list[Path]:
         figure.savefig(temporary, dpi=120, format="png")
         temporary.replace(path)
     return paths
+
+
+def _draw_saliencies(axes: Any, times: Sequence[int], history: Sequence[Removal], unit: str) -> None:
+    """A curve per kind. The legend says where a kind could not be chosen, and which points a log axis cannot show."""
+    passed_over: list[tuple[int, float]] = []
+    for kind in GROUP_KINDS:
+        scored = [(time, removal) for time, removal in zip(times, history, strict=True) if kind in removal.scores]
+        if not scored:
+            axes.plot([], [], " ", label=f"{kind}: off, or at its floor")
+            continue
+        points = [(time, removal.scores[kind]) for time, removal in scored if removal.scores[kind] > 0]
+        label = kind
+        if kind not in history[-1].scores:
+            label += f", at its floor after {scored[-1][0]:,} {unit}"
+        if len(points) < len(scored):
+            label += f", {len(scored) - len(points):,} of {len(scored):,} not above 0"
+        axes.plot(*_columns(points), label=label, linewidth=1)
+        # Only `finish: exact` takes another kind than the least salient one.
+        passed_over += [
+            (time, removal.scores[kind])
+            for time, removal in scored
+            if 0 < removal.scores[kind] < removal.scores.get(removal.kind, 0)
+        ]
+    chosen = zip(times, (removal.scores.get(removal.kind, 0) for removal in history), strict=True)
+    removed = [(time, score) for time, score in chosen if score > 0]
+    if removed:
+        axes.plot(*_columns(removed), ".", color="black", markersize=3, label="removed")
+    if passed_over:
+        label = "less salient, but would end below the target"
+        axes.plot(*_columns(passed_over), "x", color="red", markersize=4, label=label)
+    axes.legend()
+
+
+def _draw_widths(axes: Any, times: Sequence[int], history: Sequence[Removal], source: Architecture) -> None:
+    """Steps from the source's widths, at the left end, to what is there now."""
+    for field, label in _WIDTHS.items():
+        values = [getattr(source, field), *(getattr(removal, field) for removal in history)]
+        style = {"color": "black", "linestyle": "--", "linewidth": 1} if field == "parameters" else {}
+        label = f"{label} ({values[0]:,} to {values[-1]:,})"
+        axes.step([0, *times], [value / values[0] for value in values], where="post", label=label, **style)
+    axes.set_ylim(0, 1.05)
+    axes.legend(loc="lower left")
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [time for time, _ in points], [value for _, value in points]

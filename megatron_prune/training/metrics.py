@@ -152,14 +152,17 @@ class Reporter:
         else:
             logger.info("%s", text)
 
-    def figures(self, history: Sequence[Removal]) -> None:
-        """Draw the history so far into the run's folder, if it has grown; a failure is a warning, not the run's end."""
+    def figures(self, history: Sequence[Removal], architecture: Architecture) -> None:
+        """Draw the history so far, which led to `architecture`, into the run's folder, if it has grown.
+
+        A failure is a warning, not the run's end.
+        """
         if not self.is_active or self.directory is None or len(history) <= max(self._drawn, 0):
             return
         if importlib.util.find_spec("matplotlib") is None:
             return
         try:
-            plot_history(history, self.directory)
+            plot_history(history, architecture, self.directory)
             self._drawn = len(history)
         except OSError as error:
             self.message(f"figures could not be written: {error}")

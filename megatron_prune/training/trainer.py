@@ -272,7 +272,7 @@ class Trainer:
         with self.clock.part("save"):
             self.saver.save(self.state)
         with self.clock.part("figures"):
-            self.reporter.figures(self.state.history)
+            self.reporter.figures(self.state.history, self.architecture)
         self.coordinator.last_checkpoint = self.saver.complete
 
     def _finish_saving(self) -> None:

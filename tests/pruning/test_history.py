@@ -1,5 +1,6 @@
 """The record of removals: back as it was written, cut at the checkpoint on resume, damage named by line."""
 
+import dataclasses
 import json
 import math
 
@@ -7,7 +8,7 @@ import pytest
 
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group, LlamaShape
-from megatron_prune.pruning.history import FILE_NAME, HistoryWriter, Removal, read_history
+from megatron_prune.pruning.history import FILE_NAME, HistoryWriter, Removal, before, read_history
 from megatron_prune.pruning.plots import plot_history
 
 SHAPE = LlamaShape(2, 6, 8, 4, 2, 2, 8, 16)
@@ -93,7 +94,70 @@ def test_a_line_cut_short_by_a_crash_is_named(tmp_path):
         read_history(path)
 
 
-def test_figures_of_a_history(tmp_path):
+def figures(history, folder, monkeypatch):
+    """(saliencies, widths) of what is drawn: the axes of each figure."""
     pytest.importorskip("matplotlib")
-    paths = plot_history(removals(), tmp_path)
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    architecture = Architecture.full(SHAPE)
+    for removal in history:
+        architecture = architecture.without(removal.group)
+    paths = plot_history(history, architecture, folder)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths) and len(paths) == 2
+    return [figure.axes[0] for figure in drawn]
+
+
+def labels(axes):
+    return axes.get_legend_handles_labels()[1]
+
+
+def test_the_widths_start_from_the_source(tmp_path, monkeypatch):
+    history = removals()
+    _, axes = figures(history, tmp_path, monkeypatch)
+    full = Architecture.full(SHAPE)
+    assert labels(axes) == [
+        "query heads (4 to 2)",
+        "FFN channels (8 to 6)",
+        "stem channels (6 to 5)",
+        f"parameters ({full.parameters:,} to {history[-1].parameters:,})",
+    ]
+    for line in axes.get_lines():
+        assert list(line.get_xdata()) == [0, 128, 256, 384, 512] and line.get_ydata()[0] == 1
+
+
+def test_what_a_model_was_before_its_removals():
+    architecture = Architecture.full(SHAPE)
+    start = architecture.without(Group("stem", ((2,),)))  # of a run before, whose history is not at hand
+    after = start
+    for group in GROUPS:
+        after = after.without(group)
+    assert before(after, removals()) == start and before(start, []) == start
+
+
+def test_the_saliencies_say_what_could_not_be_chosen(tmp_path, monkeypatch):
+    first, *others = removals()
+    history = [
+        dataclasses.replace(first, scores={"head": 4e-7, "ffn": 1e-7}),
+        dataclasses.replace(others[1], scores={"head": 3e-7, "ffn": 2e-7}),  # a head, though a channel costs less
+        dataclasses.replace(others[2], scores={"ffn": 0.0}),
+    ]
+    axes, _ = figures(history, tmp_path, monkeypatch)
+    assert labels(axes) == [
+        "head, at its floor after 384 training tokens",
+        "ffn, 1 of 3 not above 0",
+        "stem: off, or at its floor",
+        "removed",
+        "less salient, but would end below the target",
+    ]
+    assert list(axes.get_lines()[-1].get_ydata()) == [2e-7]
+
+
+def test_removals_without_training_are_drawn_one_by_one(tmp_path, monkeypatch):
+    first, second, *others = removals()
+    at_once = [dataclasses.replace(removal, tokens=0) for removal in removals()]
+    earlier = [first, second, *(dataclasses.replace(removal, tokens=0) for removal in others)]
+    for history in (at_once, earlier):  # the second: a trained model, pruned on at once
+        for axes in figures(history, tmp_path, monkeypatch):
+            assert axes.get_xlabel() == "removed groups" and max(axes.get_lines()[1].get_xdata()) == 4

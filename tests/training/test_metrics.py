@@ -34,6 +34,14 @@ def removal(iteration, channel):
     return Removal(iteration, iteration * 100, "ffn", ((channel,), (channel,)), scores, 0.1, 4000 - channel, 4, 23, 16)
 
 
+def after(channels):
+    """The model whose first FFN channels are removed."""
+    architecture = Architecture.full(SHAPE)
+    for channel in range(channels):
+        architecture = architecture.without(Group("ffn", ((channel,), (channel,))))
+    return architecture
+
+
 def report(iteration, removed=(), **fields):
     return IterationReport(iteration, 10, iteration * 8, iteration * 100, 2.5, 1.0, 1e-3, 0, tuple(removed), **fields)
 
@@ -81,15 +89,15 @@ def test_the_last_line_sums_the_session_up(clock, caplog):
 def test_figures_are_drawn_during_the_run_when_the_history_has_grown(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     reporter = Reporter(config(), 1, tmp_path, is_active=True)
-    reporter.figures([])
+    reporter.figures([], ARCHITECTURE)
     assert not list(tmp_path.glob("*.png"))
-    reporter.figures([removal(1, 0), removal(2, 1)])
+    reporter.figures([removal(1, 0), removal(2, 1)], after(2))
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert names == {"pruning_saliencies.png", "pruning_widths.png"}
     drawn = (tmp_path / "pruning_widths.png").stat().st_mtime_ns
-    reporter.figures([removal(1, 0), removal(2, 1)])
+    reporter.figures([removal(1, 0), removal(2, 1)], after(2))
     assert (tmp_path / "pruning_widths.png").stat().st_mtime_ns == drawn
-    reporter.figures([removal(1, 0), removal(2, 1), removal(3, 2)])
+    reporter.figures([removal(1, 0), removal(2, 1), removal(3, 2)], after(3))
     assert (tmp_path / "pruning_widths.png").stat().st_mtime_ns > drawn
     reporter.close()
 
@@ -103,7 +111,7 @@ def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, cap
     monkeypatch.setattr(metrics, "plot_history", full_disk)
     reporter = Reporter(config(), 1, tmp_path, is_active=True)
     with caplog.at_level(logging.INFO):
-        reporter.figures([removal(1, 0)])
+        reporter.figures([removal(1, 0)], after(1))
     assert "No space left" in caplog.text
     reporter.close()
 
@@ -183,7 +191,7 @@ def test_other_ranks_show_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         reporter.begin(ARCHITECTURE)
         reporter.iteration(report(2), ARCHITECTURE)
-        reporter.figures([removal(1, 0)])
+        reporter.figures([removal(1, 0)], after(1))
         reporter.summary("finished", 2, ARCHITECTURE, 0)
         reporter.close()
     assert caplog.text == "" and list(tmp_path.iterdir()) == []
