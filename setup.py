@@ -34,7 +34,7 @@ REQUIRES = [
     "tqdm>=4.66",
 ]
 
-# Exports load with older transformers (each model card says from which on); this is for the project's own code and tests.
+# Exports load with older transformers (each model card says from which on); this is for the project itself.
 # Below 6, since the code in cluster exports builds on transformers' own classes.
 HUGGING_FACE = ["transformers>=4.57,<6", "tokenizers>=0.22"]
 

@@ -14,10 +14,14 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from megatron_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prune.huggingface.gguf_file import Converted
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,6 +34,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save", required=True, metavar="FILE", help="file to write; must not exist")
     add("--dtype", default="f16", metavar="T", help="f32, f16, bf16 or q8_0, of matrices; norms and biases stay f32")
     return parser.parse_args(argv)
+
+
+def quantized(done: Converted) -> str:
+    """How much of the file Q8_0 could take, and what a run would have to set for all of it."""
+    text = f"q8_0: {done.matrices - len(done.fallbacks)} of {done.matrices} matrices"
+    if not done.fallbacks:
+        return text
+    names = dict.fromkeys(re.sub(r"^blk\.\d+\.", "blk.*.", name) for name in done.fallbacks)  # layers are alike
+    text += f"; the others in f16, since their rows are no multiple of 32: {', '.join(names)}"
+    if done.rounding:
+        text += f"\nprune with --prune-round-widths {done.rounding}, and all of them can be quantized"
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{done.file}: {done.architecture}, {done.parameters:,} parameters in {done.tensors} tensors, "
         f"{done.file.stat().st_size:,} bytes"
     )
-    if done.fallbacks:
-        names = dict.fromkeys(re.sub(r"^blk\.\d+\.", "blk.*.", name) for name in done.fallbacks)  # layers are alike
-        print(f"f16 instead of q8_0, since rows are no multiple of 32: {', '.join(names)}")
+    if arguments.dtype == "q8_0":
+        print(quantized(done))
     return 0
 
 

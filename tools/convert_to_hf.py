@@ -11,6 +11,7 @@ stderr and exit status 2; a failed verification exits with 1.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import signal
 import sys
@@ -27,6 +28,7 @@ from megatron_prune.errors import UserError
 if TYPE_CHECKING:
     from megatron_prune.checkpoint import CheckpointReader
     from megatron_prune.huggingface.export import Exported
+    from megatron_prune.huggingface.model_card import CardFacts
     from megatron_prune.model.architecture import Architecture
 
 SEQUENCES, LENGTH = 4, 256  # of text, to compare on
@@ -54,6 +56,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer-model", metavar="PATH", help="file or folder; the one recorded in the checkpoint unless given")
     add("--tokenizer-type", metavar="KIND", help="seen from --tokenizer-model unless given")
     add("--no-tokenizer", action="store_true", help="export without a tokenizer")
+    add("--base-model", metavar="ID", help="the source's id on a model hub, for the model card; as known unless given")
+    add("--license", metavar="ID", help="of the model, for the model card; the one in the source's card unless given")
     add("--verify", action="store_true", help="compare logits (and token ids) with stock transformers")
     add("--verify-text", metavar="FILE", help="text to compare on; Python's own reference texts unless given")
     add("--verify-tolerance", type=float, default=1e-4, metavar="X", help="largest difference of logits, in fp32")
@@ -64,7 +68,7 @@ def convert(arguments: argparse.Namespace) -> bool:
     """Export and, where asked, verify; False when the verification failed. Raises UserError."""
     from megatron_prune.checkpoint import CheckpointReader
     from megatron_prune.huggingface.export import export
-    from megatron_prune.huggingface.provenance import run_facts, source_of
+    from megatron_prune.huggingface.provenance import source_of
     from megatron_prune.huggingface.shards import dtype_name
 
     if arguments.verify and find_spec("transformers") is None:
@@ -87,7 +91,7 @@ def convert(arguments: argparse.Namespace) -> bool:
             tokenizer_type=tokenizer_type,
             max_shard_size=arguments.max_shard_size,
             source=source_of(reader.meta),
-            facts=run_facts(reader.meta),
+            facts=card_facts(arguments, reader),
             overwrite=arguments.overwrite,
         )
     a = reader.architecture
@@ -100,6 +104,15 @@ def convert(arguments: argparse.Namespace) -> bool:
     print(f"KV heads: {kv_heads(done, a)}")
     print(f"tokenizer: {tokenizer or 'none'}")
     return verify(arguments, reader, done, tokenizer) if arguments.verify else True
+
+
+def card_facts(arguments: argparse.Namespace, reader: CheckpointReader) -> CardFacts:
+    """What the model card says: the run's facts, and what was given here."""
+    from megatron_prune.huggingface.provenance import run_facts
+
+    facts = run_facts(reader.meta)
+    licence = {"license": arguments.license} if arguments.license else facts.licence
+    return dataclasses.replace(facts, base_model=arguments.base_model or facts.base_model, licence=licence)
 
 
 def kv_heads(done: Exported, architecture: Architecture) -> str:

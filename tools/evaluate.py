@@ -194,7 +194,7 @@ def judge(candidate: Candidate, plan: Plan) -> Evaluated:
             print(f"{candidate.name}: task {next(numbers)} of {tasks}, {task}", file=stream, flush=True)
 
         scores = evaluate_tasks(candidate, plan.selection, options, plan.scratch, begun)
-    return Evaluated(describe(candidate), tuple(perplexities), tuple(scores))
+    return Evaluated(describe(candidate, arguments.dtype), tuple(perplexities), tuple(scores))
 
 
 def measure_all(candidate: Candidate, plan: Plan) -> list[Any]:

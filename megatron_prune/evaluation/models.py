@@ -175,13 +175,14 @@ def load_model(candidate: Candidate, device: str, dtype: str | None = None, trus
     return model.to(device=torch.device(device), dtype=DTYPES[dtype or candidate.dtype]).eval()
 
 
-def describe(candidate: Candidate) -> dict[str, Any]:
-    """What a report says about the model."""
+def describe(candidate: Candidate, dtype: str | None = None) -> dict[str, Any]:
+    """What a report says about the model; `dtype`: what it is computed in, as stored unless given."""
     config = read_json(candidate.folder / "config.json")
     return {
         "name": candidate.name,
         "parameters": candidate.parameters,
-        "dtype": candidate.dtype,
+        "dtype": dtype or candidate.dtype,
+        "stored_dtype": candidate.dtype,
         "class": (config.get("architectures") or ["?"])[0],
         "num_hidden_layers": config.get("num_hidden_layers"),
         "num_attention_heads": config.get("num_attention_heads"),

@@ -73,7 +73,7 @@ class Report:
                 f"{entry.model['num_attention_heads']} ({entry.model['num_key_value_heads']})",
                 str(entry.model["intermediate_size"]),
                 str(entry.model["hidden_size"]),
-                str(entry.model["dtype"]),
+                _dtype(entry.model),
             ]
             for entry in self.models
         ]
@@ -127,6 +127,12 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written: {error.strerror}") from error
     return files
+
+
+def _dtype(model: Mapping[str, Any]) -> str:
+    """What was computed in, and what is stored where that differs."""
+    stored = model["stored_dtype"]
+    return model["dtype"] if stored == model["dtype"] else f"{model['dtype']} (stored in {stored})"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -17,9 +17,12 @@ for which it is not; `MistralForCausalLM` without a sliding window is the same c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, LlamaShape
@@ -33,6 +36,7 @@ CLASSES = {
 # The oldest transformers that computes an export: before, Mistral took no rope_scaling and Qwen2 no head_dim.
 OLDEST_TRANSFORMERS = {"llama": "4.45", "mistral": "4.48", "qwen2": "4.48", "qwen3": "4.51"}
 WRITTEN_FOR = "5.0.0"
+CARD_FIELDS = ("license", "license_name", "license_link", "base_model")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE_NUMBERS = {
     "linear": ("factor",),
@@ -237,8 +241,9 @@ def read_source(folder: str | Path) -> dict[str, Any]:
     """What an export wants back and `LlamaShape` does not hold, as a JSON object for the checkpoint's meta.
 
     Returns:
-        `name` (the folder's own name, no path), `special_ids` (those of `SPECIAL_IDS` that are set), `dtype` (as stated
-        in `config.json`, or None), `generation_config` (its content, {} where the file is missing).
+        `name` (the folder's own name, no path), `card` (of `CARD_FIELDS`, what is known), `special_ids` (those of
+        `SPECIAL_IDS` that are set), `dtype` (as stated in `config.json`, or None), `generation_config` (its content, {}
+        where the file is missing).
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -246,10 +251,36 @@ def read_source(folder: str | Path) -> dict[str, Any]:
     generation = read_json(generation_file) if generation_file.is_file() else {}
     return {
         "name": folder.resolve().name,
+        "card": _read_card(folder),
         "special_ids": {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None},
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "generation_config": generation,
     }
+
+
+def _read_card(folder: Path) -> dict[str, str]:
+    """Of `CARD_FIELDS`, what the metadata at the head of the folder's README.md states.
+
+    `base_model` is the model's own id where the folder is a hub's cache, else the id of the model it was made from. A
+    card is written for people, so what cannot be read in it keeps nobody from using the model; nothing local is taken.
+    """
+    try:
+        head = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+        content = yaml.safe_load(head[1]) if head else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = None
+    stated = content if isinstance(content, dict) else {}
+    base = stated.get("base_model")
+    stated = stated | {"base_model": base[0] if isinstance(base, list) and len(base) == 1 else base}
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", folder.resolve().as_posix())
+    if cached:
+        stated["base_model"] = f"{cached[1]}/{cached[2]}"
+    found = {name: stated[name] for name in CARD_FIELDS if isinstance(stated.get(name), str)}
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", found.get("base_model", "")):
+        found.pop("base_model", None)
+    if "://" not in found.get("license_link", ""):  # a file that does not travel along
+        found.pop("license_link", None)
+    return found
 
 
 def model_class(architecture: Architecture) -> str:

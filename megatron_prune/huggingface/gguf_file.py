@@ -55,6 +55,7 @@ _OF_LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+BLOCK = 32  # values of a row that Q8_0 quantizes together
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,19 @@ class Converted:
         architecture: llama.cpp's name.
         tensors: how many.
         parameters: their elements.
+        matrices: how many of the tensors are matrices (of q8_0, those that are quantized and `fallbacks`).
         fallbacks: names of tensors stored in f16 instead of Q8_0.
+        rounding: widths by whose rounding all of them would be quantized, as `--prune-round-widths` takes them
+            ("hidden=32 ffn=32"); empty where there is nothing to gain, or a head's own width is in the way.
     """
 
     file: Path
     architecture: str
     tensors: int
     parameters: int
+    matrices: int
     fallbacks: tuple[str, ...]
+    rounding: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,17 @@ def convert(
         staged.unlink(missing_ok=True)
     fallbacks = tuple(entry.name for entry in entries if dtype == "q8_0" and entry.kind == "F16")
     parameters = sum(math.prod(entry.shape) for entry in entries if entry.name != ROPE_FACTORS)
-    return Converted(target, architecture, len(entries), parameters, fallbacks)
+    matrices = sum(len(entry.shape) == 2 for entry in entries)
+    rounding = _rounding(shape) if fallbacks else ""
+    return Converted(target, architecture, len(entries), parameters, matrices, fallbacks, rounding)
+
+
+def _rounding(shape: LlamaShape) -> str:
+    """What `--prune-round-widths` would need for every row to be a multiple of 32; empty where it cannot do it."""
+    if shape.num_attention_heads * shape.kv_channels % BLOCK:  # rows of the attention's output projection
+        return ""
+    widths = {"hidden": shape.hidden_size, "ffn": shape.ffn_hidden_size}
+    return " ".join(f"{name}={BLOCK}" for name, width in widths.items() if width % BLOCK)
 
 
 def _package() -> Any:
@@ -163,7 +179,7 @@ def _entries(weights: FolderWeights, shape: LlamaShape, kind: str) -> Iterator[_
     table = ParamTable.build(shape)
     for name, size in table.hf_shapes(Architecture.full(shape)).items():
         stored = "F32" if len(size) == 1 else kind
-        if stored == "Q8_0" and size[-1] % 32:
+        if stored == "Q8_0" and size[-1] % BLOCK:
             stored = "F16"
         count = next((heads[part] for part in heads if turned and f".{part}." in name), None)
         yield _Entry(gguf_name(name), size, stored, _fetcher(weights, name, count))

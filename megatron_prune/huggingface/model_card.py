@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 import megatron_prune
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import CLASSES, OLDEST_TRANSFORMERS, model_class
@@ -26,6 +28,8 @@ class CardFacts:
 
     Args:
         source_name: name of the source model (no path).
+        base_model: its id on a model hub, or that of the model it was made from. licence: metadata of the source's own
+            card (`license`, `license_name`, `license_link`).
         iteration: optimizer steps taken.
         tokens: training tokens consumed, the pruning phase included.
         pruning_tokens: those consumed until the last group was removed.
@@ -35,6 +39,8 @@ class CardFacts:
     """
 
     source_name: str | None = None
+    base_model: str | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
     iteration: int | None = None
     tokens: int | None = None
     pruning_tokens: int | None = None
@@ -52,13 +58,16 @@ def model_card(architecture: Architecture, plan: KvPlan, dtype: str, stored_para
     """
     full = Architecture.full(architecture.shape)
     is_pruned = architecture.parameters != full.parameters
-    title = f"{facts.source_name} pruned" if is_pruned and facts.source_name else facts.source_name or "A Llama model"
+    name = facts.base_model.rpartition("/")[2] if facts.base_model else facts.source_name or "A Llama model"
+    title = f"{name} pruned to {_rounded(architecture.parameters)} parameters" if is_pruned else name
     shape, kind = architecture.shape, model_class(architecture)
     is_remote = plan.policy == CLUSTER
     class_name = cluster.CLASS if is_remote else CLASSES[kind]
     tags = ["megatron-prune", *(["pruned"] if is_pruned else []), *(["custom_code"] if is_remote else [])]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
-    lines += [*(f"- {tag}" for tag in tags), "---", "", f"# {title}", "", _opening(architecture, full, facts), ""]
+    metadata: dict[str, Any] = dict(facts.licence) | ({"base_model": facts.base_model} if facts.base_model else {})
+    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+    lines += [f"# {title}", "", _opening(architecture, full, facts), ""]
     lines += ["## Architecture", "", *_widths(architecture, full, plan), ""]
     lines += [
         f"Class: `{class_name}`, {shape.num_layers} layers, head dimension {shape.kv_channels}, vocabulary "
@@ -72,17 +81,25 @@ def model_card(architecture: Architecture, plan: KvPlan, dtype: str, stored_para
     code = f"the code that is in `{cluster.MODELING}.py`" if is_remote else "no code of its own"
     lines += ["## Use", "", f"Needs transformers {oldest} or newer, and {code}.", ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    trust = ", trust_remote_code=True" if is_remote else ""
+    trust = ", trust_remote_code=True" if is_remote else ""  # AutoTokenizer reads config.json, whose class is code
     lines += [
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})',
     ]
     return "\n".join([*lines, "```", ""])
 
 
+def _rounded(parameters: int) -> str:
+    """1234567890 -> 1.23B, 67273000 -> 67.3M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= 0.9995 * size:
+            return f"{float(f'{parameters / size:.3g}'):g}{letter}"
+    return str(parameters)
+
+
 def _opening(architecture: Architecture, full: Architecture, facts: CardFacts) -> str:
     size = f"{architecture.parameters:,} parameters"
-    source = facts.source_name or "the source model"
+    source = facts.base_model or facts.source_name or "the source model"
     how = f"megatron_prune {megatron_prune.__version__}"
     if architecture.parameters == full.parameters:
         return f"{size}; exported unpruned with {how}."

@@ -44,8 +44,12 @@ def run_facts(meta: Mapping[str, Any]) -> CardFacts:
         if (stages.get(stage) or {}).get("validation_loss") is not None
     }
     tokens = meta.get("consumed_tokens", meta.get("tokens"))
+    source = source_of(meta)
+    card = dict(source.get("card") or {})
     return CardFacts(
-        source_name=source_of(meta).get("name"),
+        source_name=source.get("name"),
+        base_model=card.pop("base_model", None),
+        licence=card,
         iteration=meta.get("iteration") or None,
         tokens=tokens or None,
         pruning_tokens=history[-1].get("tokens") if history else None,

@@ -68,6 +68,17 @@ def test_checkpoint_is_judged_by_its_export(
     assert "records no data set it was trained on" in capsys.readouterr().err
 
 
+def test_the_dtype_shown_is_the_one_computed_in(
+    model_folders: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--data-path", str(text_file), "--device", "cpu", "--output-dir", str(tmp_path)]
+    for given, shown in ((["--dtype", "bfloat16"], "bfloat16 (stored in float32)"), ([], "float32")):
+        assert evaluate.main(["--hf-model", str(model_folders[1]), *given, *more]) == 0
+        assert f"| {shown} |" in capsys.readouterr().out
+        (found,) = json.loads((tmp_path / "evaluation.json").read_text())["models"]
+        assert found["dtype"] == shown.partition(" ")[0] and found["stored_dtype"] == "float32"
+
+
 def test_mistakes_are_one_line(
     model_folders: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

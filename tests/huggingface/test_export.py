@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from megatron_prune.errors import UserError
@@ -157,7 +158,7 @@ def test_model_card_tells_what_the_run_did_and_no_path(weights: dict[str, Tensor
     export_it(weights, tmp_path / "out", pruned, facts=run_facts(meta), source=source_of(meta))
     card = (tmp_path / "out/README.md").read_text()
     for words in (
-        "tiny-source pruned",
+        f"# tiny-source pruned to {pruned.parameters / 1000:.3g}K parameters",
         f"{pruned.parameters:,} parameters",
         f"{FULL.parameters:,}",
         "| hidden size | 32 | 31 |",
@@ -175,6 +176,36 @@ def test_model_card_tells_what_the_run_did_and_no_path(weights: dict[str, Tensor
     for file in (tmp_path / "out").iterdir():
         content = file.read_bytes()
         assert b"/home" not in content and b"/data/" not in content and str(tmp_path).encode() not in content, file
+
+
+CARD = "---\nlicense: apache-2.0\nlicense_link: LICENSE\nlanguage: [en]\nbase_model: [somebody/Tiny-1M]\n---\n# Tiny\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "card", "base", "licence"),
+    [
+        ("source", CARD, "somebody/Tiny-1M", {"license": "apache-2.0"}),
+        ("models--org--Tiny-1M-Chat/snapshots/0123ab", CARD, "org/Tiny-1M-Chat", {"license": "apache-2.0"}),
+        ("source", "---\nbase_model: /home/somebody/tiny\nlicense: [mit\n---\n", None, {}),
+        ("source", "---\nbase_model: ../tiny\n---\n", None, {}),
+        ("source", "# Tiny\n", None, {}),
+        ("source", None, None, {}),
+    ],
+)
+def test_card_names_base_model_and_licence(weights, tmp_path, folder, card, base, licence) -> None:
+    source = tmp_path / folder
+    export_it(weights, source)
+    (source / "README.md").unlink()
+    if card is not None:
+        (source / "README.md").write_text(card)
+    pruned = FULL.without(Group(STEM, ((3,),)))
+    export_it(weights, tmp_path / "out", pruned, facts=run_facts({"source": read_source(source)}))
+    text = (tmp_path / "out/README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata.get("base_model") == base
+    assert {name: value for name, value in metadata.items() if name.startswith("license")} == licence
+    assert metadata["tags"] == ["megatron-prune", "pruned"] and metadata["library_name"] == "transformers"
+    assert f"# {base.partition('/')[2] if base else 'source'} pruned to {pruned.parameters / 1000:.3g}K" in text
 
 
 def test_meta_without_anything_is_enough(weights: dict[str, Tensor], tmp_path: Path) -> None:

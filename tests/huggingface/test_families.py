@@ -41,7 +41,6 @@ SIZES = {
 }
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 500000.0,
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -50,8 +49,8 @@ LLAMA3 = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama_tied_gqa": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-    "llama3": ("llama", {"rope_parameters": LLAMA3, "num_key_value_heads": 2}),
-    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama3": ("llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "num_key_value_heads": 2}),
+    "linear": ("llama", {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "mistral": ("mistral", {"sliding_window": None, "num_key_value_heads": 4, "head_dim": 12}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "qwen3": ("qwen3", {"num_key_value_heads": 4, "head_dim": 16}),
