@@ -24,7 +24,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(states: dict[str, Any]) -> None:
-    """Inverse of `capture_rng`; the generators of a device stay as they are when the states are of another kind of it."""
+    """Inverse of `capture_rng`; the generators of a device stay as they are when the states are of another kind."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])
