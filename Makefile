@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install constraints test test-full test-newest test-oldest test-gguf test-eval \
+.PHONY: help install constraints test test-full test-transformers test-newest test-oldest test-gguf test-eval \
     test-slurm soak lint types dry-run checks demo bench clean
 
 help:  ## list the targets
@@ -101,6 +101,25 @@ test-gguf: install  ## exported models in llama.cpp (compiles llama-cpp-python t
 test-eval: install  ## accuracies against lm-evaluation-harness (installs it the first time: some 50 packages)
 	@$(PIP_INSTALL) $(PINS) -e '.[eval]'
 	@$(PYTEST) tests/evaluation $(ARGS)
+
+# Each version in an environment of its own, without the project's own lower end: exports load with older ones, too.
+VERSIONS ?= 4.48 4.57 5.23 5.24
+TRANSFORMERS_ENVS = $(patsubst %,build/transformers-%/.installed,$(VERSIONS))
+
+build/transformers-%/.installed:
+	@echo "test-transformers: transformers $* into $(@D)"
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(TORCH_PIP_ARGS) $(TORCH)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' 'transformers==$*.*'
+	@touch $@
+
+test-transformers: $(TRANSFORMERS_ENVS)  ## exported models in several transformers (VERSIONS="4.57 5.24"): docs/gqa.md
+	@for version in $(VERSIONS); do \
+	    python=build/transformers-$$version/bin/python; \
+	    $$python -c 'import torch, transformers; print("transformers", transformers.__version__, "torch", torch.__version__)'; \
+	    OMP_NUM_THREADS=1 $$python -m pytest -q -m "not full" tests/huggingface/test_cluster.py \
+	        tests/huggingface/test_verify.py $(ARGS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "test-transformers: failed with$$failed" >&2; exit 1; }
 
 soak: install  ## kill runs at random moments, 200 times or for an hour; goes on where it stopped (ARGS="--minutes 10")
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --dir build/soak $(ARGS)

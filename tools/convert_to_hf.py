@@ -4,7 +4,8 @@
 
 Live units only, one tensor in memory at a time, with tokenizer, generation config and model card. Stock classes load
 it; with `--kv-policy cluster` it brings code of its own (`trust_remote_code=True`). `--verify` loads the folder with
-transformers and compares its logits on text with the training model's. A mistake is one line on
+transformers and compares its weights and its logits on
+text, with and without a cache, with the training model's. A mistake is one line on
 stderr and exit status 2; a failed verification exits with 1.
 """
 
@@ -40,9 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="a run's folder, or one of its iter_... folders")
+    add("--load", metavar="DIR", help="a run's folder, or one of its iter_... folders")
     add("--ckpt-step", type=int, metavar="N", help="iteration; the newest unless given")
-    add("--save", required=True, metavar="DIR", help="folder to write; must not hold anything")
+    add("--save", metavar="DIR", help="folder to write; must not hold anything")
     add("--overwrite", action="store_true", help="replace a model that is in the folder")
     add(
         "--kv-policy",
@@ -58,14 +59,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-tokenizer", action="store_true", help="export without a tokenizer")
     add("--base-model", metavar="ID", help="the source's id on a model hub, for the model card; as known unless given")
     add("--license", metavar="ID", help="of the model, for the model card; the one in the source's card unless given")
-    add("--verify", action="store_true", help="compare logits (and token ids) with stock transformers")
+    add("--verify", action="store_true", help="compare weights and logits with stock transformers, cached steps too")
     add("--verify-text", metavar="FILE", help="text to compare on; Python's own reference texts unless given")
-    add("--verify-tolerance", type=float, default=1e-4, metavar="X", help="largest difference of logits, in fp32")
-    return parser.parse_args(argv)
+    add(
+        "--verify-tolerance",
+        type=float,
+        metavar="X",
+        help="largest difference of fp32 logits; judged by the model's own rounding unless given",
+    )
+    add("--refresh-code", metavar="DIR", help="only bring the code in an export of --kv-policy cluster up to date")
+    arguments = parser.parse_args(argv)
+    if arguments.refresh_code is None and not (arguments.load and arguments.save):
+        parser.error("--load and --save are needed (or --refresh-code)")
+    if arguments.refresh_code is not None and (arguments.load or arguments.save):
+        parser.error("--refresh-code DIR changes the code in DIR and nothing else: it goes without --load and --save")
+    return arguments
 
 
 def convert(arguments: argparse.Namespace) -> bool:
     """Export and, where asked, verify; False when the verification failed. Raises UserError."""
+    if arguments.refresh_code is not None:
+        from megatron_prune.huggingface.cluster import refresh_code
+
+        changed = refresh_code(arguments.refresh_code)
+        print(f"{arguments.refresh_code}: {' and '.join(changed) or 'nothing'} brought up to date")
+        return True
     from megatron_prune.checkpoint import CheckpointReader
     from megatron_prune.huggingface.export import export
     from megatron_prune.huggingface.provenance import source_of
@@ -151,11 +169,19 @@ def choose_tokenizer(arguments: argparse.Namespace, reader: CheckpointReader) ->
 
 
 def verify(arguments: argparse.Namespace, reader: CheckpointReader, done: Exported, tokenizer: str | None) -> bool:
-    """Compare logits of the folder and of the training model; prints the outcome."""
+    """Compare the folder's weights and logits with the training model's, also with a cache; prints each outcome."""
     from transformers.utils import logging as transformers_logging
 
+    from megatron_prune.huggingface.export import stored_weights
     from megatron_prune.huggingface.kv_policy import CLUSTER
-    from megatron_prune.huggingface.verify import sample_tokens, stock_logits, training_logits
+    from megatron_prune.huggingface.verify import (
+        ROUNDINGS,
+        load_stock_model,
+        run_stock,
+        sample_tokens,
+        training_logits,
+        wrong_weight,
+    )
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
@@ -167,21 +193,39 @@ def verify(arguments: argparse.Namespace, reader: CheckpointReader, done: Export
         done.folder if has_tokenizer else None, text, architecture.shape.vocab_size, SEQUENCES, length
     )
     transformers_logging.disable_progress_bar()
-    exported = stock_logits(done.folder, tokens, trust_remote_code=done.plan.policy == CLUSTER)
+    model = load_stock_model(done.folder, trust_remote_code=done.plan.policy == CLUSTER)
+    wrong = wrong_weight(model, stored_weights(reader.read, architecture, done.plan, done.dtype))
+    exported = run_stock(model, tokens)
+    del model
     mesh = init_mesh(choose_device("cpu"), 1, 1)
     try:
         # Rounded as the export is, so that what remains is what the export did wrong.
         trained = training_logits(lambda name: reader.read(name).to(done.dtype), architecture, tokens, mesh)
     finally:
         close_mesh()
-    difference = (exported - trained).abs().max().item()
-    passed = difference <= arguments.verify_tolerance  # False for NaN
+    asked = arguments.verify_tolerance
+    limit = exported.tolerance if asked is None else asked
+    difference = (exported.logits - trained).abs().max().item()
+    what = (
+        f"{ROUNDINGS} times this model's own fp32 rounding ({exported.rounding:.1e})" if asked is None else f"{asked:g}"
+    )
+    close = difference <= limit  # False for NaN
     print(
         f"verify: {tokens.numel():,} {'tokens of text' if has_tokenizer else 'random ids'}; logits (up to "
         f"{trained.abs().max().item():.1f}) of transformers and of the training model differ by at most "
-        f"{difference:.2e}, {'within' if passed else 'NOT WITHIN'} {arguments.verify_tolerance:g}"
+        f"{difference:.2e}, {'within' if close else 'NOT WITHIN'} {what}"
     )
-    return passed
+    is_cached = exported.cached <= exported.tolerance
+    print(
+        f"verify: steps with a cache differ from those without by at most {exported.cached:.2e}, "
+        f"{'within' if is_cached else 'NOT WITHIN'} {ROUNDINGS} times rounding; greedy generation with and without it "
+        f"{'gives the same' if exported.generated_alike else 'DIFFERS'}"
+    )
+    print(
+        "verify: "
+        + (f"{wrong} is NOT what the checkpoint holds" if wrong else "every weight is bit for bit as in the checkpoint")
+    )
+    return close and is_cached and exported.generated_alike and wrong is None
 
 
 def read_text(file: str | None) -> str:

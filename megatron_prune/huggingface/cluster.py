@@ -3,6 +3,7 @@
     served_by           Architecture -> which KV head each query head uses, layer by layer
     config_json         Architecture -> the `config.json` of a `--kv-policy cluster` export
     copy_code           the configuration and model classes, into the exported folder
+    refresh_code        the same into a folder exported earlier
     read_architecture   folder -> Architecture: an export of that kind with its recorded live units, any other as a
                         source model of its own
 
@@ -14,6 +15,7 @@ stands beside that record in `config.json` must say the same.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -71,9 +73,40 @@ def config_json(architecture: Architecture, dtype: str, special_ids: Mapping[str
 
 def copy_code(folder: Path) -> None:
     """Write the two files that `auto_map` names into `folder`."""
+    for name, content in _code().items():
+        (folder / name).write_bytes(content)
+
+
+def refresh_code(folder: str | Path) -> list[str]:
+    """Bring the code in an exported folder up to date; returns the files that were not. Nothing else is touched.
+
+    Raises:
+        UserError: it is no cluster export, or cannot be written. Each file is the old one or the new one.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--refresh-code {folder}: holds no config.json; name the folder of an exported model")
+    if stock.read_json(folder / "config.json").get("model_type") != MODEL_TYPE:
+        raise UserError(f"--refresh-code {folder}: is no export of --kv-policy cluster, so it has no code of its own")
+    changed = []
+    for name, content in _code().items():
+        file, fresh = folder / name, folder / f".{name}.{os.getpid()}.partial"
+        if file.is_file() and file.read_bytes() == content:
+            continue
+        try:
+            fresh.write_bytes(content)
+            fresh.replace(file)
+        except OSError as error:
+            raise UserError(f"--refresh-code {folder}: {name} cannot be written: {error}") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+        changed.append(name)
+    return changed
+
+
+def _code() -> dict[str, bytes]:
     code = resources.files("megatron_prune.huggingface") / "remote"
-    for name in (f"{CONFIGURATION}.py", f"{MODELING}.py"):
-        (folder / name).write_bytes((code / name).read_bytes())
+    return {name: (code / name).read_bytes() for name in (f"{CONFIGURATION}.py", f"{MODELING}.py")}
 
 
 def read_architecture(folder: str | Path) -> Architecture:

@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,8 @@ def _write_weights(
     folder: Path, read: Reader, architecture: Architecture, plan: KvPlan, dtype: torch.dtype, max_bytes: int
 ) -> tuple[list[Path], int]:
     """Stream all tensors; returns the files and how many parameters they hold."""
-    table = ParamTable.build(architecture.shape)
-    live = table.hf_shapes(architecture)
-    where: dict[str, tuple[Part, int]] = {part.hf_name: (part, row.layer) for row in table.rows for part in row.parts}
+    live = ParamTable.build(architecture.shape).hf_shapes(architecture)
+    where = _parts(architecture)
     entries = [Entry(name, plan.stored_shape(part, layer, live[name])) for name, (part, layer) in where.items()]
 
     def fetch(name: str) -> Tensor:
@@ -145,6 +145,23 @@ def _write_weights(
 
     files = write_shards(folder, plan_shards(entries, dtype, max_bytes), dtype, fetch)
     return files, sum(entry.elements for entry in entries)
+
+
+def stored_weights(
+    read: Reader, architecture: Architecture, plan: KvPlan, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """For every weight of an export: its name, and a function that reads it anew, as it should be stored."""
+    for name, (part, layer) in _parts(architecture).items():
+        yield name, partial(_stored, read, plan, part, layer, name, dtype)
+
+
+def _stored(read: Reader, plan: KvPlan, part: Part, layer: int, name: str, dtype: torch.dtype) -> Tensor:
+    return plan.apply(part, layer, read(name)).to(dtype)
+
+
+def _parts(architecture: Architecture) -> dict[str, tuple[Part, int]]:
+    table = ParamTable.build(architecture.shape)
+    return {part.hf_name: (part, row.layer) for row in table.rows for part in row.parts}
 
 
 def _write_settings(

@@ -1,15 +1,23 @@
 """Does the exported folder compute what the training model does? Both run on the same tokens in fp32.
 
     load_stock_model  the folder, loaded with `AutoModelForCausalLM` alone, every weight accounted for
+    wrong_weight      the first of its weights that is not bit for bit what the checkpoint holds
     stock_logits      that model's logits
+    run_stock         the same, how far fp32 rounding moves them, and whether a cache changes them
     training_logits   the training model (`PrunableLlama`) on one rank, filled with an architecture's live tensors
     sample_tokens     token ids of real text, as the exported tokenizer gives them
 
-Call `stock_logits` first: with CUDA there, the CPU runtime of `training_logits` redirects its calls process-wide.
+Elements are compared as bits, so that the logits only have to show that the same is computed with them. They are judged
+by the model's own rounding: massive activations move fp32 logits by 1e-3 and more, other models' by 1e-6.
+
+Call `stock_logits` and `run_stock` first: with CUDA there, the CPU runtime of `training_logits` redirects its calls
+process-wide.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +70,109 @@ def stock_logits(folder: str | Path, tokens: Tensor, trust_remote_code: bool = F
     model = load_stock_model(folder, trust_remote_code)
     with torch.no_grad():
         return model.float().eval()(tokens, use_cache=False).logits
+
+
+ROUNDINGS = 8
+"""Two fp32 computations in different orders may differ by so many times what one differs from float64: each errs by
+about one such step, and the largest of a million logits' errors varies by a small factor."""
+
+PROMPT, GENERATED = 16, 16
+
+
+@dataclass(frozen=True)
+class StockRun:
+    """What transformers computes from the folder.
+
+    Attributes:
+        logits: fp32 [B, S, vocabulary].
+        rounding: largest difference of these from the same in float64; at least one ulp of the largest logit.
+        cached: largest difference when the second half comes after a cache of the first: one token, then the others.
+        generated_alike: greedy generation gives the same ids with and without cache, up to ties within rounding.
+    """
+
+    logits: Tensor
+    rounding: float
+    cached: float
+    generated_alike: bool
+
+    @property
+    def tolerance(self) -> float:
+        """How far logits may be from these without anything being wrong."""
+        return ROUNDINGS * self.rounding
+
+
+def run_stock(model: Any, tokens: Tensor) -> StockRun:
+    """Run transformers' `model` on int64 `tokens` [B, S], S >= 2, after making it fp32 and not training."""
+    model.float().eval()
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+        exact = _float64_logits(model, tokens)
+        ulp = torch.finfo(torch.float32).eps * exact.abs().max().item()
+        rounding = max((logits - exact).abs().max().item(), ulp)
+        cached = (_cached_logits(model, tokens) - logits[:, tokens.shape[1] // 2 :]).abs().max().item()
+        alike = _generates_alike(model, tokens, ROUNDINGS * rounding)
+    return StockRun(logits, rounding, cached, alike)
+
+
+def _float64_logits(model: Any, tokens: Tensor) -> Tensor:
+    """float64 logits of an fp32 model; one module at a time is enlarged, so memory stays about the same.
+
+    (Norms' reciprocal roots stay in fp32 in transformers. They scale a token's channels alike, to 1e-7.)
+    """
+    hooks = []
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            hooks.append(module.register_forward_pre_hook(lambda module, _: module.double() and None))
+            hooks.append(module.register_forward_hook(lambda module, *_: module.float() and None))
+    try:
+        return model(tokens, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _cached_logits(model: Any, tokens: Tensor) -> Tensor:
+    """Logits of the second half: its first token alone behind a cache, then the others."""
+    half = tokens.shape[1] // 2
+    given, found = {"use_cache": True}, []
+    for part in (tokens[:, :half], tokens[:, half : half + 1], tokens[:, half + 1 :]):
+        if not part.shape[1]:
+            continue
+        output = model(part, **given)
+        name = "cache" if "cache" in output else "past_key_values"  # transformers 5.24 renamed it
+        given = {"use_cache": True, name: output[name]}
+        found.append(output.logits)
+    return torch.cat(found[1:], dim=1)
+
+
+def _generates_alike(model: Any, tokens: Tensor, tolerance: float) -> bool:
+    """Greedy generation of a few tokens with and without cache; a choice between equals may fall either way."""
+    prompt = tokens[:, : min(PROMPT, tokens.shape[1] // 2)]
+    count = min(GENERATED, tokens.shape[1] - prompt.shape[1])
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+    mask = torch.ones_like(prompt)
+    ours, theirs = (model.generate(prompt, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    for row in (ours != theirs).any(dim=1).nonzero().flatten().tolist():
+        first = int((ours[row] != theirs[row]).nonzero()[0])
+        logits = model(ours[row : row + 1, :first], use_cache=False).logits[0, -1]
+        if not (logits[ours[row, first]] - logits[theirs[row, first]]).abs() <= 2 * tolerance:
+            return False
+    return True
+
+
+def wrong_weight(model: Any, expected: Iterable[tuple[str, Callable[[], Tensor]]]) -> str | None:
+    """The name of the first weight of transformers' `model` that is not bit for bit the expected one, or None.
+
+    Args:
+        expected: for every weight of the file: its name and a function that fetches it as it should be stored. One at
+            a time is in memory.
+    """
+    loaded = model.state_dict()
+    for name, fetch in expected:
+        tensor = fetch()
+        if loaded[name].shape != tensor.shape or not torch.equal(loaded[name].to(tensor.dtype), tensor):
+            return name
+    return None
 
 
 def training_logits(read: Reader, architecture: Architecture, tokens: Tensor, mesh: Mesh) -> Tensor:

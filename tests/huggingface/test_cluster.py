@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.config import shape_from_config
@@ -101,7 +102,23 @@ class Exports:
         return self.base / f"{case}_{policy}"
 
     def load(self, case: str, policy: str = CLUSTER, attention: str = "sdpa") -> Any:
+        if policy == EXPAND and case == "qwen3":
+            needs("4.51")  # this version's stock classes lack Qwen 3; the cluster export brings what it needs
         return load(self.folder(case, policy), attention, policy == CLUSTER)
+
+
+def needs(version: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    if Version(transformers.__version__) < Version(version):
+        pytest.skip(f"needs transformers {version}")
+
+
+def cached(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each layer's keys and values [B, K, T, D] after TOKENS; old versions keep them in two lists."""
+    cache = model(TOKENS, use_cache=True).past_key_values
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache))
 
 
 def load(folder: Path, attention: str = "sdpa", trust: bool = True, **options: Any) -> Any:
@@ -190,6 +207,7 @@ def test_cache_is_read_under_every_name_and_none_is_swallowed(exports: Exports) 
 
 
 def test_beams_and_a_static_cache_give_what_the_expanded_model_gives(exports: Exports) -> None:
+    needs("4.50")  # older ones refuse a static cache
     compact, stock = exports.load("llama"), exports.load("llama", EXPAND)
     for options in ({"num_beams": 3}, {"cache_implementation": "static"}):
         arguments = GREEDY | options
@@ -202,14 +220,13 @@ def test_only_live_kv_heads_are_stored_and_cached(case: str, exports: Exports) -
     assert done.stored_parameters == a.parameters
     model = exports.load(case)
     assert sum(parameter.numel() for parameter in model.parameters()) == a.parameters
-    cache = model(TOKENS, use_cache=True).past_key_values
-    heads = [layer.keys.shape[1] for layer in cache.layers]
+    heads = [keys.shape[1] for keys, _ in cached(model)]
     assert heads == [len(a.kv_heads(layer)) for layer in range(4)]
-    per_token = sum(layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers)
+    per_token = sum(keys[0, :, 0].numel() + values[0, :, 0].numel() for keys, values in cached(model))
     assert per_token == a.kv_cache_channels == done.plan.cache_elements(a)
-    stock = exports.load(case, EXPAND)(TOKENS, use_cache=True).past_key_values
+    stock = cached(exports.load(case, EXPAND))
     expanded = exports.done[case, EXPAND].plan.cache_elements(a)
-    assert sum(2 * layer.keys[0, :, 0].numel() for layer in stock.layers) == expanded >= per_token
+    assert sum(2 * keys[0, :, 0].numel() for keys, _ in stock) == expanded >= per_token
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
