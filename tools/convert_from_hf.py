@@ -16,14 +16,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
 
+if TYPE_CHECKING:
+    from megatron_prune.huggingface.weights import Reader
+
 GIB = 2**30
+LISTED = 10  # added tokens that are named
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
 
@@ -33,6 +37,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hf-model", required=True, metavar="DIR", help="folder with config.json and weights")
     parser.add_argument("--save", required=True, metavar="DIR", help="the checkpoint's folder; must not hold anything")
     parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16; as stored in DIR unless given")
+    parser.add_argument(
+        "--resize-vocab",
+        action="store_true",
+        help="give the model rows for tokens that its tokenizer adds to the vocabulary (each the mean of the others)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, write nothing")
     return parser.parse_args(argv)
 
@@ -53,6 +62,9 @@ def convert(arguments: argparse.Namespace) -> None:
         raise UserError(f"--save {save}: is there already; name a folder that does not exist or is empty")
     weights = FolderWeights(folder)
     weights.check(architecture)
+    read: Reader = weights
+    if arguments.resize_vocab:
+        architecture, read = resize(folder, architecture, weights)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else weights.dtype
     files = len({stored.file for stored in weights.stored.values()})
     print(
@@ -70,7 +82,7 @@ def convert(arguments: argparse.Namespace) -> None:
         "consumed_tokens": 0,
         "history": [],
     }
-    written = write(weights, save, architecture, dtype, state)
+    written = write(read, len(weights.stored), save, architecture, dtype, state)
     print(f"{written}: {architecture.parameters:,} parameters in {dtype_name(dtype)}")
 
 
@@ -111,31 +123,46 @@ def plan(architecture: Architecture) -> list[str]:
 
 def find_tokenizer(folder: Path, shape: LlamaShape) -> tuple[str | None, str]:
     """(path to record as the model's tokenizer, what to say about it)."""
-    from megatron_prune.data.tokenizer import build_tokenizer
+    from megatron_prune.data.tokenizer import build_tokenizer, check_rows
 
     try:
         tokenizer = build_tokenizer(None, str(folder.resolve()))
+        check_rows(tokenizer, shape.vocab_size, "--hf-model")
     except UserError as error:
         return None, f"tokenizer: none recorded, name one for training and export ({error})"
-    if tokenizer.vocab_size > shape.vocab_size:
-        return None, (
-            f"tokenizer: none recorded; the one in {folder} has {tokenizer.vocab_size:,} ids, the model has "
-            f"{shape.vocab_size:,}"
-        )
     return tokenizer.path, f"tokenizer: {tokenizer.kind} with {tokenizer.vocab_size:,} ids, recorded"
 
 
-def write(weights: Any, save: Path, architecture: Architecture, dtype: Any, state: dict[str, Any]) -> Path:
-    """Stream the weights into a checkpoint of iteration 0; its folder."""
+def resize(folder: Path, architecture: Architecture, read: Reader) -> tuple[Architecture, Reader]:
+    """The model with a row for every id of its tokenizer. Raises UserError if that is another model's."""
+    from megatron_prune.data.tokenizer import build_tokenizer, check_rows
+    from megatron_prune.huggingface.resize import resized, with_rows
+
+    tokenizer = build_tokenizer(None, str(folder))
+    have, want = architecture.shape.vocab_size, tokenizer.vocab_size
+    if tokenizer.base_size > have:
+        check_rows(tokenizer, have, f"--hf-model {folder}")
+    if want <= have:
+        print(f"rows: the model has {have:,}, its tokenizer {want:,} ids; none to add")
+        return architecture, read
+    added = ", ".join(ascii(tokenizer.text_of(number)) for number in range(have, min(want, have + LISTED)))
+    print(f"rows: {want - have:,} added for {added}{' and more' if want > have + LISTED else ''}; {want:,} now")
+    return resized(architecture, want), with_rows(read, want)
+
+
+def write(
+    read_source: Reader, count: int, save: Path, architecture: Architecture, dtype: Any, state: dict[str, Any]
+) -> Path:
+    """Stream `count` tensors into a checkpoint of iteration 0; its folder."""
     from megatron_prune.checkpoint import CheckpointSaveError, save_weights
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
-    with tqdm(total=len(weights.stored), unit="tensor", desc="writing", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=count, unit="tensor", desc="writing", disable=not sys.stderr.isatty()) as bar:
 
         def read(hf_name: str) -> Any:
             bar.update()
-            return weights(hf_name)
+            return read_source(hf_name)
 
         mesh = init_mesh(choose_device("cpu"), 1, 1)
         try:

@@ -234,7 +234,7 @@ def all_corpora(candidate: Candidate, plan: Plan) -> list[Corpus]:
                 json_key=arguments.json_key,
                 samples=arguments.eval_samples,
             )
-            corpora.append(text_corpus(text, candidate.tokenizer(), length))
+            corpora.append(text_corpus(text, candidate.tokenizer(), length, candidate.vocab_size))
         else:
             indexed = IndexedOptions(path, arguments.split, arguments.seed, arguments.eval_samples)
             corpora.append(indexed_corpus(indexed, candidate, length, cache))

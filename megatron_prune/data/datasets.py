@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megatron_prune.data.guarded import guarded, raise_file_limit
 from megatron_prune.data.index_cache import FIELD as CACHE_FIELD
 from megatron_prune.data.indexed import IndexedData, bin_path, idx_path, inspect
-from megatron_prune.data.tokenizer import Tokenizer
+from megatron_prune.data.tokenizer import Tokenizer, check_rows
 from megatron_prune.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -143,8 +143,9 @@ def check_vocabulary(tokenizer: Tokenizer, blend: Blend, vocab_size: int) -> Non
     Raises:
         UserError: they do not.
     """
+    check_rows(tokenizer, vocab_size)
     unused = vocab_size - tokenizer.vocab_size
-    if unused < 0 or unused > max(_PADDING_IDS, _PADDING_SHARE * vocab_size):
+    if unused > max(_PADDING_IDS, _PADDING_SHARE * vocab_size):
         raise UserError(
             f"data.tokenizer_model (--tokenizer-model): {tokenizer.path} has {tokenizer.vocab_size} ids, the model "
             f"{vocab_size}; use the model's own tokenizer"

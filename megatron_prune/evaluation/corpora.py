@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_prune.data.datasets import Blend, blend_words, build_datasets, check_vocabulary, parse_blend
 from megatron_prune.data.documents import SEPARATORS, read_documents
 from megatron_prune.data.indexed import bin_path
-from megatron_prune.data.tokenizer import Tokenizer
+from megatron_prune.data.tokenizer import Tokenizer, check_rows
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.models import Candidate
 
@@ -122,11 +122,15 @@ def check_corpus(path: str, document_separator: str = SEPARATORS[0], json_key: s
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
-def text_corpus(options: TextOptions, tokenizer: Tokenizer, seq_length: int) -> Corpus:
+def text_corpus(options: TextOptions, tokenizer: Tokenizer, seq_length: int, vocab_size: int | None = None) -> Corpus:
     """The windows of a text file: ceil(tokens / seq_length) of them, the last one filled up with `IGNORED`.
 
+    Args:
+        vocab_size: the model's number of ids, to check that it has a row for each token; None: not checked.
+
     Raises:
-        UserError: the file cannot be read or holds no text, or bos is wanted and the tokenizer has none.
+        UserError: the file cannot be read or holds no text, bos is wanted and the tokenizer has none, or the text holds
+            a token that the model has no row for.
     """
     if options.prepend_bos and tokenizer.bos is None:
         raise UserError(f"--add-bos: {tokenizer.path} has no begin-of-sequence id")
@@ -140,7 +144,10 @@ def text_corpus(options: TextOptions, tokenizer: Tokenizer, seq_length: int) -> 
         words += len(document.text.split())
     if not text_bytes:
         raise UserError(f"{FIELD}: {options.path} holds no text")
-    windows = _TextWindows(np.concatenate([[tokenizer.eod], *ids]).astype(np.int32), seq_length, options.samples)
+    row = np.concatenate([[tokenizer.eod], *ids]).astype(np.int32)
+    if vocab_size is not None and row.max() >= vocab_size:
+        check_rows(tokenizer, vocab_size, f"{FIELD}: {options.path}")
+    windows = _TextWindows(row, seq_length, options.samples)
     is_whole = windows.is_whole
     return Corpus(Path(options.path).name, windows, text_bytes if is_whole else None, words if is_whole else None)
 

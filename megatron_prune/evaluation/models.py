@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
-from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer
+from megatron_prune.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, build_tokenizer
+from megatron_prune.data.tokenizer_files import VOCABULARY_FILES, find_tokenizer, holds_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_json
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.provenance import source_of, tokenizer_of
 from megatron_prune.huggingface.shards import DTYPES, dtype_name
 from megatron_prune.huggingface.tokenizer import adds_bos, export_tokenizer
+from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.huggingface.verify import load_stock_model
 from megatron_prune.huggingface.weights import HEAD_WEIGHT, FolderWeights
 
@@ -111,7 +113,7 @@ def _whole(config: dict[str, Any], field: str, file: Path) -> int:
 
 def _tokenizer(folder: Path, scratch: Path, tokenizer_model: str | None) -> tuple[Path | None, Path | None]:
     """(what `build_tokenizer` reads, the folder that transformers reads)."""
-    if _holds_tokenizer(folder):
+    if holds_tokenizer(folder):
         source = folder
     elif tokenizer_model is not None:
         source = Path(tokenizer_model)
@@ -119,17 +121,15 @@ def _tokenizer(folder: Path, scratch: Path, tokenizer_model: str | None) -> tupl
             raise UserError(f"--tokenizer-model {tokenizer_model}: does not exist")
     else:
         return None, None
-    if source.is_dir() and ((source / "tokenizer.json").is_file() or (source / "vocab.json").is_file()):
-        return source, source
-    if source.suffix == ".json":
-        return source, source.parent
+    place = find_tokenizer(source)
     converted = scratch / "tokenizer"
-    export_tokenizer(source / "tokenizer.model" if source.is_dir() else source, converted, None)
+    if place.kind == HUGGING_FACE and place.vocabulary.name in VOCABULARY_FILES:
+        return source, place.folder
+    if place.kind == HUGGING_FACE:
+        copy_tokenizer(place, converted)
+        return source, converted
+    export_tokenizer(place.vocabulary, converted, None)
     return source, converted
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def export_checkpoint(

@@ -23,14 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer
+from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer, check_rows
+from megatron_prune.data.tokenizer_files import SIDE_FILES, find_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import SPECIAL_IDS, WRITTEN_FOR, config_json
 from megatron_prune.huggingface.kv_policy import AUTO, CLUSTER, KvPlan
 from megatron_prune.huggingface.model_card import CardFacts, model_card
 from megatron_prune.huggingface.shards import DTYPES, Entry, dtype_name, parse_size, plan_shards, write_shards
-from megatron_prune.huggingface.tokenizer import copy_tokenizer, export_tokenizer
+from megatron_prune.huggingface.tokenizer import export_tokenizer
+from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.param_axes import ParamTable, Part
 
@@ -89,11 +91,8 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; use {', '.join(DTYPES)}")
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model) if tokenizer_model else None
-    if tokenizer is not None and tokenizer.vocab_size > architecture.shape.vocab_size:
-        raise UserError(
-            f"--tokenizer-model {tokenizer_model}: has {tokenizer.vocab_size} ids, more than the model's vocabulary of "
-            f"{architecture.shape.vocab_size}; name the tokenizer it was trained with"
-        )
+    if tokenizer is not None:
+        check_rows(tokenizer, architecture.shape.vocab_size, "--tokenizer-model")
     stored = DTYPES[dtype] if dtype else read(EMBEDDING).dtype
     staged = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
@@ -193,19 +192,25 @@ def _special_ids(source: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_s
     found: dict[str, Any] = {}
     for name in SPECIAL_IDS:
         value = ids.get(name)
-        each = value if isinstance(value, list) else [value]
-        if all(isinstance(one, int) and 0 <= one < vocab_size for one in each) and each:
+        if isinstance(value, list):
+            value = [one for one in value if isinstance(one, int) and 0 <= one < vocab_size]
+            if value:
+                found[name] = value
+        elif isinstance(value, int) and 0 <= value < vocab_size:
             found[name] = value
     return found
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
     """Tokenizer files; after config.json, which has a say in the class that transformers picks."""
-    path = Path(tokenizer.path)
-    if tokenizer.kind == SENTENCEPIECE:
-        export_tokenizer(path / "tokenizer.model" if path.is_dir() else path, folder, max_length)
-    else:
-        copy_tokenizer(path if path.is_dir() else path.parent, folder)
+    place = find_tokenizer(tokenizer.path, tokenizer.kind)
+    if tokenizer.kind != SENTENCEPIECE:
+        copy_tokenizer(place, folder)
+        return
+    export_tokenizer(place.vocabulary, folder, max_length)
+    beside = [name for name in SIDE_FILES if Path(tokenizer.path).is_dir() and (place.folder / name).exists()]
+    if beside:
+        logger.warning("%s: trained with as SentencePiece alone; %s left out", place.vocabulary, ", ".join(beside))
 
 
 def _put_in_place(staged: Path, target: Path) -> None:

@@ -120,7 +120,7 @@ def convert(
     staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(None, architecture)
     _write_metadata(writer, gguf, shape, folder, dtype)
-    _write_vocabulary(writer, vocabulary, folder)
+    _write_vocabulary(writer, vocabulary)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_tensors(writer, gguf, entries, staged, on_tensor)
@@ -268,7 +268,7 @@ def _write_metadata(writer: Any, gguf: Any, shape: LlamaShape, folder: Path, dty
         writer.add_rope_scaling_factor(shape.rope_scaling["factor"])
 
 
-def _write_vocabulary(writer: Any, vocabulary: Vocabulary, folder: Path) -> None:
+def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -287,6 +287,5 @@ def _write_vocabulary(writer: Any, vocabulary: Vocabulary, folder: Path) -> None
         writer.add_remove_extra_whitespaces(vocabulary.remove_extra_whitespaces)
     if vocabulary.charsmap:
         writer.add_precompiled_charsmap(vocabulary.charsmap)
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        writer.add_chat_template(template.read_text(encoding="utf-8"))
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)

@@ -2,12 +2,15 @@
 
     read_vocabulary   folder -> Vocabulary: SentencePiece BPE (`llama`) or unigram (`t5`), or byte-level BPE (`gpt2`)
 
+Which file is the tokenizer's is decided in data.tokenizer_files, as for training and export. A SentencePiece-like
+tokenizer.json needs no tokenizer.model beside it (sentencepiece_from_json).
 llama.cpp tokenizes with code of its own and knows a byte-level BPE's pre-tokenizer by name only. What it would not do
 exactly is refused by name: other ids than the model was trained with ruin it without a word.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -15,14 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.tokenizer_files import (
+    SENTENCEPIECE,
+    TOKENIZER_MODEL,
+    TokenizerPlace,
+    find_tokenizer,
+    holds_tokenizer,
+    read_json,
+)
+from megatron_prune.data.tokenizer_library import added_tokens, load_library
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.config import read_json
-from megatron_prune.huggingface.sentencepiece_model import Kind, SentencePieceModel, read_model
-from megatron_prune.huggingface.tokenizer import adds_bos
+from megatron_prune.huggingface.chat import as_setting, chat_templates
+from megatron_prune.huggingface.sentencepiece_from_json import check_same_ids, model_from_json
+from megatron_prune.huggingface.sentencepiece_model import Kind, SentencePieceModel, belongs, read_model
 
 logger = logging.getLogger(__name__)
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's token types, which are SentencePiece's
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # GGUF's token types, which are SentencePiece's
+_NAMES = ("bos", "eos", "unk", "pad")
+_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
+# Ends of text that llama.cpp stops at wherever the vocabulary has them.
+_KNOWN_ENDS = {
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"),
+}
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,9 +61,10 @@ class Vocabulary:
         tokens, types: one per id; types are GGUF's.
         scores: of SentencePiece pieces, else None.
         merges: of a byte-level BPE, "a b" each, else None.
-        special: ids by GGUF's names (`bos`, `eos`, `unk`, `pad`), those that there are.
+        special: ids by GGUF's names (`bos`, `eos`, `unk`, `pad`; `eot`, `eom`: further ends of text), those there are.
         add_bos, add_space_prefix, remove_extra_whitespaces: what llama.cpp does to every text; None leaves its default.
         charsmap: SentencePiece's normalization table, which llama.cpp applies for `t5` only; empty: none.
+        chat_template: one, or a list of named ones (`name`, `template`), None: none.
     """
 
     model: str
@@ -59,65 +78,131 @@ class Vocabulary:
     add_space_prefix: bool | None = None
     remove_extra_whitespaces: bool | None = None
     charsmap: bytes = b""
+    chat_template: str | list[dict[str, str]] | None = None
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """The tokenizer of a model with `vocab_size` ids; ids that the tokenizer lacks become unused tokens.
 
+    Which file is the tokenizer's, and its special tokens, is what `find_tokenizer` and transformers say; ids that
+    config.json names count only where the tokenizer names none. Added tokens beyond the model's rows are left out, with
+    a warning: the model cannot be given them.
+
     Raises:
         UserError: there is no tokenizer, or none that llama.cpp would reproduce.
     """
-    added = _added_tokens(folder)
-    if (folder / "tokenizer.model").is_file():
-        vocabulary = _sentencepiece(folder, added)
-    elif (folder / "tokenizer.json").is_file():
-        vocabulary = _byte_level(folder, added)
-    else:
+    if not holds_tokenizer(folder):
         raise UserError(f"{folder}: holds neither tokenizer.model nor tokenizer.json; a GGUF file needs a tokenizer")
-    missing = vocab_size - len(vocabulary.tokens)
-    if missing < 0:
-        raise UserError(f"{folder}: its tokenizer has {len(vocabulary.tokens)} ids, the model {vocab_size}")
-    first = len(vocabulary.tokens)
-    vocabulary.tokens.extend(f"[PAD{first + number}]" for number in range(missing))
-    vocabulary.types.extend([UNUSED] * missing)
-    if vocabulary.scores is not None:
-        vocabulary.scores.extend([-10000.0] * missing)
+    place = find_tokenizer(folder)
+    if place.kind == SENTENCEPIECE:
+        vocabulary = _bare_sentencepiece(place)
+    else:
+        library = load_library(place)
+        content = json.loads(library.backend_tokenizer.to_str())
+        read = _byte_level if _is_byte_level(content) else _sentencepiece_like
+        vocabulary = read(place, library, content)
+        templates = as_setting(chat_templates(folder, library))
+        vocabulary = dataclasses.replace(vocabulary, chat_template=templates)
+    _fit(vocabulary, vocab_size, folder)
+    vocabulary.special.update(
+        {name: number for name, number in _config_ids(folder, vocabulary).items() if name not in vocabulary.special}
+    )
+    if vocabulary.model == "t5" and "eos" not in vocabulary.special:
+        raise UserError(f"{folder}: names no end-of-sequence id; llama.cpp would take id 1 of a unigram model for it")
     return vocabulary
+
+
+def _fit(vocabulary: Vocabulary, vocab_size: int, folder: Path) -> None:
+    """Make the vocabulary as long as the model's."""
+    size = len(vocabulary.tokens)
+    lost = range(vocab_size, size)
+    if any(vocabulary.types[number] not in (CONTROL, USER_DEFINED, UNUSED) for number in lost):
+        raise UserError(f"{folder}: its tokenizer has {size} ids, the model {vocab_size}")
+    if lost:
+        names = ", ".join(ascii(vocabulary.tokens[number]) for number in lost[:10])
+        logger.warning("%s: the model has no rows for %s of its tokenizer; left out", folder, names)
+        for name in [name for name, number in vocabulary.special.items() if number >= vocab_size]:
+            del vocabulary.special[name]
+    for row in (vocabulary.tokens, vocabulary.types, vocabulary.scores):
+        if row is not None:
+            del row[vocab_size:]
+    for number in range(size, vocab_size):
+        _append(vocabulary, f"[PAD{number}]", UNUSED)
+
+
+def _append(vocabulary: Vocabulary, text: str, kind: int) -> None:
+    vocabulary.tokens.append(text)
+    vocabulary.types.append(kind)
+    if vocabulary.scores is not None:
+        vocabulary.scores.append(_ADDED_SCORE if kind != UNUSED else _UNUSED_SCORE)
+
+
+def _take_added(vocabulary: Vocabulary, library: Any) -> None:
+    """Tokens that are added to the vocabulary, or marked in it; ids that are left out become unused tokens."""
+    for number, token in added_tokens(library).items():
+        kind = CONTROL if token.special else USER_DEFINED
+        while number > len(vocabulary.tokens):
+            _append(vocabulary, f"[PAD{len(vocabulary.tokens)}]", UNUSED)
+        if number == len(vocabulary.tokens):
+            _append(vocabulary, token.content, kind)
+        elif vocabulary.types[number] != UNKNOWN:
+            vocabulary.tokens[number], vocabulary.types[number] = token.content, kind
 
 
 # SentencePiece --------------------------------------------------------------------------------------------------------
 
 
-def _sentencepiece(folder: Path, added: Mapping[int, tuple[str, bool]]) -> Vocabulary:
-    file = folder / "tokenizer.model"
-    model = read_model(file)
+def _bare_sentencepiece(place: TokenizerPlace) -> Vocabulary:
+    model = read_model(place.vocabulary)
+    named = {"bos": model.bos, "eos": model.eos, "unk": model.unknown, "pad": model.pad}
+    texts = [piece.text for piece in model.pieces]
+    ids = {name: texts.index(text) for name, text in named.items() if text is not None}
+    return _sentencepiece(model, place.vocabulary, ids, add_bos=model.bos is not None)
+
+
+def _sentencepiece_like(place: TokenizerPlace, library: Any, content: Mapping[str, Any]) -> Vocabulary:
+    """From the `tokenizer.model` where it is this tokenizer's, else worked out from tokenizer.json."""
+    ids = _named_ids(library)
+    file = place.folder / TOKENIZER_MODEL
+    if file.is_file() and belongs(file, library):
+        model = read_model(file)
+    else:
+        file = place.vocabulary
+        named = {name: library.convert_ids_to_tokens(ids[name]) if name in ids else None for name in _NAMES}
+        model = model_from_json(content, named, str(file))
+    check_same_ids(model, library, str(file))
+    vocabulary = _sentencepiece(model, file, ids, add_bos=_adds_bos(library))
+    _take_added(vocabulary, library)
+    if model.add_dummy_prefix and not _always_prefixes(library):
+        logger.warning(
+            "%s: llama.cpp puts a space before any text, this tokenizer not before one that begins with a space or "
+            "follows a special token: such text gets other ids",
+            place.folder,
+        )
+    return vocabulary
+
+
+def _always_prefixes(library: Any) -> bool:
+    """Whether a tokenizer with a space sign before text puts it before " a", and before "a" after a special token."""
+    texts = ["a", " a", f"{library.eos_token or ''}a"]
+    alone, spaced, after = (
+        library(text, add_special_tokens=False, split_special_tokens=False)["input_ids"] for text in texts
+    )
+    return spaced != alone and after[len(after) - len(alone) :] == alone
+
+
+def _sentencepiece(model: SentencePieceModel, file: Path, special: dict[str, int], add_bos: bool) -> Vocabulary:
     unigram = model.model_type == "unigram"
     (_check_unigram if unigram else _check_bpe)(model, file)
-    tokens = [piece.text for piece in model.pieces]
-    types = [int(piece.kind) for piece in model.pieces]
-    scores = [piece.score for piece in model.pieces]
-    for number in sorted(set(added) - set(range(len(tokens)))):
-        if number != len(tokens):
-            raise UserError(f"{folder}: added tokens leave ids out ({len(tokens)} is missing)")
-        text, is_special = added[number]
-        tokens.append(text)
-        types.append(CONTROL if is_special else USER_DEFINED)
-        scores.append(-1000.0)
-    named = {"bos": model.bos, "eos": model.eos, "unk": model.unknown, "pad": model.pad}
-    ids = {name: tokens.index(text) for name, text in named.items() if text is not None}
-    ids |= _config_ids(folder, len(tokens))
-    if unigram and "eos" not in ids:
-        raise UserError(f"{folder}: names no end-of-sequence id; llama.cpp would take id 1 of a unigram model for it")
-    add_bos = _settings(folder).get("add_bos_token")
     return Vocabulary(
         model="t5" if unigram else "llama",
         pre="default",
-        tokens=tokens,
-        types=types,
-        scores=scores,
+        tokens=[piece.text for piece in model.pieces],
+        types=[int(piece.kind) for piece in model.pieces],
+        scores=[piece.score for piece in model.pieces],
         merges=None,
-        special=ids,
-        add_bos=bool(add_bos) if add_bos is not None else model.bos is not None,
+        special=special,
+        add_bos=add_bos,
         add_space_prefix=model.add_dummy_prefix,
         remove_extra_whitespaces=model.remove_extra_whitespaces if unigram else None,
         charsmap=model.charsmap if unigram else b"",
@@ -172,30 +257,31 @@ def _check_bpe(model: SentencePieceModel, file: Path) -> None:
 # Byte-level BPE -------------------------------------------------------------------------------------------------------
 
 
-def _byte_level(folder: Path, added: Mapping[int, tuple[str, bool]]) -> Vocabulary:
-    file = folder / "tokenizer.json"
-    content = read_json(file)
-    model = content.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback") or not isinstance(model.get("vocab"), dict):
-        raise UserError(f"{file}: is no byte-level BPE; only that and a SentencePiece tokenizer.model map to GGUF")
-    tokens = {number: text for text, number in model["vocab"].items()}
-    types = dict.fromkeys(tokens, NORMAL)
-    for number, (text, is_special) in added.items():
-        tokens[number], types[number] = text, CONTROL if is_special else USER_DEFINED
-    if sorted(tokens) != list(range(len(tokens))):
-        raise UserError(f"{file}: its ids are not 0 to {len(tokens) - 1}")
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
-    return Vocabulary(
-        model="gpt2",
-        pre=_pre_tokenizer(content, file),
-        tokens=[tokens[number] for number in range(len(tokens))],
-        types=[types[number] for number in range(len(tokens))],
-        scores=None,
-        merges=merges,
-        special=_named_ids(folder, {text: number for number, text in tokens.items()})
-        | _config_ids(folder, len(tokens)),
-        add_bos=adds_bos(folder),
+def _is_byte_level(content: Mapping[str, Any]) -> bool:
+    model = content["model"]
+    return (
+        model.get("type") == "BPE"
+        and not model.get("byte_fallback")
+        and '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
     )
+
+
+def _byte_level(place: TokenizerPlace, library: Any, content: Mapping[str, Any]) -> Vocabulary:
+    model = content["model"]
+    texts = {number: text for text, number in model["vocab"].items()}
+    size = max(texts, default=-1) + 1
+    vocabulary = Vocabulary(
+        model="gpt2",
+        pre=_pre_tokenizer(content, place.vocabulary),
+        tokens=[texts.get(number, f"[PAD{number}]") for number in range(size)],
+        types=[NORMAL if number in texts else UNUSED for number in range(size)],
+        scores=None,
+        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])],
+        special=_named_ids(library),
+        add_bos=_adds_bos(library),
+    )
+    _take_added(vocabulary, library)
+    return vocabulary
 
 
 def _pre_tokenizer(content: Mapping[str, Any], file: Path) -> str:
@@ -223,35 +309,33 @@ def _pre_tokenizer(content: Mapping[str, Any], file: Path) -> str:
 # Settings beside the vocabulary ---------------------------------------------------------------------------------------
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    return read_json(file) if file.is_file() else {}
+def _named_ids(library: Any) -> dict[str, int]:
+    """GGUF's name -> id, of the special tokens that the tokenizer names."""
+    ids = {name: getattr(library, f"{name}_token_id") for name in _NAMES}
+    return {name: number for name, number in ids.items() if number is not None}
 
 
-def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
-    """id -> (text, whether it is special), of tokens added to a vocabulary."""
-    file = folder / "tokenizer.json"
-    entries = read_json(file).get("added_tokens", []) if file.is_file() else []
-    return {entry["id"]: (entry["content"], bool(entry.get("special"))) for entry in entries}
+def _adds_bos(library: Any) -> bool:
+    """Whether calling the tokenizer begins with bos, as transformers sees it: files say it in several ways."""
+    return library.bos_token_id is not None and library("a")["input_ids"][:1] == [library.bos_token_id]
 
 
-def _named_ids(folder: Path, numbers: Mapping[str, int]) -> dict[str, int]:
-    found = {}
-    for name in ("bos", "eos", "unk", "pad"):
-        token = _settings(folder).get(f"{name}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and text in numbers:
-            found[name] = numbers[text]
-    return found
-
-
-def _config_ids(folder: Path, size: int) -> dict[str, int]:
-    """Ids that config.json names; the first of several."""
-    config = read_json(folder / "config.json")
-    found = {}
-    for name in ("bos", "eos", "pad"):
-        value = config.get(f"{name}_token_id")
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, int) and 0 <= first < size:
-            found[name] = first
-    return found
+def _config_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
+    """Ids that the model's configurations name; further ends of text, which llama.cpp does not know by their names."""
+    found: dict[str, int] = {}
+    ends: list[int] = []
+    for file in ("config.json", "generation_config.json"):
+        config = read_json(folder / file)
+        for name in ("bos", "eos", "pad"):
+            value = config.get(f"{name}_token_id")
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and 0 <= number < len(vocabulary.tokens):
+                    found.setdefault(name, number)
+                    ends += [number] if name == "eos" else []
+    eos = vocabulary.special.get("eos", found.get("eos"))
+    further = [
+        number for number in dict.fromkeys(ends) if number != eos and vocabulary.tokens[number] not in _KNOWN_ENDS
+    ]
+    if len(further) > 2:
+        logger.warning("%s: GGUF names three ends of text at most; ids %s left out", folder, further[2:])
+    return found | dict(zip(("eot", "eom"), further))

@@ -1,8 +1,9 @@
 """What a SentencePiece `.model` file says: its pieces and the options its tokenization depends on.
 
 `read_model` reads the file (a protocol buffer, `ModelProto` of SentencePiece's sentencepiece_model.proto) into a
-`SentencePieceModel`. The few fields wanted are read by hand: the generated protobuf modules that sentencepiece and
-transformers each carry may disagree about the schema, and two of them in one process is an error.
+`SentencePieceModel`; `write_model` makes such bytes of one. The few fields wanted are read by hand: the generated
+protobuf modules that sentencepiece and transformers each carry may disagree about the schema, and two of them in one
+process is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_prune.errors import UserError
 
@@ -97,6 +98,56 @@ def read_model(path: Path) -> SentencePieceModel:
     if unknown != 1:
         raise UserError(f"{path}: no SentencePiece model ({unknown} unknown pieces instead of 1)")
     return model
+
+
+def belongs(path: Path, library: Any) -> bool:
+    """Whether a `.model` file holds the vocabulary of a tokenizer that transformers loaded: each piece at its id."""
+    try:
+        pieces = read_model(path).pieces
+    except UserError:
+        return False
+    vocabulary = library.backend_tokenizer.get_vocab(with_added_tokens=True)
+    return all(vocabulary.get(piece.text) == number for number, piece in enumerate(pieces))
+
+
+def write_model(model: SentencePieceModel) -> bytes:
+    """The model as the content of a `.model` file, which SentencePiece reads."""
+    pieces = [
+        _field(1, _field(1, piece.text.encode()) + _field(2, struct.pack("<f", piece.score), 5) + _field(3, piece.kind))
+        for piece in model.pieces
+    ]
+    named = {45: model.unknown, 46: model.bos, 47: model.eos, 48: model.pad}
+    trainer = [
+        _field(3, next(number for number, name in MODEL_TYPES.items() if name == model.model_type)),
+        _field(24, model.treat_whitespace_as_suffix),
+        _field(35, model.byte_fallback),
+        _field(44, model.unk_surface.encode()),
+        *(_field(number, text.encode()) for number, text in named.items() if text is not None),
+    ]
+    normalizer = [
+        _field(1, model.normalizer_name.encode()),
+        _field(2, model.charsmap),
+        _field(3, model.add_dummy_prefix),
+        _field(4, model.remove_extra_whitespaces),
+        _field(5, model.escape_whitespaces),
+    ]
+    return b"".join(pieces) + _field(2, b"".join(trainer)) + _field(3, b"".join(normalizer))
+
+
+def _field(number: int, value: int | bytes, wire_type: int = 2) -> bytes:
+    """One field: a whole number as a varint, bytes with their length, or (wire type 5) four bytes as they are."""
+    if isinstance(value, int):
+        return _as_varint(number << 3) + _as_varint(int(value))
+    return _as_varint(number << 3 | wire_type) + (_as_varint(len(value)) if wire_type == 2 else b"") + value
+
+
+def _as_varint(value: int) -> bytes:
+    written = bytearray()
+    while value >= 0x80:
+        written.append(value & 0x7F | 0x80)
+        value >>= 7
+    written.append(value)
+    return bytes(written)
 
 
 def _model(data: bytes) -> SentencePieceModel:

@@ -47,8 +47,8 @@ def tokenizer_json(model: SentencePieceModel, add_bos: bool) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": model.pieces[i].text, **flags} for i in special],
-        "normalizer": _sequence("normalizers", _normalizers(model)),
-        "pre_tokenizer": _sequence("pretokenizers", _pre_tokenizers(model)),
+        "normalizer": _sequence("normalizers", normalizers(model)),
+        "pre_tokenizer": _sequence("pretokenizers", pre_tokenizers(model)),
         "post_processor": _post_processor(model) if add_bos else None,
         "decoder": _sequence("decoders", _decoders(model)),
         "model": _bpe(model) if model.model_type == "bpe" else _unigram(model),
@@ -86,7 +86,8 @@ def _refuse(model: SentencePieceModel) -> None:
             )
 
 
-def _normalizers(model: SentencePieceModel) -> list[Step]:
+def normalizers(model: SentencePieceModel) -> list[Step]:
+    """What prepares text as SentencePiece does."""
     extra, prefix = model.remove_extra_whitespaces, model.add_dummy_prefix
     steps: list[Step] = []
     if model.charsmap:
@@ -232,7 +233,8 @@ def _refuse_ties(pairs: dict[str, tuple[str, str]], scores: dict[str, float]) ->
             )
 
 
-def _pre_tokenizers(model: SentencePieceModel) -> list[Step]:
+def pre_tokenizers(model: SentencePieceModel) -> list[Step]:
+    """What keeps user-defined symbols whole, and reserved pieces from being found in text."""
     own = model.texts(Kind.USER_DEFINED)
     steps = []
     if own:

@@ -3,7 +3,7 @@
 - `export_tokenizer`: from the SentencePiece `.model` file a model was trained with. `AutoTokenizer` on the bare file
   would build merges of its own and give other ids without a word; see sentencepiece_to_json for how the files written
   here avoid that, and for what is refused.
-- `copy_tokenizer`: from a Hugging Face folder, when its tokenizer was trained with.
+  (From a Hugging Face folder, when its tokenizer was trained with: tokenizer_copy.)
 - `verify_tokenizer`: compares the two on any texts, as `AutoTokenizer` loads the folder. Every export runs it on
   `NASTY_TEXTS` before a file reaches its place.
 - `adds_bos`: what the tokenizer of a folder begins with.
@@ -66,35 +66,6 @@ NASTY_TEXTS = (
     'https://example.org/?q=a%20b&c=d#e \\n \\\\ "quoted" `code`',
 )
 """Texts on which conversions of tokenizers go wrong."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
-"""What a Hugging Face folder may hold of its tokenizer; one of the first that is a vocabulary must be there."""
-
-VOCABULARIES = frozenset(TOKENIZER_FILES) - {
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-}
-
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that do what tokenizer.json says and nothing else; the second is version 5's name of the first."""
@@ -198,27 +169,6 @@ def _where(text: str) -> str:
 
 def _short(text: str) -> str:
     return ascii(text if len(text) <= 200 else text[:200] + "...")
-
-
-def copy_tokenizer(source_dir: Path, save_dir: Path) -> None:
-    """Copy the tokenizer files of a Hugging Face folder, for a model trained with that very tokenizer.
-
-    Raises UserError if the folder holds no tokenizer, or one that needs code of its own.
-    """
-    found = [name for name in TOKENIZER_FILES if (source_dir / name).exists()]
-    if not VOCABULARIES.intersection(found):
-        raise UserError(f"{source_dir}: no tokenizer there (none of {', '.join(sorted(VOCABULARIES))})")
-    config = source_dir / "tokenizer_config.json"
-    if config.exists() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
-        raise UserError(f"{config}: auto_map asks for code outside transformers; use a tokenizer without it")
-    if source_dir.resolve() == save_dir.resolve():
-        return
-    save_dir.mkdir(parents=True, exist_ok=True)
-    for name in found:
-        if (source_dir / name).is_dir():
-            shutil.copytree(source_dir / name, save_dir / name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(source_dir / name, save_dir / name)
 
 
 def _special_tokens(model: SentencePieceModel) -> dict[str, str]:

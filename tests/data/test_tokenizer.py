@@ -85,7 +85,8 @@ def test_a_folder_with_both_files_is_hugging_face_s_unless_told(
     shutil.copy(sp_model, folder / "tokenizer.model")
     assert build_tokenizer(None, str(folder)).kind == HUGGING_FACE
     assert build_tokenizer(SENTENCEPIECE, str(folder)).kind == SENTENCEPIECE
-    (folder / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
     assert build_tokenizer(None, str(folder)).kind == SENTENCEPIECE
     with pytest.raises(UserError, match="holds no tokenizer.json"):
         build_tokenizer(HUGGING_FACE, str(folder))
@@ -129,6 +130,6 @@ def test_a_sentencepiece_model_without_eos_is_refused(text_file: Path, tmp_path:
 
 
 def test_a_missing_library_is_named(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match="pip install tokenizers"):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"needs transformers: install megatron-prune\[hf\]"):
         build_tokenizer(None, str(hf_folder))

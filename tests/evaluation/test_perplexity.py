@@ -139,3 +139,21 @@ def test_bare_sentencepiece_file_gets_its_exact_form(
     ids = sentencepiece.SentencePieceProcessor(model_file=str(sp_model)).encode(text)
     assert AutoTokenizer.from_pretrained(str(found.tokenizer_folder))(text)["input_ids"] == ids
     assert found.tokenizer().tokenize(text) == ids
+
+
+def test_a_token_without_a_row_is_named(real_data: Path, tmp_path: Path) -> None:
+    """A text that spells out a token which the tokenizer's folder adds, and the model lacks."""
+    import json
+    import shutil
+
+    from megatron_prune.data.tokenizer import build_tokenizer
+
+    shutil.copyfile(real_data / "stories260K" / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 512}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = build_tokenizer(None, str(tmp_path))
+    (tmp_path / "plain.txt").write_text("Once upon a time.\n")
+    (tmp_path / "marked.txt").write_text("Once upon a <pad> time.\n")
+    assert text_corpus(TextOptions(str(tmp_path / "plain.txt")), tokenizer, 8, 512).text_bytes in (17, 18)
+    with pytest.raises(UserError, match="there is no row for id 512"):
+        text_corpus(TextOptions(str(tmp_path / "marked.txt")), tokenizer, 8, 512)

@@ -143,6 +143,34 @@ def test_real_model_goes_through_both_tools(stories260k: Path, tinystories: Path
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= {f.name for f in save.iterdir()}
 
 
+def test_a_token_without_a_row_gets_one_when_asked_for(stories260k: Path, tinystories: Path, tmp_path: Path) -> None:
+    """Vicuna's way: the tokenizer's folder adds <pad>, the model has no row for it."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    from .tokenizer_layouts import vicuna
+
+    folder = Path(shutil.copytree(stories260k, tmp_path / "vicuna"))
+    vicuna(folder, stories260k / "tokenizer.model", tinystories)
+    run, save = str(tmp_path / "run"), tmp_path / "out"
+    (short, told, _), (status, out, err), (exported, verified, why) = tools(
+        ("from", ["--hf-model", str(folder), "--save", str(tmp_path / "short")]),
+        ("from", ["--hf-model", str(folder), "--save", run, "--resize-vocab"]),
+        ("to", ["--load", run, "--save", str(save), "--verify", "--verify-text", str(tinystories)]),
+    )
+    assert short == 0 and "no row for id 512 ('<pad>')" in told and "--resize-vocab" in told
+    assert status == 0, err
+    assert "rows: 1 added for '<pad>'; 513 now" in out and "HuggingFaceTokenizer with 513 ids, recorded" in out
+    assert exported == 0 and "tokens of text" in verified, verified + why
+    assert read_shape(save).vocab_size == 513
+    before, after = FolderWeights(stories260k), FolderWeights(save)
+    assert torch.equal(after("model.embed_tokens.weight")[:512], before("model.embed_tokens.weight"))
+    library = AutoTokenizer.from_pretrained(str(save))
+    assert (library.pad_token_id, library.padding_side, len(library)) == (512, "left", 513)
+    assert library.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "<s>USER: x"
+
+
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     folder = source(tmp_path / "source")
     broken = source(tmp_path / "broken")

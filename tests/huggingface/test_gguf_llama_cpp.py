@@ -17,6 +17,8 @@ from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
 from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
+from .tokenizer_layouts import LAYOUTS
+
 pytestmark = [pytest.mark.gguf, pytest.mark.timeout(300)]
 PROMPT = "Once upon a time"
 
@@ -189,6 +191,34 @@ def test_unigram_ids_on_real_text(options: str, real_data: Path, tmp_path: Path)
         if trained_with.unk_id() not in ids:
             assert runner.detokenize(ids).decode().lstrip(" ") == trained_with.decode(ids).lstrip(" ")
     assert rounded < len(texts) / 10
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ids_of_every_layout_on_real_text(name: str, stories260k: Path, real_data: Path, tmp_path: Path) -> None:
+    """Byte-level and our own exports exactly; SentencePiece ones but for spaces after special tokens, as warned of."""
+    from transformers import AutoTokenizer
+
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-gguf")
+    config = tiny_config(vocab_size=520, num_hidden_layers=1, model_type="qwen2" if name == "qwen" else "llama")
+    folder = write_hf_folder(tmp_path / "m", config, random_llama_weights(config))
+    LAYOUTS[name](folder, stories260k / "tokenizer.model", real_data / "text" / "tinyshakespeare.txt")
+    library = AutoTokenizer.from_pretrained(str(folder))
+    runner = llama_cpp.Llama(str(convert(folder, tmp_path / "m.gguf", "f32").file), vocab_only=True, verbose=False)
+    added = [token.content for token in library.added_tokens_decoder.values()]
+    texts = [f"time{token}was {token} x" for token in added]
+    for source in sorted((real_data / "text").glob("*.txt")):
+        text = source.read_text(encoding="utf-8")
+        texts += [text[start : start + 1500] for start in range(0, 90_000, 1500)]
+    exact = name in ("llama3", "stale", "qwen", "resaved")
+    compared = 0
+    for text in texts:
+        if exact or not (text.startswith(" ") or any(token in text for token in added)):
+            ids = runner.tokenize(text.encode(), add_bos=False, special=True)
+            assert ids == library(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+            compared += 1
+    assert compared > 100
+    assert runner.token_eos() == library.eos_token_id
+    assert runner.tokenize(b"a", add_bos=True, special=True) == library("a")["input_ids"]
 
 
 @pytest.mark.timeout(600)

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.sentencepiece_model import read_model
-from megatron_prune.huggingface.tokenizer import NASTY_TEXTS, copy_tokenizer, export_tokenizer, verify_tokenizer
+from megatron_prune.huggingface.tokenizer import NASTY_TEXTS, export_tokenizer, verify_tokenizer
 
 WRITTEN = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"}
 
@@ -381,32 +381,3 @@ def test_nasty_texts_hold_what_conversions_break() -> None:
     assert "" in NASTY_TEXTS and "\0" not in "".join(NASTY_TEXTS)
     for sign in ("  ", "\t", "\r\n", "\u2581", "<s>", "<0x41>", "\U0001f600", "\u6f22", "e\u0301", "\x01"):
         assert sign in text
-
-
-# Copying.
-
-
-def test_copying_takes_the_tokenizer_and_nothing_else(small: Path, tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "deep" / "target"
-    export_tokenizer(small, source, None)
-    (source / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
-    (source / "additional_chat_templates").mkdir()
-    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}", encoding="utf-8")
-    (source / "config.json").write_text("{}", encoding="utf-8")
-    (source / "model.safetensors").write_bytes(b"weights")
-    copy_tokenizer(source, target)
-    copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert copied == WRITTEN | {"chat_template.jinja", "additional_chat_templates/tool.jinja"}
-    verify_tokenizer(small, target, CORPUS)
-    copy_tokenizer(target, target)
-
-
-def test_copying_refuses_a_folder_without_tokenizer_or_with_code_of_its_own(small: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match="no tokenizer there"):
-        copy_tokenizer(tmp_path, tmp_path / "out")
-    export_tokenizer(small, tmp_path, None)
-    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "x.Y"]}}', encoding="utf-8")
-    with pytest.raises(UserError, match="auto_map asks for code outside transformers"):
-        copy_tokenizer(tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
