@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the slow imports wait until the command line has been read
     from megatron_prune.config import Config
+    from megatron_prune.launch.watch import Watch
     from megatron_prune.runtime.mesh import Mesh
     from megatron_prune.training.trainer import Trainer
 
@@ -57,11 +58,12 @@ def _run(argv: list[str]) -> int:
 def _train(config: Config) -> int:
     from megatron_prune.launch.failures import lost_contact
     from megatron_prune.launch.signals import StopSignals
+    from megatron_prune.launch.watch import Watch, launchers
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
     started, parallel = time.monotonic(), config.parallel
-    with StopSignals() as signals:
+    with StopSignals() as signals, Watch(None, launchers(os.environ)) as watch:
         mesh = init_mesh(
             choose_device(parallel.device),
             parallel.tensor_model_parallel_size,
@@ -69,7 +71,7 @@ def _train(config: Config) -> int:
             parallel.distributed_timeout_minutes,
         )
         try:
-            _fit(config, mesh, signals.is_asked, started)
+            _fit(config, mesh, signals.is_asked, started, watch)
         except BaseException as error:
             if lost_contact(error) is None:  # else nobody is left to tear the mesh down with
                 close_mesh()
@@ -78,16 +80,23 @@ def _train(config: Config) -> int:
     return 0
 
 
-def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float) -> None:
+def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float, watch: Watch) -> None:
+    from megatron_prune.launch.agreement import insist
+    from megatron_prune.launch.watch import writing
+
+    insist(mesh, config)
+    with writing(config.checkpoint.save, mesh, watch):
+        _fit_alone(config, mesh, signalled, started)
+
+
+def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float) -> None:
     from megatron_prune.errors import PeerLostError, TrainingStoppedError
     from megatron_prune.launch import outputs
-    from megatron_prune.launch.agreement import insist
     from megatron_prune.launch.build import build_trainer
     from megatron_prune.launch.failures import agreed, lost_contact
     from megatron_prune.launch.inputs import open_inputs
     from megatron_prune.training.stopping import STOPPED
 
-    insist(mesh, config)
     inputs = agreed(mesh, lambda: open_inputs(config))
     logging.getLogger(__name__).info("%s; %d parameters to start with", mesh.describe(), inputs.architecture.parameters)
     trainer = build_trainer(config, inputs, mesh, signalled, started)

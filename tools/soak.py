@@ -40,17 +40,17 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     """Attempt after attempt; the record at the end. Raises SoakError."""
     folder, end = Path(arguments.dir), time.monotonic() + 60 * arguments.minutes
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"kills": 0, "attempts": 0, "chains": 0, "seconds": 0.0, "moments": {}, "variant": 0}
+    record: dict[str, Any] = {"kills": 0, "attempts": 0, "chains": 0, "seconds": 0.0, "moments": {}, "variant": 0}
+    record |= {"refused": 0, "layouts": {}}
     if (folder / RECORD).exists():
-        record = json.loads((folder / RECORD).read_text())
+        record |= json.loads((folder / RECORD).read_text())
     soaks = [Soak(folder / variant.name, variant, pretrain) for variant in VARIANTS]
     with tqdm(total=arguments.kills, initial=record["kills"], unit="kill", dynamic_ncols=True) as bar:
         while record["kills"] < arguments.kills and time.monotonic() < end:
             one = soaks[record["variant"] % len(soaks)]
             one.uninterrupted()
-            kill = one.draw(random.Random(arguments.seed * 10**6 + record["attempts"]))
-            bar.set_postfix_str(f"chain {record['chains'] + 1} ({one.variant.name}): {kill}"[:70])
-            attempt = one.attempt(kill)
+            attempt = _attempt(one, random.Random(arguments.seed * 10**6 + record["attempts"]))
+            bar.set_postfix_str(f"chain {record['chains'] + 1} ({one.variant.name}): {attempt.kill}"[:70])
             if attempt.is_finished:
                 one.close_chain()
             _count(record, attempt)
@@ -59,10 +59,20 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def _attempt(one: Soak, generator: random.Random) -> Attempt:
+    """One time in eight it is the launcher that dies, under the real torchrun."""
+    if generator.random() < 1 / 8:
+        return one.kill_launcher(*one.draw_launcher(generator))
+    return one.attempt(*one.draw(generator))
+
+
 def _count(record: dict[str, Any], attempt: Attempt) -> None:
     record["attempts"] += 1
     record["seconds"] += attempt.seconds
     record["kills"] += int(attempt.was_killed)
+    record["refused"] += int(attempt.was_refused)
+    if attempt.layout:
+        record["layouts"] = dict(Counter(record["layouts"]) + Counter({attempt.layout: 1}))
     if attempt.is_finished:
         record["chains"] += 1
         record["variant"] += 1
@@ -81,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"soak: {error}", file=sys.stderr)
         return 1
     print(f"soak: {record['kills']} kills in {record['attempts']} runs, {record['chains']} chains ended as if alone")
+    print(f"  {record['refused']:4d} second starters refused, {len(record['layouts'])} layouts")
     for moment, kills in record["moments"].items():
         print(f"  {kills:4d} {moment}")
     return 0

@@ -7,14 +7,19 @@
 
 Below them: `pieces` (where a rank's tensors lie in the canonical ones: pure), `tensors` (what a rank saves and loads),
 `storage` (megatron-core's torch_dist format), `streams` (memory and files on the way there), `files` (names, checksums,
-publishing, keeping), `crc`, `rng`.
+publishing, keeping), `lease`
+(one writer per folder), `crc`, `rng`. Importing the package imports none of them: launchers read `files` without torch.
 """
 
-from megatron_prune.checkpoint.files import CheckpointSaveError, Retention
-from megatron_prune.checkpoint.header import Header, read_header
-from megatron_prune.checkpoint.load import load_checkpoint
-from megatron_prune.checkpoint.reader import CheckpointReader
-from megatron_prune.checkpoint.save import AsyncSaver, save_checkpoint, save_weights
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_prune.checkpoint.files import CheckpointSaveError, Retention
+    from megatron_prune.checkpoint.header import Header, read_header
+    from megatron_prune.checkpoint.load import load_checkpoint
+    from megatron_prune.checkpoint.reader import CheckpointReader
+    from megatron_prune.checkpoint.save import AsyncSaver, save_checkpoint, save_weights
 
 __all__ = [
     "AsyncSaver",
@@ -27,3 +32,20 @@ __all__ = [
     "save_checkpoint",
     "save_weights",
 ]
+_MODULES = {
+    "AsyncSaver": "save",
+    "CheckpointReader": "reader",
+    "CheckpointSaveError": "files",
+    "Header": "header",
+    "Retention": "files",
+    "load_checkpoint": "load",
+    "read_header": "header",
+    "save_checkpoint": "save",
+    "save_weights": "save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -12,11 +12,13 @@
     Retention         which older checkpoints stay
 
 Both renames are atomic and everything is flushed to the disk before them, so a reader finds either the old state or the
-new. Nothing here communicates: one rank calls what changes the folder.
+new. Nothing here communicates: one rank calls what changes the folder, and only while no other process holds it (see
+`lease`).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.checkpoint.crc import crc32
+from megatron_prune.checkpoint.lease import FolderBusyError, refuse_others
 from megatron_prune.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -203,8 +206,11 @@ def _damage(path: Path, expected: Digest | None) -> str | None:
 
 
 def begin(directory: Path, iteration: int) -> Path:
-    """Make a fresh folder to write into, after clearing what runs that died have left. Raises OSError."""
+    """Make a fresh folder to write into, after clearing what runs that died have left. Raises OSError: FolderBusyError
+    where another process writes, whose folders are no leftovers.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_others(directory)
     for entry in directory.glob("iter_*.tmp-*"):
         shutil.rmtree(entry, ignore_errors=True)
     for entry in directory.glob(f"iter_*{_REPLACED}"):
@@ -230,8 +236,19 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, Digest]:
     return {name: Digest(len(content), crc32(content)) for name, content in files.items()}
 
 
-def publish(folder: Path, directory: Path, iteration: int) -> Path:
-    """Rename the finished `folder` to its name and move `latest` on to it. Raises OSError."""
+def publish(folder: Path, directory: Path, iteration: int, goes_back: bool = False) -> Path:
+    """Rename the finished `folder` to its name and move `latest` on to it.
+
+    Args:
+        goes_back: `latest` may move to an older iteration: the run was told to go on from there.
+
+    Raises:
+        OSError: among them FolderBusyError: another process holds the folder, or has saved a newer iteration.
+    """
+    refuse_others(directory)
+    newest = _newest(directory)
+    if newest is not None and newest > iteration and not goes_back:
+        raise FolderBusyError(errno.EEXIST, f"it holds iteration {newest}, which is newer: another run saved it there")
     _sync_folder(folder)
     final = directory / step_name(iteration)
     replaced = final.with_name(final.name + _REPLACED)
@@ -248,6 +265,15 @@ def publish(folder: Path, directory: Path, iteration: int) -> Path:
     _sync_folder(directory)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _newest(directory: Path) -> int | None:
+    """The iteration that `latest` names, if it names one."""
+    try:
+        text = (directory / LATEST).read_bytes()
+    except OSError:
+        return None
+    return int(text) if re.fullmatch(rb"\d{1,18}\n?", text) else None
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
     save_checkpoint   the running model and the run's state -> DIR/iter_...
     save_weights      a checkpoint without training state, straight from a source of tensors (conversion tools)
+    hold              one writer per folder (see `lease`), over a mesh
     AsyncSaver        holds the save that is being written in the background
 
 Order, the same for both ways:
@@ -17,10 +18,11 @@ are as they were.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +42,7 @@ from megatron_prune.checkpoint.files import (
     write_manifest,
 )
 from megatron_prune.checkpoint.header import Facts, header_files
+from megatron_prune.checkpoint.lease import Lease, Process, acquire
 from megatron_prune.checkpoint.pieces import spread
 from megatron_prune.checkpoint.rng import capture_rng
 from megatron_prune.checkpoint.storage import SaveTask, Source, plan_save
@@ -69,6 +72,7 @@ class _Save:
     folder: Path
     task: SaveTask
     files: dict[str, bytes]
+    goes_back: bool = False
     digests: dict[str, Digest] = field(default_factory=dict)
     error: str | None = field(default=None)
 
@@ -102,7 +106,7 @@ class _Save:
             self.task.finish()
             if self.mesh.rank == 0:
                 write_manifest(self.folder, digests | {METADATA: digest(self.folder / METADATA)})
-                publish(self.folder, self.directory, self.iteration)
+                publish(self.folder, self.directory, self.iteration, self.goes_back)
         except OSError as error:
             return _words(error)
         if self.mesh.rank == 0:
@@ -132,6 +136,7 @@ def _start(
     files: dict[str, bytes],
     retain: Retention,
     staging: Scratch | None = None,
+    goes_back: bool = False,
 ) -> _Save:
     """Step 1. Raises CheckpointSaveError on all ranks."""
     directory, folder, problem = Path(directory), None, None
@@ -143,7 +148,7 @@ def _start(
     folder, problem = broadcast_object(mesh, (folder, problem))
     if folder is None:
         raise CheckpointSaveError(f"checkpoint of iteration {iteration} not saved to {directory}: {problem}")
-    return _Save(mesh, directory, iteration, retain, folder, plan_save(folder, parts, staging), files)
+    return _Save(mesh, directory, iteration, retain, folder, plan_save(folder, parts, staging), files, goes_back)
 
 
 class AsyncSaver:
@@ -207,6 +212,7 @@ def save_checkpoint(
     *,
     retain: Retention = KEEP_ALL,
     saver: AsyncSaver | None = None,
+    goes_back: bool = False,
 ) -> Path | None:
     """Save `model`, its optimizer, random generators and `state` as DIR/iter_... (collective).
 
@@ -214,6 +220,7 @@ def save_checkpoint(
         state: the run's own, plain values, arrays and tensors (see `header`); rank 0's is stored.
         retain: which older checkpoints stay.
         saver: write in the background; the checkpoint appears with a later `saver.finalize`.
+        goes_back: an older iteration than the folder's newest may take its place.
 
     Returns:
         The checkpoint's folder; None with `saver`.
@@ -231,7 +238,7 @@ def save_checkpoint(
     staging = saver.staging if saver is not None else None
     if staging is not None:
         staging.pinned = model.mesh.device.kind == "cuda"
-    save = _start(model.mesh, directory, iteration, parts, files, retain, staging)
+    save = _start(model.mesh, directory, iteration, parts, files, retain, staging, goes_back)
     if saver is not None:
         saver.start(save)
         return None
@@ -256,6 +263,7 @@ def save_weights(
 
     Raises:
         CheckpointSaveError: on all ranks.
+        UserError: on all ranks: another process writes into the folder.
     """
     shapes = ParamTable.build(architecture.shape).hf_shapes(architecture)
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
@@ -267,9 +275,35 @@ def save_weights(
     ]
     facts = Facts(str(dtype).removeprefix("torch."), (), 0, 1, 1, 1)
     files = header_files(iteration, ShardLayout.pack(architecture, 1, Quanta()), facts, state, [])
-    save = _start(mesh, directory, iteration, parts, files, KEEP_ALL)
-    save.write()
-    return save.finish()
+    with hold(mesh, Path(directory), "--save"):
+        save = _start(mesh, directory, iteration, parts, files, KEEP_ALL)
+        save.write()
+        return save.finish()
+
+
+@contextlib.contextmanager
+def hold(
+    mesh: Mesh, directory: Path, what: str = "checkpoint.save", above: Sequence[Process] = ()
+) -> Iterator[Lease | None]:
+    """Hold `directory` while the block runs: rank 0's lease, None on other ranks (collective at its begin).
+
+    Raises:
+        UserError: on all ranks; see `lease.acquire`.
+    """
+    lease, complaint = None, None
+    if mesh.rank == 0:
+        try:
+            lease = acquire(directory, above, what)
+        except UserError as error:
+            complaint = str(error)
+    try:
+        complaint = broadcast_object(mesh, complaint)
+        if complaint is not None:
+            raise UserError(complaint)
+        yield lease
+    finally:
+        if lease is not None:
+            lease.release()
 
 
 def _reader(

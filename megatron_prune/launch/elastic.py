@@ -5,6 +5,7 @@ Ranks say themselves what was wrong; torchrun's forty lines about its own call s
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from megatron_prune.launch.watch import announce
+
+    os.environ.update(announce(os.environ))  # ranks end when this process is gone
     try:
         run.main(argv)
     except ChildFailedError as error:

@@ -11,6 +11,7 @@ tools, each in a process of its own, while the other ranks have left.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -25,14 +26,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_prune.checkpoint.files import steps
+from megatron_prune.checkpoint.lease import acquire, live_owner
 from megatron_prune.config import Config, dump, load_config
 from megatron_prune.errors import UserError
 from megatron_prune.launch import after, stages
 from megatron_prune.launch.agreement import consult, own_facts
 from megatron_prune.launch.places import Rank, Torchrun, find_place, rank_settings
-from megatron_prune.launch.signals import STOP_SIGNALS
+from megatron_prune.launch.signals import STOP_SIGNALS, heeded_signals
 from megatron_prune.launch.stages import Ledger, Plan, make_plan, read_progress, read_run_status
 from megatron_prune.launch.supervisor import supervise
+from megatron_prune.launch.watch import Watch, announce, launchers
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ Train = Callable[[list[str]], int]
 
 
 class ToldToLeave(BaseException):
-    """SIGTERM or SIGUSR1 arrived while this process was not training."""
+    """One of `STOP_SIGNALS` arrived while this process was not training."""
 
 
 class NodeError(UserError):
@@ -131,7 +135,7 @@ def main(argv: Sequence[str], train: Train, script: Path) -> int:
     if set(argv[: list(argv).index("--")] if "--" in argv else argv) & {"--help", "-h"}:
         sys.stdout.write(USAGE if speaks else "")
         return 0
-    for number in STOP_SIGNALS:
+    for number in heeded_signals():
         signal.signal(number, _leave)
     try:
         request = Request.parse(argv)
@@ -204,6 +208,7 @@ def _node(request: Request, place: Torchrun, script: Path) -> int:
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(script.parents[1]), environment.get("PYTHONPATH")]))
+    environment.update(announce(environment))  # ranks end when this process is gone
     logs = environment.get("LOG_DIR")
     if logs is not None:
         logs = str(Path(logs) / f"node-{place.node_rank}")
@@ -216,7 +221,7 @@ def _node(request: Request, place: Torchrun, script: Path) -> int:
         return outcome.code if outcome.code >= 0 else 128 - outcome.code
     save = Path(str(request.read().checkpoint.save))
     ledger = Ledger.read(save)
-    if ledger.status == stages.RUNNING and place.node_rank == 0:
+    if ledger.status == stages.RUNNING and place.node_rank == 0 and live_owner(save) is None:
         ledger.with_status(stages.PREEMPTED).write(save)
     return 1 if ledger.status == stages.FAILED else 0
 
@@ -242,6 +247,7 @@ class _Rank:
     def __init__(self, request: Request, rank: int, world_size: int, train: Train, root: Path) -> None:
         self.request, self.rank, self.world_size, self.train, self.root = request, rank, world_size, train, root
         self.ledger = Ledger()
+        self._held, self._holds = contextlib.ExitStack(), False  # the lease of `save`, on rank 0
         self._config: Config | None = None
         self._store: Any = None
 
@@ -258,12 +264,13 @@ class _Rank:
 
     def run(self) -> int:
         """Everything this rank has to do; returns the exit status."""
-        try:
-            return self._run()
-        except ToldToLeave:
-            logger.info("told to leave; the same command goes on from here")
-            self._note(stages.PREEMPTED)
-            return 0
+        with self._held:
+            try:
+                return self._run()
+            except ToldToLeave:
+                logger.info("told to leave; the same command goes on from here")
+                self._note(stages.PREEMPTED)
+                return 0
 
     def _run(self) -> int:
         plan = self._agree()
@@ -282,6 +289,7 @@ class _Rank:
                 from megatron_prune.launch.failures import leave  # imports torch, as the training has
 
                 self._note(stages.FAILED)
+                self._held.close()
                 leave(code)
         if self.rank != 0:
             return 0
@@ -290,7 +298,8 @@ class _Rank:
             self._note(status)
             logger.info("training stopped (%s); the same command goes on from here", status)
             return 0
-        return self._after(plan.after)
+        with Watch(None, launchers(os.environ)):
+            return self._after(plan.after)
 
     def _agree(self) -> Plan:
         """Compare configuration and code with the other ranks, and learn what rank 0 plans."""
@@ -309,6 +318,9 @@ class _Rank:
 
     def _first_plan(self) -> Plan:
         """The plan, and what it cannot do; raises UserError, before any training, for what `evaluate` cannot read."""
+        lease = self._held.enter_context(acquire(self.save, launchers(os.environ)))
+        self._held.enter_context(Watch(lease, ()))
+        self._holds = True
         plan = self._plan()
         left_out = after.check(self.config) if stages.EVALUATE in plan.after else None
         if left_out is None:
@@ -322,7 +334,7 @@ class _Rank:
 
     def _note(self, status: str) -> None:
         """Rank 0 writes down how the job stands."""
-        if self.rank == 0 and self._config is not None:
+        if self.rank == 0 and self._holds:
             self.ledger = Ledger.read(self.save).with_status(status)
             self.ledger.write(self.save)
 
@@ -332,7 +344,7 @@ class _Rank:
             return
         (self.save / stages.RUN_STATUS_FILE).unlink(missing_ok=True)
         history = self.save / "pruning_history.jsonl"
-        if history.exists() and not list(self.save.glob("iter_*")):
+        if history.exists() and not steps(self.save):
             logger.info("%s: of a run that left no checkpoint; set aside, training starts anew", history)
             history.replace(history.with_name(history.name + ".unsaved"))
 

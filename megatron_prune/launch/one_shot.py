@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prune.checkpoint.lease import is_lease
 from megatron_prune.config import (
     CheckpointConfig,
     Config,
@@ -31,6 +32,7 @@ from megatron_prune.launch.build import CheckpointSaver, build_datasets, build_m
 from megatron_prune.launch.failures import agreed
 from megatron_prune.launch.inputs import Inputs, open_inputs
 from megatron_prune.launch.outputs import write_config, write_summary
+from megatron_prune.launch.watch import Watch, launchers, writing
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.pruning.history import HistoryWriter, Removal
@@ -105,8 +107,7 @@ def check_pruning(config: Config, world_size: int) -> Config:
     if config.checkpoint.save is None:
         raise UserError("checkpoint.save (--save) is not set: give the folder of the pruned model's checkpoint")
     folder = Path(config.checkpoint.save)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"checkpoint.save: {folder} is there already; name a folder that does not exist or is empty")
+    refuse_content(folder)
     present = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     if not os.access(present, os.W_OK):
         raise UserError(f"checkpoint.save: {folder} cannot be written: no permission in {present}")
@@ -115,6 +116,12 @@ def check_pruning(config: Config, world_size: int) -> Config:
     config = dataclasses.replace(config, training=training)
     validate(config, world_size)
     return config
+
+
+def refuse_content(folder: Path) -> None:
+    """Raise UserError unless `folder` is absent or empty, but for leases."""
+    if folder.exists() and (not folder.is_dir() or not all(map(is_lease, folder.iterdir()))):
+        raise UserError(f"checkpoint.save: {folder} is there already; name a folder that does not exist or is empty")
 
 
 @dataclass(frozen=True)
@@ -179,8 +186,16 @@ def prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architectu
     """Prune to the target and save: a checkpoint at iteration 0 from which `pretrain --load` trains on (collective).
 
     Raises:
-        UserError: the target is not reached (nothing is written then), or the checkpoint cannot be written.
+        UserError: the target is not reached (nothing is written then), the checkpoint cannot be written, or another
+            process writes there.
     """
+    assert config.checkpoint.save is not None
+    with Watch(None, launchers(os.environ)) as watch, writing(config.checkpoint.save, run.mesh, watch):
+        agreed(run.mesh, lambda: refuse_content(Path(str(config.checkpoint.save))))  # somebody was faster, perhaps
+        return _prune_and_save(config, run, on_removal)
+
+
+def _prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architecture], None]) -> Pruned:
     assert config.checkpoint.save is not None
     before = [] if run.inputs.header is None else list(run.inputs.header.state.get("history") or [])
     state = RunState(history=[Removal.from_json(removal) for removal in before])

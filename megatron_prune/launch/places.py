@@ -61,8 +61,8 @@ class Torchrun:
             ]
         if logs is not None:
             words += [f"--log-dir={logs}", "--redirects=3", "--tee=0:3"]
-        # SIGTERM and SIGUSR1 are the supervisor's to deliver (see there why).
-        return [*words, "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", script, *arguments]
+        # The others are the supervisor's to deliver (see there why); a handler for SIGHUP would undo nohup.
+        return [*words, "--signals-to-handle=SIGQUIT", script, *arguments]
 
 
 @dataclass(frozen=True)

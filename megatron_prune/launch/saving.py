@@ -39,6 +39,7 @@ class CheckpointSaver:
     ) -> None:
         self.model, self.directory, self.reporter = model, directory, reporter
         self.stops_on_error = config.checkpoint.on_save_error == "stop"
+        self.goes_back = config.checkpoint.ckpt_step is not None  # told to give up what was saved after it
         self.retain = Retention(config.checkpoint.keep_last, config.checkpoint.save_retain_interval)
         self.background = AsyncSaver() if config.checkpoint.async_save else None
         self.constants = {
@@ -68,7 +69,13 @@ class CheckpointSaver:
         values = {**state.to_state(), **self.constants, "consumed_samples_per_data_set": samples}
         try:
             path = save_checkpoint(
-                self.model, self.directory, state.iteration, values, retain=self.retain, saver=self.background
+                self.model,
+                self.directory,
+                state.iteration,
+                values,
+                retain=self.retain,
+                saver=self.background,
+                goes_back=self.goes_back,
             )
         except CheckpointSaveError as error:
             self._failed(error)

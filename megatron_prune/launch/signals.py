@@ -1,20 +1,33 @@
 """Signals that ask a run to end, as a flag that the loop looks at after each step.
 
-    StopSignals   context manager: while it is open, SIGTERM and SIGUSR1 are noted instead of ending the process
+    StopSignals     context manager: while it is open, they are noted instead of ending the process
+    heeded_signals  which of them this process listens to
 
-A scheduler announces preemption with a signal, to one rank, to all, or to the launcher, which passes it on. Nothing is
+A scheduler announces preemption with SIGTERM or SIGUSR1, to one rank, to all, or to the launcher, which passes it on; a
+terminal sends SIGINT (Ctrl-C) and, when it is closed, SIGHUP. All mean the same, but a second SIGINT leaves at once. A
+process that was started with SIGHUP or SIGINT ignored (nohup, a shell's background) goes on ignoring it. Nothing is
 done in the handler itself: a rank may be in the middle of a collective, and all ranks must stop at the same step (see
 `training.stopping`).
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """Those of `STOP_SIGNALS` to listen to. The launcher starts its ranks with SIGTERM and SIGUSR1 ignored, and means
+    them to listen; what a terminal sends is left ignored where it is.
+    """
+    return [n for n in STOP_SIGNALS if n not in _OF_TERMINALS or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class StopSignals:
@@ -25,11 +38,12 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
+            for number in heeded_signals():
                 self._before[number] = signal.signal(number, self._note)
             # A launcher may have held them back until somebody listens.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -45,4 +59,8 @@ class StopSignals:
         return self.received is not None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:  # as `kill -9`, which checkpoints survive: nothing can be waited for
+            os.write(2, b"interrupted again: leaving at once, unsaved\n")
+            os._exit(INTERRUPTED)
         self.received = self.received or signal.Signals(number)

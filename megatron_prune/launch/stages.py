@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint.files import LATEST, resolve, steps
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 
@@ -75,14 +75,13 @@ class Progress:
 
 
 def read_progress(save: Path) -> Progress:
-    """What the newest complete checkpoint in `save` says; reads two small files and no tensors."""
-    latest = save / "latest_checkpointed_iteration.txt"
-    if not latest.is_file():
+    """What the newest complete checkpoint in `save` says: the one that training would go on from, also where a crash
+    struck between two renames. Reads two small files and no tensors.
+    """
+    if not (save / LATEST).exists() and not steps(save):
         return Progress()
-    text = latest.read_text().strip()
-    if not re.fullmatch(r"\d+", text):
-        raise UserError(f"{latest}: not an iteration number; see tools/inspect_checkpoint.py --load {save}")
-    path = save / f"iter_{int(text):07d}" / "run_state.json"
+    _, folder = resolve(save)
+    path = folder / "run_state.json"
     try:
         run = json.loads(path.read_text())
         state = run["state"]

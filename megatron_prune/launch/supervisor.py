@@ -1,10 +1,11 @@
 """Run torchrun on this node, and pass on what the job is told from outside.
 
 `supervise` starts the command and waits. When SIGTERM or SIGUSR1 arrives it sends it to the *ranks*, once each, which
-finish their step, save and leave with 0; so torchrun sees them succeed and leaves with 0 as well. After `grace`
-seconds what is left is killed.
+finish their step, save and leave with 0; so torchrun sees them succeed and leaves with 0 as well. SIGINT and SIGHUP
+become SIGTERM, unless they were ignored when this process began (nohup). After `grace` seconds, or at a second SIGINT,
+what is left is killed.
 
-torchrun itself runs with both signals ignored. It can forward signals (`--signals-to-handle`), but then it leaves
+torchrun itself runs with all of them ignored. It can forward signals (`--signals-to-handle`), but then it leaves
 with 1 although its ranks saved, and a second signal while it waits for them makes it leave at once, without them; a
 scheduler that signals every process of a job (Slurm does) and a supervisor that forwards would do just that.
 """
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from megatron_prune.launch.signals import STOP_SIGNALS
+from megatron_prune.launch.signals import STOP_SIGNALS, heeded_signals
 
 logger = logging.getLogger(__name__)
+_FOR_RANKS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def supervise(command: Sequence[str], environment: dict[str, str], grace: float,
     def note(number: int, _frame: FrameType | None) -> None:
         told.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, note) for number in heeded_signals()}
     try:
         process = subprocess.Popen(list(command), env=environment, preexec_fn=_ignore_signals)
         return _watch(process, told, grace, poll)
@@ -74,10 +76,12 @@ def _watch(process: subprocess.Popen[bytes], told: list[signal.Signals], grace: 
             deadline = time.monotonic() + grace
             logger.warning("told to leave by %s: ranks save and leave, within %g seconds", told[0].name, grace)
         for child in _ranks_of(process.pid):
-            if child.pid not in informed and _send(child, told[0]):
+            if child.pid not in informed and _send(child, told[0] if told[0] in _FOR_RANKS else signal.SIGTERM):
                 informed.add(child.pid)
-        if time.monotonic() > deadline:
-            logger.warning("ranks are still there after %g seconds: killed", grace)
+        is_impatient = told.count(signal.SIGINT) > 1
+        if is_impatient or time.monotonic() > deadline:
+            why = "interrupted again" if is_impatient else f"ranks are still there after {grace:g} seconds"
+            logger.warning("%s: killed", why)
             for child in [*_ranks_of(process.pid, everything=True), process]:
                 _send(child, signal.SIGKILL)
             return Outcome(process.wait(), told[0])

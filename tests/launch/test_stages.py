@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from megatron_prune.checkpoint import files
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.launch.stages import (
@@ -39,6 +40,23 @@ def config(tmp_path):
 
 def plan(config, text, progress, **ledger):
     return make_plan(parse_stages(text), config, progress, Ledger(**ledger))
+
+
+def test_what_training_recovers_the_stages_find_too(tmp_path):
+    """Killed between a rename and `latest`, of the first checkpoint and of one saved again."""
+
+    def save(iteration):
+        folder = files.begin(tmp_path, iteration)
+        state = {"iteration": iteration, "state": {"phase": "pruning", "phase_start": 0}}
+        files.write_manifest(folder, files.write_files(folder, {"run_state.json": json.dumps(state).encode()}))
+        return files.publish(folder, tmp_path, iteration)
+
+    save(5)
+    (tmp_path / files.LATEST).unlink()
+    assert read_progress(tmp_path) == Progress(5)
+    folder = save(10)
+    folder.rename(folder.with_name(folder.name + ".replaced"))
+    assert read_progress(tmp_path) == Progress(10)
 
 
 def test_names():
@@ -139,9 +157,10 @@ def test_ledger_and_progress_on_disk(tmp_path):
     (tmp_path / "launch_status.json").write_text("{")
     assert Ledger.read(tmp_path) == Ledger()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("65\n")
-    with pytest.raises(UserError, match=r"iter_0000065.*inspect_checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint of iteration 65"):
         read_progress(tmp_path)
     (tmp_path / "iter_0000065").mkdir()
+    (tmp_path / "iter_0000065" / "architecture.json").touch()
     state = {"iteration": 65, "state": {"phase": "continued", "phase_start": 60}}
     (tmp_path / "iter_0000065" / "run_state.json").write_text(json.dumps(state))
     assert read_progress(tmp_path) == CONTINUED

@@ -1,0 +1,386 @@
+"""One writer per folder: a lease that a dead owner cannot hold, without locks that a network file system may not keep.
+
+    DIR/writer.lease-7     who writes into DIR (`Owner`, as JSON); its time of change is the heartbeat
+
+    Owner           a process: host, pid and start, job, what launched it
+    death           why an owner counts as dead, or None: the whole decision, pure but for a look at its process
+    acquire         take DIR, or say in one line who has it -> Lease
+    Lease           keeps it alive (`loss`), gives it back (`release`)
+    refuse_others   last look before a folder is cleared or a checkpoint published
+
+A file is made under a name of its own and then linked to the next number, which fails where there is one: of any number
+of starters one wins. It then looks again, and steps back if somebody else has come meanwhile; who took over removes the
+dead owner's file. So a file's owner holds DIR as long as that file is there, and nobody ever removes a live one's.
+
+Dead is: no process of that pid and start on the same machine (at once); the same Slurm job, started again since (at
+once); else no heartbeat for `EXPIRY` seconds, by the file server's clock alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import random
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune.errors import UserError
+
+PREFIX = "writer.lease-"
+EXPIRY = 120.0  # seconds; building an index may hold up a heartbeat for a while
+PATIENCE = 30.0  # seconds that a starter waits for an owner that is about to leave
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_TRIES = 20
+
+
+class FolderBusyError(OSError):
+    """Another live process writes into the folder."""
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of one machine. `start` is its start (ticks since boot), None where the system does not say."""
+
+    pid: int
+    start: int | None
+
+    @classmethod
+    def find(cls, pid: int) -> Process:
+        """The process that has this pid now."""
+        return cls(pid, _start(pid))
+
+    def is_running(self) -> bool:
+        """Whether it still is there, itself and not one that was given its number later; a zombie is not."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # it is somebody else's
+            pass
+        return self.start is None or _start(self.pid) == self.start
+
+
+def _start(pid: int) -> int | None:
+    """Start of a process from /proc; None when it is gone, a zombie, or there is no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def this_machine() -> str:
+    """What two processes share whose pids can be compared: the boot of one kernel, and a pid namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a folder.
+
+    Args:
+        machine: see `this_machine`. job, restarts: Slurm's, how often it was requeued.
+        above: pid and start of what launched it, where it ends with that.
+        since: seconds since the epoch, for people.
+    """
+
+    token: str
+    host: str
+    machine: str
+    pid: int
+    start: int | None
+    job: str | None
+    restarts: int
+    above: tuple[tuple[int, int | None], ...]
+    command: str
+    since: float
+
+    @classmethod
+    def of_this_process(cls, environ: Mapping[str, str], above: Sequence[Process] = ()) -> Owner:
+        """This process, with a token of its own."""
+        own, restarts = Process.find(os.getpid()), environ.get("SLURM_RESTART_COUNT", "0")
+        return cls(
+            token=secrets.token_hex(8),
+            host=socket.gethostname(),
+            machine=this_machine(),
+            pid=own.pid,
+            start=own.start,
+            job=environ.get("SLURM_JOB_ID"),
+            restarts=int(restarts) if restarts.isdigit() else 0,
+            above=tuple((process.pid, process.start) for process in above),
+            command=Path(sys.argv[0]).name[:80],
+            since=time.time(),
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Owner:
+        """Inverse of `to_json`. Raises ValueError."""
+        try:
+            values = json.loads(text)
+            above = tuple((int(pid), start) for pid, start in values.pop("above"))
+            owner = cls(**values, above=above)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(str(error)) from error
+        if not isinstance(owner.pid, int) or not isinstance(owner.restarts, int):
+            raise ValueError("pid and restarts are numbers")
+        return owner
+
+    def to_json(self) -> bytes:
+        """As the file holds it."""
+        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+
+    def is_same_process(self, other: Owner) -> bool:
+        """Whether both are one process."""
+        return (self.machine, self.pid, self.start) == (other.machine, other.pid, other.start)
+
+    def was_requeued_as(self, other: Owner) -> bool:
+        """Whether `other` is the same Slurm job, started again: Slurm ends the former start before."""
+        return self.job is not None and self.job == other.job and self.restarts < other.restarts
+
+    def __str__(self) -> str:
+        job = "" if self.job is None else f", job {self.job}"
+        at = time.strftime("%F %T", time.localtime(self.since)) if isinstance(self.since, (int, float)) else "?"
+        return ascii(f"pid {self.pid} on {self.host}{job} ({self.command}, since {at})")[1:-1]
+
+
+def death(owner: Owner | None, me: Owner, age: float) -> str | None:
+    """Why `owner` is dead, as far as `me` can tell; None: it lives, or may live.
+
+    Args:
+        owner: None when its file cannot be read. age: seconds since its last heartbeat.
+    """
+    if owner is not None and owner.machine == me.machine:
+        return None if Process(owner.pid, owner.start).is_running() else "its process is gone"
+    if owner is not None and owner.was_requeued_as(me):
+        return "its job was requeued"
+    return f"no sign of life for {age:.0f} s" if age > EXPIRY else None
+
+
+def _is_leaving(owner: Owner | None, me: Owner) -> bool:
+    """Whether it will end by itself, soon: what launched it is gone, or its job was started again."""
+    if owner is None or owner.machine != me.machine:
+        return False
+    return owner.was_requeued_as(me) or not all(Process(*one).is_running() for one in owner.above)
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+
+
+def is_lease(path: Path) -> bool:
+    """Whether a file is a lease's: no content of the folder."""
+    return path.name.startswith(PREFIX)
+
+
+def _leases(directory: Path) -> dict[int, Path]:
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return {}
+    found = (re.fullmatch(re.escape(PREFIX) + r"(\d{1,9})", name) for name in names)
+    return {int(match[1]): directory / match[0] for match in found if match}
+
+
+def _read(path: Path, now: float) -> tuple[Owner | None, float]:
+    """(owner, seconds since its heartbeat). Raises FileNotFoundError when it has just been removed."""
+    with path.open("rb") as file:  # opened: a network file system then asks its server
+        text, age = file.read(1 << 16), now - os.fstat(file.fileno()).st_mtime
+    try:
+        return Owner.from_json(text), age
+    except ValueError:
+        return None, age
+
+
+def live_owner(directory: Path) -> Owner | None:
+    """Who holds `directory`, this process or another; None when nobody does, as far as this one can tell."""
+    me, now = Owner.of_this_process(os.environ), time.time()
+    for path in _leases(directory).values():
+        with contextlib.suppress(OSError):
+            owner, age = _read(path, now)
+            if owner is not None and death(owner, me, age) is None:
+                return owner
+    return None
+
+
+def refuse_others(directory: Path) -> None:
+    """Raise FolderBusyError when a live process other than this one holds `directory`."""
+    owner = live_owner(directory)
+    if owner is not None and not owner.is_same_process(Owner.of_this_process(os.environ)):
+        raise FolderBusyError(errno.EBUSY, f"being written by {owner}", str(directory))
+
+
+class Lease:
+    """Held by this process, on `path`.
+
+    Args:
+        is_nested: it is held further out, by the same process, and given back there.
+        made: folders that were made for it, outermost first.
+    """
+
+    def __init__(self, path: Path, owner: Owner, is_nested: bool = False, made: tuple[Path, ...] = ()) -> None:
+        self.path, self.owner, self.is_nested, self.made = path, owner, is_nested, made
+
+    def loss(self) -> str | None:
+        """None while it is held, and the heartbeat is given; else who has the folder now, in words.
+
+        A file that cannot be read just now (a server that does not answer) is no loss.
+        """
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            now = live_owner(self.path.parent)
+            return "its lease was removed" if now is None else f"it is written by {now} now"
+        except OSError:
+            return None
+        try:
+            owner = Owner.from_json(os.read(handle, 1 << 16))
+            if owner.token != self.owner.token:
+                return f"it is written by {owner} now"
+            os.utime(handle)  # of this very file, whatever has its name meanwhile
+            return None
+        except (OSError, ValueError):
+            return None
+        finally:
+            os.close(handle)
+
+    def release(self) -> None:
+        """Give it back; folders that were made for it and are empty go as well."""
+        if self.is_nested or self.loss() is not None:
+            return
+        with contextlib.suppress(OSError):  # the heartbeat ends with the process
+            self.path.unlink(missing_ok=True)
+            for folder in reversed(self.made):
+                folder.rmdir()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def acquire(directory: Path, above: Sequence[Process] = (), what: str = "checkpoint.save") -> Lease:
+    """Take `directory`, which is made where it is not there.
+
+    An owner that is about to leave, its launcher gone, is waited for up to `PATIENCE` seconds.
+
+    Args:
+        above: what launched this process, where it ends with that.
+        what: the field or flag that names the folder, for messages.
+
+    Raises:
+        UserError: somebody else has it (the line names who), or the folder cannot be written.
+    """
+    me, deadline = Owner.of_this_process(os.environ, above), time.monotonic() + PATIENCE
+    try:
+        made = _make(directory)
+        proposal = directory / f"{PREFIX}new-{me.token}"
+        try:
+            with proposal.open("xb") as file:
+                file.write(me.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            return _compete(directory, proposal, me, deadline, made, what)
+        finally:
+            proposal.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            raise UserError(f"{what}: {error.filename} is a file; give a folder") from error
+        raise UserError(f"{what}: {directory} cannot be written: {error.strerror}") from error
+
+
+def _make(directory: Path) -> tuple[Path, ...]:
+    """Make the folder; those that were not there, outermost first."""
+    absent = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    return tuple(reversed(absent))
+
+
+def _compete(directory: Path, proposal: Path, me: Owner, deadline: float, made: tuple[Path, ...], what: str) -> Lease:
+    for _ in range(_TRIES):
+        found = _attempt(directory, proposal, me, made)
+        while found is not None and not isinstance(found, Lease) and found[1] and time.monotonic() < deadline:
+            time.sleep(0.2)
+            found = _attempt(directory, proposal, me, made)
+        if isinstance(found, Lease):
+            return found
+        if found is not None:
+            raise UserError(
+                f"{what}: {directory} is being written by {found[0]}; wait for that run or stop it, or give another "
+                "folder"
+            )
+        time.sleep(random.uniform(0.01, 0.1))
+    raise UserError(f"{what}: {directory}: other runs are starting there at this moment; start one of them")
+
+
+def _attempt(directory: Path, proposal: Path, me: Owner, made: tuple[Path, ...]) -> Lease | tuple[str, bool] | None:
+    """The lease; or (who has it, whether that one is about to leave); or None: something changed, try again."""
+    present = _leases(directory)
+    os.utime(proposal)
+    now = proposal.stat().st_mtime  # of the same clock as the heartbeats
+    for path in present.values():
+        try:
+            owner, age = _read(path, now)
+        except FileNotFoundError:
+            return None
+        if owner is not None and owner.is_same_process(me):
+            return Lease(path, owner, is_nested=True)
+        if death(owner, me, age) is None:
+            return _words(owner, me, age, path), _is_leaving(owner, me)
+    number = max(present, default=0) + 1
+    mine = directory / f"{PREFIX}{number}"
+    if not _link(proposal, mine, me):
+        return None
+    if set(_leases(directory)) - set(present) - {number}:
+        mine.unlink(missing_ok=True)
+        return None
+    for path in present.values():
+        path.unlink(missing_ok=True)
+    for path in directory.glob(f"{PREFIX}new-*"):  # of starters that were killed
+        with contextlib.suppress(OSError):
+            if path != proposal and now - path.stat().st_mtime > EXPIRY:
+                path.unlink()
+    return Lease(mine, me, made=made)
+
+
+def _words(owner: Owner | None, me: Owner, age: float, path: Path) -> str:
+    if owner is None:
+        return f"somebody ({path} cannot be read; remove it if no run is alive)"
+    if owner.machine == me.machine:
+        return str(owner)
+    return f"{owner}, last heard of {max(age, 0):.0f} s ago (it counts as dead after {EXPIRY:.0f} s)"
+
+
+def _link(proposal: Path, mine: Path, me: Owner) -> bool:
+    """Make `mine`, if nobody else has; whether this process did."""
+    try:
+        os.link(proposal, mine)
+        return True
+    except FileExistsError:  # or done, and a network file system's answer was lost
+        with contextlib.suppress(OSError):
+            return os.path.samefile(proposal, mine)
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    try:
+        with mine.open("xb") as file:  # a file system without hard links
+            file.write(me.to_json())
+    except FileExistsError:
+        return False
+    return True

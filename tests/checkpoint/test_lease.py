@@ -1,0 +1,222 @@
+"""One writer per folder: who may take it, who is dead, and any number of processes that want it at once."""
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from megatron_prune.checkpoint import files, lease
+from megatron_prune.checkpoint.lease import EXPIRY, Owner, Process, acquire, death, live_owner
+from megatron_prune.errors import UserError
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def held(directory):
+    return [path.name for path in directory.iterdir() if lease.is_lease(path)]
+
+
+def owner(**changes):
+    return dataclasses.replace(Owner.of_this_process({}), **changes)
+
+
+def write(directory, value, age=0.0):
+    """A lease as another process would have left it."""
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{lease.PREFIX}1"
+    path.write_bytes(value.to_json())
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def in_a_process(function, *args):
+    process = CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def hold_for_ever(directory):
+    acquire(directory)
+    time.sleep(1000)
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_a_second_starter_is_told_who_has_the_folder_and_a_killed_owner_is_taken_over(tmp_path):
+    folder = tmp_path / "run"
+    first = in_a_process(hold_for_ever, folder)
+    wait_for(lambda: live_owner(folder) is not None)
+    with pytest.raises(
+        UserError, match=rf"run is being written by pid {first.pid} on .*; wait for that run or stop"
+    ) as e:
+        acquire(folder)
+    assert "\n" not in str(e.value)
+    with pytest.raises(OSError, match="being written by pid") as refused:
+        files.begin(folder, 5)
+    assert refused.value.errno == errno.EBUSY
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    with acquire(folder) as mine:
+        assert mine.loss() is None and held(folder) == [f"{lease.PREFIX}2"]
+    assert not folder.exists() or held(folder) == []
+
+
+def test_a_folder_made_for_a_lease_goes_with_it_and_content_stays(tmp_path):
+    with acquire(tmp_path / "a" / "b"):
+        pass
+    assert not (tmp_path / "a").exists()
+    with acquire(tmp_path / "a"):
+        (tmp_path / "a" / "file").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+
+
+def test_the_same_process_holds_it_twice_and_gives_it_back_once(tmp_path):
+    with acquire(tmp_path) as outer:
+        with acquire(tmp_path) as inner:
+            assert inner.is_nested
+        assert outer.loss() is None
+    assert held(tmp_path) == []
+
+
+HERE, AWAY = lease.this_machine(), "another boot"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "age", "dies"),
+    [
+        ({"machine": HERE}, {}, EXPIRY * 9, None),  # this very process: alive, however silent
+        ({"machine": HERE, "start": 1}, {}, 0, "its process is gone"),  # its number was given again
+        ({"machine": HERE, "pid": 2**22 + 1}, {}, 0, "its process is gone"),
+        ({"machine": AWAY}, {}, EXPIRY - 1, None),
+        ({"machine": AWAY}, {}, EXPIRY + 1, "no sign of life for 121 s"),
+        ({"machine": AWAY, "job": "7", "restarts": 0}, {"job": "7", "restarts": 1}, 0, "its job was requeued"),
+        ({"machine": AWAY, "job": "7", "restarts": 1}, {"job": "7", "restarts": 1}, 0, None),  # two steps of one job
+        ({"machine": AWAY, "job": "7"}, {"job": "8", "restarts": 1}, 0, None),
+        ({"machine": AWAY, "job": None}, {"job": None, "restarts": 1}, 0, None),
+    ],
+)
+def test_who_is_dead(theirs, mine, age, dies):
+    assert death(owner(**theirs), owner(**mine), age) == dies
+
+
+def test_an_owner_elsewhere_is_waited_out_by_its_heartbeat(tmp_path):
+    write(tmp_path, owner(machine=AWAY, host="node7", pid=4, job="31"), age=30)
+    with pytest.raises(
+        UserError, match=r"pid 4 on node7, job 31 .* last heard of 3\d s ago \(it counts as dead after 120 s"
+    ):
+        acquire(tmp_path)
+    write(tmp_path, owner(machine=AWAY), age=EXPIRY + 5)
+    with acquire(tmp_path):
+        assert held(tmp_path) == [f"{lease.PREFIX}2"]
+
+
+def test_a_requeued_job_takes_over_at_once(tmp_path, monkeypatch):
+    write(tmp_path, owner(machine=AWAY, job="31"))
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+    with pytest.raises(UserError):
+        acquire(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    acquire(tmp_path).release()
+
+
+def test_an_owner_whose_launcher_is_gone_is_waited_for(tmp_path):
+    def orphan():
+        acquire(tmp_path, above=[Process(2**22 + 1, 5)])
+        time.sleep(1.0)
+        os._exit(0)
+
+    first = in_a_process(orphan)
+    wait_for(lambda: live_owner(tmp_path) is not None)
+    acquire(tmp_path).release()
+    first.join()
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"pid": 3}', b"\xff\x00"])
+def test_a_damaged_lease_holds_only_while_it_is_fresh(tmp_path, text):
+    path = tmp_path / f"{lease.PREFIX}1"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=r"somebody \(.*lease-1 cannot be read; remove it"):
+        acquire(tmp_path)
+    os.utime(path, (time.time() - EXPIRY - 5,) * 2)
+    acquire(tmp_path).release()
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with acquire(tmp_path) as mine:
+        assert mine.loss() is None and json.loads(mine.path.read_text())["pid"] == os.getpid()
+
+
+def test_the_loss_of_a_lease_is_noticed(tmp_path):
+    mine = acquire(tmp_path)
+    mine.path.unlink()
+    assert mine.loss() == "its lease was removed"
+    write(tmp_path, owner(machine=AWAY, host="node7", pid=4))
+    assert mine.loss().startswith("it is written by pid 4 on node7")
+    mine.release()
+    assert held(tmp_path) == [f"{lease.PREFIX}1"], "another's stays"
+
+
+def test_a_newer_iteration_is_not_replaced_by_an_older_one_unless_told_to(tmp_path):
+    def save(iteration, **more):
+        folder = files.begin(tmp_path, iteration)
+        files.write_manifest(folder, files.write_files(folder, {"a": b"a"}))
+        return files.publish(folder, tmp_path, iteration, **more)
+
+    save(11)
+    with pytest.raises(OSError, match="holds iteration 11, which is newer"):
+        save(4)
+    assert (tmp_path / files.LATEST).read_text() == "11\n" and files.steps(tmp_path) == [11]
+    save(4, goes_back=True)
+    assert (tmp_path / files.LATEST).read_text() == "4\n"
+
+
+def scramble(directory, seed, end):
+    """Take the folder again and again; whoever has it writes a counter that nobody else may touch meanwhile."""
+    generator, witness = random.Random(seed), directory / "witness"
+    while time.time() < end:
+        try:
+            mine = acquire(directory)
+        except UserError:
+            time.sleep(generator.uniform(0, 0.01))
+            continue
+        witness.write_text(str(os.getpid()))
+        time.sleep(generator.uniform(0, 0.01))
+        if witness.read_text() != str(os.getpid()):
+            (directory / "two-at-once").touch()
+        with (directory / "turns").open("a") as turns:
+            turns.write(".")
+        if generator.random() < 0.3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        mine.release()
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 50))])
+def test_never_two_at_once_however_they_are_interleaved_and_killed(tmp_path, seed):
+    end, alive, number = time.time() + 2.0, [], 0
+    while time.time() < end:
+        alive = [process for process in alive if process.is_alive()]
+        while len(alive) < 5:
+            alive.append(in_a_process(scramble, tmp_path, seed * 10_000 + number, end))
+            number += 1
+        time.sleep(0.01)
+    for process in alive:
+        process.join()
+    assert not (tmp_path / "two-at-once").exists()
+    assert len((tmp_path / "turns").read_text()) > 20
+    acquire(tmp_path).release()
+    assert held(tmp_path) == []
