@@ -1,6 +1,7 @@
 """Train, prune while training, and train on.
 
     torchrun --nproc-per-node 8 -m megatron_prune.pretrain --config run.yaml [--some-field value ...]
+    srun --ntasks-per-node 8 python -m megatron_prune.pretrain --config run.yaml        (one task per rank)
     python -m megatron_prune.pretrain --config run.yaml        (one rank, no launcher)
 
 Reads a configuration, opens what it names, builds the model on this rank's place in the mesh and runs the loop.
@@ -36,42 +37,50 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from megatron_prune.config import parse_command, validate
+    from megatron_prune.config import Command, parse_command, validate
+    from megatron_prune.errors import UserError
+    from megatron_prune.launch.places import speaks
 
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    is_speaker = speaks(os.environ)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    logging.getLogger("megatron_prune").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    command = parse_command(argv)
-    if command.text is not None:
-        if rank == 0:
+    logging.getLogger("megatron_prune").setLevel(logging.INFO if is_speaker else logging.ERROR)
+    command: Command | UserError
+    try:
+        command = parse_command(argv)
+    except UserError as error:
+        command = error  # told when the other ranks know it, too
+    if isinstance(command, Command) and command.text is not None:
+        if is_speaker:
             sys.stdout.write(command.text + "\n")
         return 0
-    config = command.config
-    validate(config, (command.world_size or world_size) if command.dry_run else world_size)
-    if command.dry_run:
+    if isinstance(command, Command) and command.dry_run:
         from megatron_prune.launch.dry_run import dry_run
 
-        return dry_run(config, command.world_size or world_size)
-    return _train(config)
+        world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        validate(command.config, world_size)
+        return dry_run(command.config, world_size)
+
+    def read(world_size: int) -> Config:
+        if isinstance(command, UserError):
+            raise command
+        validate(command.config, world_size)
+        return command.config
+
+    return _train(read)
 
 
-def _train(config: Config) -> int:
+def _train(read: Callable[[int], Config]) -> int:
     from megatron_prune.launch.failures import lost_contact
+    from megatron_prune.launch.join import meet
     from megatron_prune.launch.signals import StopSignals
     from megatron_prune.launch.watch import Watch, launchers
-    from megatron_prune.runtime.device import choose_device
-    from megatron_prune.runtime.mesh import close_mesh, init_mesh
+    from megatron_prune.runtime.mesh import close_mesh
 
-    started, parallel = time.monotonic(), config.parallel
+    started, meeting = time.monotonic(), meet(read)
     with StopSignals() as signals, Watch(None, launchers(os.environ)) as watch:
-        mesh = init_mesh(
-            choose_device(parallel.device),
-            parallel.tensor_model_parallel_size,
-            parallel.pipeline_model_parallel_size,
-            parallel.distributed_timeout_minutes,
-        )
+        mesh = meeting.join()
         try:
-            _fit(config, mesh, signals.is_asked, started, watch)
+            _fit(meeting.config, mesh, signals.is_asked, started, watch)
         except BaseException as error:
             if lost_contact(error) is None:  # else nobody is left to tear the mesh down with
                 close_mesh()
@@ -81,10 +90,8 @@ def _train(config: Config) -> int:
 
 
 def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float, watch: Watch) -> None:
-    from megatron_prune.launch.agreement import insist
     from megatron_prune.launch.watch import writing
 
-    insist(mesh, config)
     with writing(config.checkpoint.save, mesh, watch):
         _fit_alone(config, mesh, signalled, started)
 
@@ -92,12 +99,15 @@ def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: flo
 def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float) -> None:
     from megatron_prune.errors import PeerLostError, TrainingStoppedError
     from megatron_prune.launch import outputs
+    from megatron_prune.launch.alike import insist_alike, insist_shared
     from megatron_prune.launch.build import build_trainer
     from megatron_prune.launch.failures import agreed, lost_contact
     from megatron_prune.launch.inputs import open_inputs
     from megatron_prune.training.stopping import STOPPED
 
+    insist_shared(mesh, config.checkpoint.save)
     inputs = agreed(mesh, lambda: open_inputs(config))
+    insist_alike(mesh, config, inputs)
     logging.getLogger(__name__).info("%s; %d parameters to start with", mesh.describe(), inputs.architecture.parameters)
     trainer = build_trainer(config, inputs, mesh, signalled, started)
     directory = trainer.history.path.parent if trainer.history is not None else None  # on the rank that writes

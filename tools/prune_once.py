@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections import Counter
@@ -43,9 +42,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def run(argv: Sequence[str] | None) -> int:
     """Prune and save; the exit status. Raises UserError."""
     arguments, rest = parse(argv)
+    from megatron_prune.launch.join import own_place
     from megatron_prune.launch.one_shot import check_pruning, one_shot_config, opened, parse_run, prune_and_save
 
-    world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    place = own_place()
+    world_size, is_first = place.world_size, place.rank == 0
     config = one_shot_config(parse_run(rest), arguments.batches, arguments.rescore_every)
     config = check_pruning(config, world_size)
     with opened(config) as run, tqdm(disable=not (is_first and sys.stderr.isatty()), unit=" parameters") as bar:

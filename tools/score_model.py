@@ -48,10 +48,12 @@ def run(argv: Sequence[str] | None) -> int:
     """Score, print, write; the exit status. Raises UserError."""
     arguments, rest = parse(argv)
     from megatron_prune.config import validate
+    from megatron_prune.launch.join import own_place
     from megatron_prune.launch.one_shot import one_shot_config, opened, parse_run
     from megatron_prune.training.one_shot import OneShot
 
-    world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    place = own_place()
+    world_size, is_first = place.world_size, place.rank == 0
     config = one_shot_config(parse_run(rest), arguments.batches)
     names = criteria(arguments.criterion or [config.pruning.metric])
     check_outputs(arguments)

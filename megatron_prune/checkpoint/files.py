@@ -6,6 +6,7 @@
 
     resolve           directory and step -> folder, or a UserError that says what is there
     Digest, digest    size and CRC-32 of a file
+    check_present     whether all files that ranks wrote are here
     write_manifest    checksums.json: the digests of all other files
     damages           what is wrong with a folder, file by file
     publish           rename the finished folder into place, then move `latest` on
@@ -24,6 +25,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ MANIFEST = "checksums.json"
 _STEP_FOLDER = re.compile(r"iter_(\d{7,})")
 _REPLACED = ".replaced"
 _CHUNK = 4 << 20
+_SECONDS_TO_APPEAR = 10.0
 
 
 class CheckpointSaveError(OSError):
@@ -149,6 +152,28 @@ def digest(path: Path) -> Digest:
         while chunk := file.read(_CHUNK):
             size, crc = size + len(chunk), crc32(chunk, crc)
     return Digest(size, crc)
+
+
+def check_present(folder: Path, digests: Mapping[str, Digest]) -> None:
+    """See that every file is in `folder` with its size, as the rank that wrote it says.
+
+    Raises:
+        OSError: one is not, within the time in which a network file system may learn of it.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    missing = list(digests)
+    while missing := [name for name in missing if _size(folder / name) != digests[name].size]:
+        if time.monotonic() > deadline:
+            reason = "a rank wrote it, and rank 0 does not see all of it: all nodes must share this folder"
+            raise FileNotFoundError(errno.ENOENT, reason, str(folder / missing[0]))
+        time.sleep(0.1)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def write_manifest(folder: Path, digests: Mapping[str, Digest]) -> None:

@@ -9,7 +9,8 @@ Order, the same for both ways:
 
     1. rank 0 makes the temporary folder, all ranks plan who writes what        (collective)
     2. each rank writes and flushes its files, rank 0 the small ones as well    (local; in a thread when asynchronous)
-    3. all ranks tell each other how it went, rank 0 lists the sums, renames and deletes   (collective)
+    3. all ranks tell each other how it went, rank 0 sees that all files are there, lists the sums, renames and
+       deletes                                                                    (collective)
 
 Between two collectives only step 2 and rank 0's work on files can fail, and each is followed by an exchange of its
 outcome: either all ranks return or all raise `CheckpointSaveError`, the temporary folder is gone and older checkpoints
@@ -36,6 +37,7 @@ from megatron_prune.checkpoint.files import (
     Digest,
     Retention,
     begin,
+    check_present,
     digest,
     publish,
     write_files,
@@ -105,6 +107,7 @@ class _Save:
         try:
             self.task.finish()
             if self.mesh.rank == 0:
+                check_present(self.folder, digests)
                 write_manifest(self.folder, digests | {METADATA: digest(self.folder / METADATA)})
                 publish(self.folder, self.directory, self.iteration, self.goes_back)
         except OSError as error:

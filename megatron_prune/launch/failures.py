@@ -21,6 +21,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_prune.errors import DisagreementError, PeerLostError, UserError
+from megatron_prune.launch.places import speaks
+from megatron_prune.launch.rendezvous import NotMetError
 from megatron_prune.runtime.mesh import Mesh, agree
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ def exit_status(job: Callable[[], int]) -> int:
     try:
         return job()
     except (UserError, DisagreementError) as error:
-        if _speaks():
+        if speaks(os.environ) or isinstance(error, NotMetError):
             sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, UserError) else 1
     except PeerLostError as error:
@@ -95,7 +97,3 @@ def leave(status: int) -> None:
     if status == PEER_LOST:
         os._exit(status)
     sys.exit(status)
-
-
-def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"

@@ -32,7 +32,8 @@ from megatron_prune.config import Config, dump, load_config
 from megatron_prune.errors import UserError
 from megatron_prune.launch import after, stages
 from megatron_prune.launch.agreement import consult, own_facts
-from megatron_prune.launch.places import Rank, Torchrun, find_place, rank_settings
+from megatron_prune.launch.places import Rank, Torchrun, find_place, rank_settings, speaks
+from megatron_prune.launch.rendezvous import NotMetError, check_port
 from megatron_prune.launch.signals import STOP_SIGNALS, heeded_signals
 from megatron_prune.launch.stages import Ledger, Plan, make_plan, read_progress, read_run_status
 from megatron_prune.launch.supervisor import supervise
@@ -58,7 +59,15 @@ Train = Callable[[list[str]], int]
 
 
 class ToldToLeave(BaseException):
-    """One of `STOP_SIGNALS` arrived while this process was not training."""
+    """One of `STOP_SIGNALS` arrived while this process was not training.
+
+    Args:
+        number: the signal; `status` is a shell's for a process that it ended.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
 
 
 class NodeError(UserError):
@@ -129,11 +138,11 @@ def main(argv: Sequence[str], train: Train, script: Path) -> int:
         Exit status: 0 done, or told to leave and saved; 2 a mistake of the user; else a failure.
     """
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    speaks = _speaks(os.environ)
-    logging.getLogger("megatron_prune").setLevel(logging.INFO if speaks else logging.ERROR)
+    is_speaker = speaks(os.environ)
+    logging.getLogger("megatron_prune").setLevel(logging.INFO if is_speaker else logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")
     if set(argv[: list(argv).index("--")] if "--" in argv else argv) & {"--help", "-h"}:
-        sys.stdout.write(USAGE if speaks else "")
+        sys.stdout.write(USAGE if is_speaker else "")
         return 0
     for number in heeded_signals():
         signal.signal(number, _leave)
@@ -152,11 +161,11 @@ def main(argv: Sequence[str], train: Train, script: Path) -> int:
         os.environ.update(place.environment)
         return _Rank(request, place.rank, place.world_size, train, script.resolve().parents[1]).run()
     except UserError as error:
-        if speaks or isinstance(error, NodeError):
+        if is_speaker or isinstance(error, (NodeError, NotMetError)):
             sys.stderr.write(f"error: {error}\n")
         return 2
-    except ToldToLeave:
-        return 0
+    except ToldToLeave as told:  # before any rank was there
+        return told.status
 
 
 def _own_place() -> Torchrun | Rank:
@@ -168,8 +177,8 @@ def _own_place() -> Torchrun | Rank:
         raise NodeError(str(error)) from error
 
 
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    raise ToldToLeave
+def _leave(number: int, _frame: FrameType | None) -> None:
+    raise ToldToLeave(number)
 
 
 def _is_installed(name: str) -> bool:
@@ -177,14 +186,6 @@ def _is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # of the package around it
         return False
-
-
-def _speaks(environ: Mapping[str, str]) -> bool:
-    """Whether this process is the one that tells people: rank 0, or node 0, or the only one that knows itself."""
-    for name in ("RANK", "NODE_RANK", "SLURM_PROCID"):
-        if name in environ:
-            return environ[name] == "0"
-    return True
 
 
 def _should_requeue(request: Request) -> int:
@@ -204,8 +205,11 @@ def _node(request: Request, place: Torchrun, script: Path) -> int:
     """Start torchrun and see it through."""
     if place.nnodes == 1:
         request.read()  # a mistake in it is told before anything starts; with several nodes their ranks agree on it
+    elif place.node_rank == 0 and place.master_port is not None:
+        check_port(place.master_port)
     nproc = place.nproc_per_node or _visible_gpus(os.environ) or 1
-    environment = dict(os.environ)
+    # torchrun would take the PET_ variables for flags, beside those it gets.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(script.parents[1]), environment.get("PYTHONPATH")]))
     environment.update(announce(environment))  # ranks end when this process is gone
@@ -213,17 +217,36 @@ def _node(request: Request, place: Torchrun, script: Path) -> int:
     if logs is not None:
         logs = str(Path(logs) / f"node-{place.node_rank}")
         Path(logs).mkdir(parents=True, exist_ok=True)
-    command = place.command(sys.executable, nproc, str(script), list(request.words), logs)
+    command = place.command(sys.executable, nproc, str(script), list(request.words), logs, _patience(request))
     if logs is not None and place.node_rank:
         command.remove("--tee=0:3")
+    before = _written(request)
     outcome = supervise(command, environment, float(environment.get("GRACE_SECONDS", "240")))
     if outcome.told is None or outcome.code == 0:
         return outcome.code if outcome.code >= 0 else 128 - outcome.code
     save = Path(str(request.read().checkpoint.save))
+    if _written(request) == before:  # the ranks were not together yet: nothing was trained, nothing saved
+        return 128 + outcome.told
     ledger = Ledger.read(save)
     if ledger.status == stages.RUNNING and place.node_rank == 0 and live_owner(save) is None:
         ledger.with_status(stages.PREEMPTED).write(save)
     return 1 if ledger.status == stages.FAILED else 0
+
+
+def _patience(request: Request) -> float:
+    """Minutes that nodes may be late."""
+    try:
+        return request.read().parallel.distributed_timeout_minutes
+    except UserError:  # the ranks say so, together
+        return 10
+
+
+def _written(request: Request) -> int | None:
+    """When ranks have last written how the job stands (nanoseconds); None: never, or the folder is not known."""
+    try:
+        return (Path(str(request.read().checkpoint.save)) / stages.LEDGER_FILE).stat().st_mtime_ns
+    except (OSError, UserError):
+        return None
 
 
 def _visible_gpus(environ: Mapping[str, str]) -> int:
@@ -248,6 +271,7 @@ class _Rank:
         self.request, self.rank, self.world_size, self.train, self.root = request, rank, world_size, train, root
         self.ledger = Ledger()
         self._held, self._holds = contextlib.ExitStack(), False  # the lease of `save`, on rank 0
+        self.has_trained = False  # or had nothing left to train
         self._config: Config | None = None
         self._store: Any = None
 
@@ -267,10 +291,10 @@ class _Rank:
         with self._held:
             try:
                 return self._run()
-            except ToldToLeave:
+            except ToldToLeave as told:
                 logger.info("told to leave; the same command goes on from here")
                 self._note(stages.PREEMPTED)
-                return 0
+                return 0 if self.has_trained else told.status
 
     def _run(self) -> int:
         plan = self._agree()
@@ -291,6 +315,7 @@ class _Rank:
                 self._note(stages.FAILED)
                 self._held.close()
                 leave(code)
+        self.has_trained = True
         if self.rank != 0:
             return 0
         if self._plan().train is not None:

@@ -28,16 +28,17 @@ from megatron_prune.config import (
     validate,
 )
 from megatron_prune.errors import UserError
+from megatron_prune.launch.alike import insist_alike, insist_shared
 from megatron_prune.launch.build import CheckpointSaver, build_datasets, build_model
 from megatron_prune.launch.failures import agreed
 from megatron_prune.launch.inputs import Inputs, open_inputs
+from megatron_prune.launch.join import meet
 from megatron_prune.launch.outputs import write_config, write_summary
 from megatron_prune.launch.watch import Watch, launchers, writing
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.pruning.history import HistoryWriter, Removal
-from megatron_prune.runtime.device import choose_device
-from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
+from megatron_prune.runtime.mesh import Mesh, close_mesh
 from megatron_prune.training.metrics import Reporter
 from megatron_prune.training.one_shot import OneShot
 from megatron_prune.training.state import RunState
@@ -141,15 +142,10 @@ def opened(config: Config) -> Iterator[Opened]:
     Raises:
         UserError: whatever `open_inputs` refuses, and a target that is not below the model's size.
     """
-    parallel = config.parallel
-    mesh = init_mesh(
-        choose_device(parallel.device),
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.distributed_timeout_minutes,
-    )
+    mesh = meet(lambda _world_size: config).join()
     try:
         inputs = agreed(mesh, lambda: _inputs(config))
+        insist_alike(mesh, config, inputs)
         model = build_model(config, inputs, mesh)
         yield Opened(mesh, inputs, model, build_datasets(config, inputs))
     finally:
@@ -192,6 +188,7 @@ def prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architectu
     assert config.checkpoint.save is not None
     with Watch(None, launchers(os.environ)) as watch, writing(config.checkpoint.save, run.mesh, watch):
         agreed(run.mesh, lambda: refuse_content(Path(str(config.checkpoint.save))))  # somebody was faster, perhaps
+        insist_shared(run.mesh, config.checkpoint.save)
         return _prune_and_save(config, run, on_removal)
 
 

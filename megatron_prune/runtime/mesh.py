@@ -10,7 +10,6 @@ A run without torchrun is a mesh of one rank.
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -100,8 +99,11 @@ class Mesh:
         )
 
 
-def init_mesh(device: DeviceRuntime, tp: int, pp: int, timeout_minutes: float = 10) -> Mesh:
+def init_mesh(device: DeviceRuntime, tp: int, pp: int, timeout_minutes: float = 10, store: Any = None) -> Mesh:
     """Join the process group (torchrun's variables, else one rank) and build megatron-core's groups.
+
+    Args:
+        store: where the ranks have met already (torch.distributed's); None: they meet at MASTER_ADDR and MASTER_PORT.
 
     Raises:
         UserError: the world size is no multiple of tp x pp.
@@ -109,7 +111,7 @@ def init_mesh(device: DeviceRuntime, tp: int, pp: int, timeout_minutes: float = 
     from megatron.core import parallel_state
 
     if not dist.is_initialized():
-        _join(device, timeout_minutes)
+        _join(device, timeout_minutes, store)
     world_size = dist.get_world_size()
     if world_size % (tp * pp):
         raise UserError(
@@ -132,14 +134,17 @@ def init_mesh(device: DeviceRuntime, tp: int, pp: int, timeout_minutes: float = 
     )
 
 
-def _join(device: DeviceRuntime, timeout_minutes: float) -> None:
+def _join(device: DeviceRuntime, timeout_minutes: float, store: Any) -> None:
     timeout = timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:  # needs no port
+        store = dist.HashStore()
+    elif store is not None:
+        store = dist.PrefixStore("process_group", store)
+    else:
         dist.init_process_group(device.backend, timeout=timeout)
         return
-    # One rank needs no port: a file in a fresh folder is the whole rendezvous.
-    store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="megatron_prune_"), "store"), 1)
-    dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    dist.init_process_group(device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def close_mesh() -> None:

@@ -25,6 +25,18 @@ def test_latest_is_the_last_one_published(tmp_path):
     assert (tmp_path / files.LATEST).read_text() == "100\n"
 
 
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"ten")])
+def test_what_a_rank_wrote_elsewhere_is_noticed_before_publishing(tmp_path, monkeypatch, harm):
+    monkeypatch.setattr(files, "_SECONDS_TO_APPEAR", 0.2)
+    folder = begin(tmp_path, 50)
+    digests = write_files(folder, {"a.distcp": b"tensors", "common.pt": b"state"})
+    files.check_present(folder, digests)
+    harm(folder / "a.distcp")
+    with pytest.raises(OSError, match="all nodes must share this folder") as caught:
+        files.check_present(folder, digests)
+    assert caught.value.filename == str(folder / "a.distcp")
+
+
 def test_nothing_there_is_said_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         resolve(tmp_path / "absent")

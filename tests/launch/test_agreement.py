@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_prune.errors import UserError
-from megatron_prune.launch.agreement import Facts, code_version, consult, insist, own_facts, verdict
+from megatron_prune.launch.agreement import Facts, code_version, consult, insist, libraries, own_facts, verdict
 from tests.launch.launched import free_port
 
 GOOD = Facts(None, "training:\n  seed: 1\n  lr: 2\n", "0.1.0+aaaa")
@@ -47,7 +47,7 @@ def test_over_a_mesh_too(monkeypatch):
     from megatron_prune.config import Config, dump
     from megatron_prune.runtime import mesh
 
-    others = [Facts(None, dump(Config()), code_version())]
+    others = [Facts(None, dump(Config()), code_version(), libraries())]
     monkeypatch.setattr(mesh, "agree", lambda _mesh, own: [own, *others])
     insist(None, Config())
     others.append(Facts(None, dump(Config()), "0.0.1+old"))

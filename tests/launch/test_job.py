@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,8 @@ def test_stages_go_on_where_the_job_stopped(tmp_path, monkeypatch, caplog):
 
 def test_bash_starts_torchrun_which_starts_ranks_of_which_one_speaks(tmp_path):
     recipe = (ROOT / "examples/configs/debug_cpu.yaml", "--stage", "export", "--", "--save", tmp_path / "run")
-    code, output = run("bash", SCRIPT, *recipe, NPROC_PER_NODE="2")
+    leftover = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}  # of something else: nobody answers there
+    code, output = run("bash", SCRIPT, *recipe, NPROC_PER_NODE="2", **leftover)
     assert code == 2 and "Traceback" not in output, output
     told = [line for line in output.splitlines() if line.startswith("error: ")]
     assert told == [f"error: --stage export: there is no checkpoint yet in {tmp_path / 'run'}"], output
@@ -175,6 +178,54 @@ def test_a_node_tells_what_is_wrong_with_its_own_variables(monkeypatch, capfd):
         monkeypatch.setenv(name, value)
     assert main(["nowhere.yaml"], never, SCRIPT) == 2
     assert capfd.readouterr().err == "error: NODE_RANK=2 is not below NNODES=2; nodes count from 0\n"
+
+
+def two_nodes(port):
+    """What the first of two nodes is told."""
+    return {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path):
+    recipe = (ROOT / "examples/configs/debug_cpu.yaml", "--", "--save", tmp_path / "run")
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, output = run("bash", SCRIPT, *recipe, **two_nodes(port))
+    assert code == 2 and output.startswith(f"error: MASTER_PORT: port {port} of "), output
+    assert output.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_told_to_leave_before_anything_was_trained_is_not_done(tmp_path):
+    """The other node never comes."""
+    recipe = (ROOT / "examples/configs/debug_cpu.yaml", "--", "--save", tmp_path / "run")
+    port = free_port()
+    process = start("bash", SCRIPT, *recipe, **two_nodes(port), GRACE_SECONDS="0.5")
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not listens(port):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert not (tmp_path / "run").exists()
+
+
+def listens(port):
+    """Whether somebody does at this port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_nodes_that_cannot_meet_are_one_line_in_time(tmp_path):
+    more = ("--save", tmp_path / "run", "--distributed-timeout-minutes", 0.05)
+    recipe = (ROOT / "examples/configs/debug_cpu.yaml", "--", *more)
+    code, output = run("bash", SCRIPT, *recipe, **two_nodes(free_port()))
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "this node could not meet the others" in lines[0], output
+    assert "Traceback" not in output, output
 
 
 def test_flags_that_only_look_start_nothing(monkeypatch):

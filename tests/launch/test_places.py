@@ -6,7 +6,7 @@ import pytest
 
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
-from megatron_prune.launch.places import Rank, Torchrun, find_place, first_host, rank_settings
+from megatron_prune.launch.places import Rank, Torchrun, find_place, find_rank, first_host, rank_settings
 
 STEP = {
     "SLURM_JOB_ID": "71",
@@ -26,6 +26,68 @@ def test_alone_is_one_node_with_a_port_of_its_own():
     words = place.command("python", 4, "job.sh", ["run.yaml", "--stage", "prune"], logs=None)
     assert "--standalone" in words and "--nproc-per-node=4" in words
     assert words[-4:] == ["job.sh", "run.yaml", "--stage", "prune"]
+
+
+def test_a_master_address_that_is_left_over_says_nothing():
+    assert find_place({"MASTER_ADDR": "gpu0", "MASTER_PORT": "29500"}) == Torchrun(1, 0, None, None, None)
+    assert find_rank({"MASTER_ADDR": "gpu0", "NNODES": "1"}) == Rank(0, 1, {})
+
+
+POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+
+
+def test_a_pod_of_kubeflow_is_a_node():
+    """WORLD_SIZE counts pods in older versions, ranks in newer ones; RANK counts pods."""
+    assert find_place(POD) == Torchrun(2, 1, 1, "job-master-0", 23456)
+    assert find_place(POD | {"NPROC_PER_NODE": "8"}) == Torchrun(2, 1, 8, "job-master-0", 23456)
+    newer = POD | {"WORLD_SIZE": "16", "PET_NPROC_PER_NODE": "8", "PET_NODE_RANK": "1"}
+    assert find_place(newer) == find_place(newer | {"PET_NNODES": "2"}) == Torchrun(2, 1, 8, "job-master-0", 23456)
+    assert find_place(POD | {"PET_NPROC_PER_NODE": "auto"}).nproc_per_node is None, "one per GPU"
+    assert find_rank(POD) == Rank(1, 2, {"LOCAL_RANK": "0"})
+    with pytest.raises(UserError, match="several ranks are asked for"):
+        find_rank(newer)
+
+
+def test_a_rank_finds_itself():
+    assert find_rank({}) == Rank(0, 1, {})
+    assert find_rank(PER_RANK) == find_place(PER_RANK)
+    assert find_rank(PER_NODE | {"NPROC_PER_NODE": "1"}).world_size == 2
+    given = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "fe80::1%eth0", "MASTER_PORT": "1"}
+    assert find_rank(given | PER_NODE) == Rank(5, 16, {})
+    by_hand = {name: value for name, value in given.items() if name != "LOCAL_RANK"}
+    assert find_rank(PER_RANK | by_hand).environment == {"LOCAL_RANK": "3"}
+    mpi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    place = find_rank(mpi | {"MASTER_ADDR": "gpu0", "MASTER_PORT": "29500"})
+    assert (place.rank, place.world_size, place.environment["LOCAL_RANK"]) == (3, 4, "1")
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a"}, "NNODES: several ranks"),
+        ({"NPROC_PER_NODE": "8"}, "NPROC_PER_NODE: several ranks"),
+        (PER_NODE | {"NPROC_PER_NODE": "8"}, "several ranks"),
+        ({"SLURM_NNODES": "2"}, "srun"),
+        ({"PET_NNODES": "1:4", "PET_RDZV_ENDPOINT": "a:1"}, "PET_NNODES=1:4"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "MASTER_ADDR"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID"),
+        (PER_RANK | {"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but srun started 16"),
+        (POD | {"RANK": "2"}, "RANK=2 is not below"),
+        (POD | {"LOCAL_RANK": "0", "RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+        (POD | {"LOCAL_RANK": "x"}, "LOCAL_RANK"),
+        (POD | {"LOCAL_RANK": "0", "MASTER_ADDR": "http://a"}, "MASTER_ADDR"),
+        (POD | {"LOCAL_RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR"),
+        (POD | {"LOCAL_RANK": "0", "MASTER_PORT": "0"}, "MASTER_PORT"),
+        (POD | {"LOCAL_RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT"),
+        (POD | {"LOCAL_RANK": "0", "MASTER_PORT": "http"}, "MASTER_PORT"),
+        (PER_RANK | {"MASTER_ADDR": "a b"}, "MASTER_ADDR"),
+        ({"RANK": "", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK"),
+    ],
+)
+def test_a_rank_refuses_what_would_make_it_the_only_one(environ, named):
+    with pytest.raises(UserError, match=named) as caught:
+        find_rank(environ)
+    assert "\n" not in str(caught.value)
 
 
 def test_several_nodes_from_the_usual_variables():
@@ -75,7 +137,9 @@ def test_one_interactive_task_is_a_node_of_its_own():
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2"),
         ({"NNODES": "two"}, "NNODES"),
         ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE"),
-        ({"RANK": "0"}, "LOCAL_RANK"),
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "RANK is not set"),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
         ({"SLURM_NNODES": "2"}, "srun"),
         (PER_RANK | {"NPROC_PER_NODE": "8"}, "--ntasks-per-node=1"),
