@@ -3,6 +3,8 @@
     python tools/gpu_check.py [--only smoke,speed] [--out build/gpu_check]
     python tools/gpu_check.py --device cpu --tiny        a rehearsal anywhere; its numbers mean nothing
     python tools/gpu_check.py --only science --minutes 7 --state DIR     goes on with the run in DIR
+    torchrun --nproc-per-node 8 tools/gpu_check.py --cluster --tensor-model-parallel-size 4
+                                                         many ranks: see examples/slurm/gpu_check.sbatch
 
 Results are written as they come (`results.jsonl`, `log.txt`) and end in a table: row, goal, measured. Exit status 1
 when a row misses its goal. What the rows mean: docs/gpu.md.
@@ -17,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_prune.launch.failures import exit_status
 from megatron_prune.testing.gpu_check.record import RESULTS, Context
 from megatron_prune.testing.gpu_check.runner import LOG, STEPS, run_steps
 
@@ -34,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", type=Path, metavar="DIR", help="Hugging Face folder for the step science (default: a small one)")
     add("--state", type=Path, metavar="DIR", help="run of the step science; goes on from what is there")
     add("--minutes", type=float, default=1.0, metavar="M", help="of the step science (default: 1)")
+    add("--cluster", action="store_true", help="be one of many ranks: bandwidth, a tiny prune on their layout")
+    add("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="with --cluster (default: 1)")
+    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="with --cluster (default: 1)")
     arguments = parser.parse_args(argv)
+    if arguments.cluster:
+        return exit_status(lambda: _cluster(arguments))
     wanted = arguments.only.split(",")
     unknown = sorted(set(wanted) - set(names))
     if unknown:
@@ -48,6 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(arguments.device, arguments.tiny, out, *paths, arguments.minutes)
     failed = run_steps(context, wanted, slowness=3.0 if arguments.device == "cpu" else 1.0)
     return 1 if failed else 0
+
+
+def _cluster(arguments: argparse.Namespace) -> int:
+    from megatron_prune.testing.gpu_check.cluster import check_cluster, place_this_rank
+
+    place_this_rank(dict(os.environ))
+    layout = (arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
+    return 1 if check_cluster(arguments.device, *layout) else 0
 
 
 if __name__ == "__main__":

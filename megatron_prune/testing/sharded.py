@@ -231,9 +231,16 @@ def _device_of(case: Case) -> DeviceRuntime:
     return choose_device(case.device)
 
 
-def run_case(
-    _rank: int,
-    _world_size: int,
+def run_case(_rank: int, _world_size: int, case: Case, *job: Any, **more: Any) -> Outcome:
+    """`train_case` on this rank, on a mesh of its own (call it through `run_ranks`)."""
+    mesh = init_mesh(_device_of(case), case.tp, case.pp)
+    outcome = train_case(mesh, case, *job, **more)
+    close_mesh()
+    return outcome
+
+
+def train_case(
+    mesh: Mesh,
     case: Case,
     hf_config: dict[str, Any],
     weights: dict[str, Tensor],
@@ -243,8 +250,7 @@ def run_case(
     micro_batch_size: int = 2,
     seq_length: int = 16,
 ) -> Outcome:
-    """Train and prune on this rank for `iterations` and return what happened (call it through `run_ranks`)."""
-    mesh = init_mesh(_device_of(case), case.tp, case.pp)
+    """Train and prune on this rank of `mesh`, which has the layout of `case`, and return what happened."""
     config = run_config(settings, micro_batches, micro_batch_size, seq_length)
     rounded = dataclasses.replace(config.pruning, round_widths=RoundWidths(*case.round_widths))
     config = dataclasses.replace(config, pruning=rounded)
@@ -266,5 +272,4 @@ def run_case(
         compactions=trainer.coordinator.compactions,
         stored={kind: model.layout.width(kind) for kind in ("head", "kv_head", "ffn", "stem")},
     )
-    close_mesh()
     return outcome

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_prune.config import Config
+from megatron_prune.launch.places import rank_settings
 from megatron_prune.testing.gpu_check.record import Context, Row, append, read_rows, table
 
 logger = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ class Step:
 
 
 STEPS = (
-    Step("smoke", 75),
-    Step("cover", 90),
+    Step("smoke", 90),
+    Step("cover", 110),
     Step("speed", 130),
     Step("memory", 80),
     Step("shared", 40),
@@ -80,6 +82,7 @@ def _run_apart(step: Step, context: Context, seconds: float) -> None:
     command += ["tiny" if context.tiny else "full", str(context.minutes)]
     command += [str(path) if path is not None else "" for path in (context.data, context.model, context.state)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (_root(), os.environ.get("PYTHONPATH"))))}
+    environment |= rank_settings(Config(), environment)  # as the launcher starts a rank
     started = time.monotonic()
     logger.info("%s: %d seconds at most", step.name, seconds)
     with (context.out / LOG).open("ab") as log:

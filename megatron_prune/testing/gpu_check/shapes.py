@@ -49,13 +49,13 @@ class Shapes:
     def of(cls, context: Context) -> Shapes:
         """For a GPU, or small ones for a rehearsal."""
         if context.tiny or not context.is_cuda:
-            source = LlamaShape(2, 64, 128, 16, 16, 4, 256, 64)
+            source = LlamaShape(2, 64, 128, 16, 16, 4, 256, 64, tie_word_embeddings=True)
             large, aligned = replace(source, hidden_size=37, ffn_hidden_size=47), replace(source, hidden_size=40)
             return cls(source, large, aligned, replace(source, hidden_size=24), 64, (1, 2), 2, 4)
-        source = LlamaShape(24, 2048, 8192, 32, 32, 64, 49152, 2048)
+        source = LlamaShape(24, 2048, 8192, 32, 32, 64, 49152, 2048, tie_word_embeddings=True)
         large = replace(source, hidden_size=1225, ffn_hidden_size=3012, num_attention_heads=19, num_query_groups=19)
         aligned = replace(large, hidden_size=1280, ffn_hidden_size=3072, num_attention_heads=20, num_query_groups=20)
-        small = LlamaShape(32, 576, 1536, 9, 3, 64, 49152, 2048)
+        small = LlamaShape(32, 576, 1536, 9, 3, 64, 49152, 2048, tie_word_embeddings=True)
         return cls(source, large, aligned, small, 2048, (1, 4, 8), 4, 16)
 
 

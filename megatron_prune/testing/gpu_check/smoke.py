@@ -139,6 +139,7 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 def python(*words: object) -> str:
     """Output of a command of this repository. Raises RuntimeError with its end when it fails."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    environment["OMP_NUM_THREADS"] = "1"  # on many cores the threads of a tiny model cost more than its work
     command = [sys.executable, *(str(word) for word in words)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
