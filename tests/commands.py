@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*command, ok=True):
     """Run a command in the repository; returns its output. `ok` is whether it must succeed or must not."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -11,10 +12,10 @@ from megatron_prune.testing.tiny_runs import prepare
 from tests.commands import run
 from tools import bench
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 
 
-@pytest.mark.parametrize("name", ["tp1-pp1-dp1-do-q4-all-mha-cluster", "second-order", "bf16-gqa-tied"])
+@pytest.mark.parametrize("name", ["tp1-pp1-dp1-do-all-mha-cluster", "second-order", "bf16-gqa-tied"])
 def test_the_oracle_agrees(name):
     row = compare_one(name, "cuda", tiny=False)
     assert row.passed, row.measured
@@ -23,7 +24,7 @@ def test_the_oracle_agrees(name):
 def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path):
     """Bit for bit on the same device: stopped in mid-pruning and resumed."""
     files, histories = prepare(tmp_path / "files"), {}
-    train = ("python", "-m", "megatron_prune.pretrain")
+    train = (sys.executable, "-m", "megatron_prune.pretrain")
     for name, stops in (("whole", [()]), ("parts", [("--exit-interval", 9, "--save-interval", 9), ()])):
         for more in stops:
             run(*train, *files.arguments(tmp_path / name, "--device", "cuda", *more))
