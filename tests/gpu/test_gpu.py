@@ -12,7 +12,7 @@ from megatron_prune.testing.tiny_runs import prepare
 from tests.commands import run
 from tools import bench
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200), pytest.mark.filterwarnings("default")]
 
 
 @pytest.mark.parametrize("name", ["tp1-pp1-dp1-do-all-mha-cluster", "second-order", "bf16-gqa-tied"])
