@@ -69,11 +69,12 @@ def check(context: Context) -> Iterator[Row]:
         names = [names[0], names[-1]]
     workers = min(len(names), 8 if context.is_cuda else 2)
     os.environ["OMP_NUM_THREADS"] = "1"
+    tests = _start_marked_tests()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = {pool.submit(compare_one, name, context.device, context.tiny): name for name in names}
         for job in as_completed(jobs):
             yield job.result() if job.exception() is None else _failed(jobs[job], job.exception())
-    yield _marked_tests()
+    yield _marked_tests(tests)
 
 
 def _failed(name: str, error: BaseException | None) -> Row:
@@ -104,13 +105,20 @@ def compare_one(name: str, device: str, tiny: bool) -> Row:
     return Row(f"oracle, {name}", measured, f"agrees, losses <= {limit:g}", agrees, max(errors))
 
 
-def _marked_tests() -> Row:
-    """`pytest -m gpu` of the repository this package lies in."""
-    name = "pytest -m gpu"
+def _start_marked_tests() -> subprocess.Popen[str] | None:
+    """`pytest -m gpu` of the repository this package lies in, started."""
     if not (ROOT / "tests").is_dir():
-        return Row(name, "no tests beside the package")
+        return None
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    sys.stdout.write(done.stdout + done.stderr)
-    last = re.sub(r"[=\s]+", " ", (done.stdout.strip().splitlines() or ["no output"])[-1]).strip()
-    return Row(name, last, "all pass", done.returncode == 0)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _marked_tests(tests: subprocess.Popen[str] | None) -> Row:
+    """How they ended."""
+    name = "pytest -m gpu"
+    if tests is None:
+        return Row(name, "no tests beside the package")
+    out, _ = tests.communicate()
+    sys.stdout.write(out)
+    last = re.sub(r"[=\s]+", " ", (out.strip().splitlines() or ["no output"])[-1]).strip()
+    return Row(name, last, "all pass", tests.returncode == 0)

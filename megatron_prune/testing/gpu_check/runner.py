@@ -48,10 +48,11 @@ class Step:
 
 
 STEPS = (
-    Step("smoke", 90),
+    Step("smoke", 60),
     Step("cover", 110),
-    Step("speed", 130),
-    Step("memory", 80),
+    Step("speed", 120),
+    Step("memory", 70),
+    Step("way", 80),
     Step("shared", 40),
     Step("science", 60),
 )

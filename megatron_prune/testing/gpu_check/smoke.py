@@ -1,4 +1,4 @@
-"""Does anything work at all: device, collectives, a tiny prune against the CPU's, the way from a source to an export.
+"""Does anything work at all: device, collectives, a tiny prune against the CPU's.
 
 The CPU's side runs in processes that see no GPU. In fp32 the two differ by the order of sums only; in bf16 (8 bits of
 mantissa, 0.4 % apart) losses are held to 2 %, as everywhere in this project, and the removals that are the same are
@@ -8,16 +8,9 @@ counted until rounding decides one.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,11 +24,9 @@ from megatron_prune.testing.oracle_cases import MODELS
 from megatron_prune.testing.ranks import run_ranks
 from megatron_prune.testing.sharded import Case, Outcome, run_case
 from megatron_prune.testing.tiny_models import random_llama_weights
-from megatron_prune.testing.tiny_runs import TinyRun, prepare
 
 ITERATIONS = 24
 FP32_ERROR, BF16_ERROR = 1e-4, 0.02
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def check(context: Context) -> Iterator[Row]:
@@ -46,7 +37,6 @@ def check(context: Context) -> Iterator[Row]:
         yield Row("device", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {facts.multi_processor_count} SMs")
     yield from _collectives(context)
     yield from _prunes(context)
-    yield from _whole_way(context)
 
 
 def _versions() -> Iterator[str]:
@@ -100,49 +90,3 @@ def _compared(dtype: str, expected: Outcome, mine: Outcome, limit: float) -> Ite
     last = expected.removals[alike]["iteration"] if alike < len(pairs) else len(mine.losses)
     errors = [abs(b / a - 1) for a, b in zip(expected.losses[:last], mine.losses[:last], strict=True)]
     yield at_most(f"tiny prune, {dtype}: losses against the CPU's, relative", max(errors), limit, "{:.1e}")
-
-
-def _whole_way(context: Context) -> Iterator[Row]:
-    """Import, prune on the device, save in mid-pruning, go on on the CPU, export, compare logits."""
-    with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
-        run, save = prepare(Path(folder) / "files"), Path(folder) / "run"
-        stopped = ("--device", context.device, "--exit-interval", 8, "--save-interval", 8)
-        python("-m", "megatron_prune.pretrain", *run.arguments(save, *stopped))
-        latest = (save / "latest_checkpointed_iteration.txt").read_text().strip()
-        yield Row("whole way: pruned and saved", f"iteration {latest}", "8", latest == "8")
-        python("-m", "megatron_prune.pretrain", *run.arguments(save))
-        yield from _alone(context, run, Path(folder) / "alone", save)
-        told = python(*(ROOT / "tools" / "convert_to_hf.py", "--load", save, "--save", Path(folder) / "hf", "--verify"))
-        line = next((line for line in told.splitlines() if line.startswith("verify")), "no line of the verification")
-        yield Row("whole way: exported, logits", line[line.find("logits") :][:120], "equal", True)
-
-
-def _alone(context: Context, run: TinyRun, alone: Path, resumed: Path) -> Iterator[Row]:
-    """The run that changed from the device to the CPU against one that stayed on the CPU."""
-    python("-m", "megatron_prune.pretrain", *run.arguments(alone))
-    histories = [_history(folder) for folder in (alone, resumed)]
-    pairs = list(zip(*histories, strict=False))
-    alike = [(a["kind"], a["units"]) == (b["kind"], b["units"]) for a, b in pairs]
-    measured, passed = f"{len(histories[1])} of {len(histories[0])}", len(histories[0]) == len(histories[1])
-    if False in alike:
-        number = alike.index(False)
-        margin = histories[0][number]["margin"] or 0.0
-        measured, passed = f"{number} of {len(histories[0])}, then margin {margin:.1e}", margin < MARGIN
-    yield Row(f"whole way: {context.device}, then CPU: removals as on the CPU alone", measured, "all", passed)
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "pruning_history.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if '"units"' in line]
-
-
-def python(*words: object) -> str:
-    """Output of a command of this repository. Raises RuntimeError with its end when it fails."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    environment["OMP_NUM_THREADS"] = "1"  # on many cores the threads of a tiny model cost more than its work
-    command = [sys.executable, *(str(word) for word in words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.stdout.write(done.stdout + done.stderr)
-        raise RuntimeError(f"{' '.join(command[1:3])}: {(done.stderr or done.stdout).strip()[-300:]}")
-    return done.stdout + done.stderr
