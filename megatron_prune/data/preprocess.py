@@ -247,12 +247,26 @@ def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, options: Op
         while pending:
             yield pending.popleft().result()
     except (BrokenProcessPool, MemoryError) as error:
+        _abandon(pool)
         raise UserError(
             f"--workers {options.workers}: a process was killed or ran out of memory; nothing was written; give fewer "
             "workers or more memory"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _abandon(pool: ProcessPoolExecutor) -> None:
+    """End what is left of a pool that lost a worker.
+
+    Its thread that feeds the workers may be writing into a pipe that nobody reads any more, and `shutdown` waits for
+    it for ever (CPython issue 94777, mended in 3.12 by closing the pipe's other end as here).
+    """
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    calls: Any = getattr(pool, "_call_queue", None)
+    if calls is not None:
+        calls._reader.close()
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
