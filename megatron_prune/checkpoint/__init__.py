@@ -7,8 +7,8 @@
 
 Below them: `pieces` (where a rank's tensors lie in the canonical ones: pure), `tensors` (what a rank saves and loads),
 `storage` (megatron-core's torch_dist format), `streams` (memory and files on the way there), `files` (names, checksums,
-publishing, keeping), `lease`
-(one writer per folder), `crc`, `rng`. Importing the package imports none of them: launchers read `files` without torch.
+publishing, keeping), `lease` (one writer per folder), `guarded` (files read without running what is in them), `crc`, `rng`.
+Importing the package imports none of them: launchers read `files` without torch.
 """
 
 from importlib import import_module

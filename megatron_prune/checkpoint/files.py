@@ -36,10 +36,11 @@ from megatron_prune.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "checksums.json"
-_STEP_FOLDER = re.compile(r"iter_(\d{7,})")
+_STEP_FOLDER = re.compile(r"iter_(\d{7,12})", re.ASCII)
 _REPLACED = ".replaced"
 _CHUNK = 4 << 20
 _SECONDS_TO_APPEAR = 10.0
+_LONGEST = 12  # digits of an iteration
 
 
 class CheckpointSaveError(OSError):
@@ -107,7 +108,7 @@ def _of_ours(folder: Path) -> Path:
 def _latest(directory: Path) -> int:
     path = directory / LATEST
     try:
-        text = path.read_bytes()
+        step = latest_number(directory)
     except FileNotFoundError:
         present = steps(directory)
         if present:  # a run died between the renames of its very first checkpoint, which is complete
@@ -115,8 +116,26 @@ def _latest(directory: Path) -> int:
         if (directory / "config.json").exists():
             raise UserError(f"{directory}: a Hugging Face model, not a checkpoint; give it as --hf-model") from None
         raise UserError(f"{path}: no such file, so no complete checkpoint") from None
-    if not re.fullmatch(rb"\d+\n?", text):
-        raise UserError(f"{path}: not an iteration number; {_offer(directory, None)}")
+    except ValueError:
+        raise UserError(f"{path}: not an iteration number; {_offer(directory, None)}") from None
+    if step is None:
+        raise UserError(f"{path}: Megatron-LM's release; make a checkpoint of it with tools/convert_from_megatron.py")
+    return step
+
+
+def latest_number(directory: Path) -> int | None:
+    """What `latest_checkpointed_iteration.txt` says; None for `release`, Megatron's word for weights alone.
+
+    Raises:
+        ValueError: it is neither (a path, a number beyond all iterations, ...).
+        OSError: it cannot be read.
+    """
+    with (directory / LATEST).open("rb") as file:
+        text = file.read(_LONGEST + 3)
+    if text.strip() == b"release":
+        return None
+    if not re.fullmatch(rb"\d{1,%d}\r?\n?" % _LONGEST, text):
+        raise ValueError(f"{directory / LATEST}: not an iteration number")
     return int(text)
 
 
@@ -196,6 +215,8 @@ def read_manifest(folder: Path) -> dict[str, Digest]:
         raise ValueError(f"not a list of checksums ({error})") from error
     if not is_sound:
         raise ValueError("does not match its own sum")
+    if any("/" in name or name in ("", ".", "..") for name in files):
+        raise ValueError("names files outside of its folder")
     return {name: Digest(*values) for name, values in files.items()}
 
 

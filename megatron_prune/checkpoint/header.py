@@ -34,6 +34,7 @@ from torch import Tensor
 
 from megatron_prune import __version__
 from megatron_prune.checkpoint.files import MANIFEST, damages, read_manifest, refuse_damaged, resolve
+from megatron_prune.checkpoint.guarded import load_plain
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import Quanta, ShardLayout
@@ -144,7 +145,7 @@ def read_header(directory: str | Path, step: int | None = None) -> Header:
     run = _load_json(folder / "run_state.json")
     if run.get("format") != FORMAT:
         raise UserError(f"{folder / 'run_state.json'}: format {run.get('format')}, this version reads {FORMAT}")
-    common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+    common = load_plain(folder / "common.pt")
     names = [field.name for field in dataclasses.fields(Facts)]
     return Header(
         iteration=iteration,

@@ -13,24 +13,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
+import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_prune.checkpoint.files import LATEST, latest_number, step_name
+from megatron_prune.checkpoint.guarded import load_plain, read_metadata
 from megatron_prune.checkpoint.storage import irregular, read_into
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import LlamaShape
 
-_LATEST = "latest_checkpointed_iteration.txt"
+logger = logging.getLogger(__name__)
+
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer[._]|rng_state|rerun_state|.*_extra_state")
 _LAYER = "decoder.layers."
 _TOP = {
@@ -78,14 +81,14 @@ class MegatronCheckpoint:
 
     def __init__(self, directory: Path, options: ShapeOptions) -> None:
         self.path = _folder(directory)
-        found = FileSystemReader(str(self.path)).read_metadata().state_dict_metadata
+        found = read_metadata(self.path).state_dict_metadata
         self.stored: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in found.items()
             if isinstance(entry, TensorStorageMetadata) and not _NOT_WEIGHTS.match(key)
         }
         self.skipped = len(found) - len(self.stored)
-        self.shape = self._shape(_stored_arguments(self.path), options)
+        self.shape = self._shape(_stored_arguments(self.path, options), options)
         self._lock = threading.Lock()
         self._recent: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
 
@@ -227,9 +230,12 @@ class MegatronCheckpoint:
 
 def _folder(directory: Path) -> Path:
     """The folder with `.metadata`: `directory` itself, or the latest iteration's in it."""
-    if (directory / _LATEST).is_file() and not (directory / ".metadata").exists():
-        text = (directory / _LATEST).read_text().strip()
-        directory = directory / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    if (directory / LATEST).is_file() and not (directory / ".metadata").exists():
+        try:
+            step = latest_number(directory)
+        except ValueError as error:
+            raise UserError(f"{error}; name the folder with .metadata itself") from None
+        directory = directory / ("release" if step is None else step_name(step))
     if not (directory / ".metadata").is_file():
         raise UserError(
             f"{directory}: no torch_dist checkpoint (there is no .metadata); convert it to torch_dist first"
@@ -237,22 +243,28 @@ def _folder(directory: Path) -> Path:
     return directory
 
 
-def _stored_arguments(folder: Path) -> dict[str, Any]:
-    """Megatron's arguments out of common.pt; empty where there are none that load without running code."""
+def _stored_arguments(folder: Path, options: ShapeOptions) -> dict[str, Any]:
+    """Megatron's arguments out of common.pt; empty where there are none, or they are not to be had and not needed.
+
+    Raises:
+        UserError: they do not load without running code, and `options` leave something open.
+    """
     path = folder / "common.pt"
     if not path.is_file():
         return {}
-    from megatron.core import enums
+    from megatron.core import enums, rerun_state_machine
     from megatron.core.transformer import enums as transformer_enums
 
-    classes: list[Callable[..., Any]] = [argparse.Namespace, enums.ModelType]
-    classes += [
-        v for v in vars(transformer_enums).values() if isinstance(v, type) and v.__module__.startswith("megatron")
-    ]
+    known = [v for module in (enums, rerun_state_machine, transformer_enums) for v in vars(module).values()]
+    classes = [v for v in known if isinstance(v, enum.EnumMeta) and v.__module__.startswith("megatron.")]
     try:
-        with torch.serialization.safe_globals(list(classes)):
-            common = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever else was pickled there: the flags can say everything
+        common = load_plain(path, [argparse.Namespace, *classes])
+    except UserError as error:
+        open_ = [name for name, value in dataclasses.asdict(options).items() if value is None]
+        if open_:
+            flags = ", ".join("--" + name.replace("_", "-") for name in open_)
+            raise UserError(f"{error}; it is not needed when {flags} are given") from error
+        logger.warning("%s; left unread, since the flags say what the model is", error)
         return {}
     arguments = common.get("args") if isinstance(common, dict) else None
     return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from torch import Tensor
 from torch.distributed import checkpoint
 
 from megatron_prune.checkpoint.files import damages, refuse_damaged
+from megatron_prune.checkpoint.guarded import GuardedReader
 from megatron_prune.checkpoint.header import Header, read_header
-from megatron_prune.checkpoint.storage import quiet
+from megatron_prune.checkpoint.storage import one_line_each, quiet
 from megatron_prune.checkpoint.tensors import MAIN, optimizer_key, weight_key
-from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 
 _WEIGHTS = weight_key("")
@@ -40,7 +39,6 @@ class CheckpointReader:
         self.header: Header = read_header(directory, step)
         if verify:
             refuse_damaged(self.path.parent, self.header.iteration, damages(self.path))
-        self._reader = CachedMetadataFileSystemReader(str(self.path))
 
     @property
     def path(self) -> Path:
@@ -58,14 +56,18 @@ class CheckpointReader:
         return {**self.header.state, "iteration": self.header.iteration}
 
     @cached_property
-    def _stored(self) -> dict[str, Any]:
+    def _reader(self) -> GuardedReader:
         refuse_damaged(self.path.parent, self.header.iteration, damages(self.path, [".metadata"]))
-        return self._reader.read_metadata().state_dict_metadata
+        return GuardedReader(self.path)
 
     @cached_property
     def names(self) -> list[str]:
         """Hugging Face names of the stored weights."""
-        return [key.removeprefix(_WEIGHTS) for key in self._stored if key.startswith(_WEIGHTS)]
+        return [
+            key.removeprefix(_WEIGHTS)
+            for key in self._reader.read_metadata().state_dict_metadata
+            if key.startswith(_WEIGHTS)
+        ]
 
     def read(self, hf_name: str) -> Tensor:
         """The model weight `hf_name`: live units only, canonical order, the stored dtype, on the host.
@@ -88,10 +90,8 @@ class CheckpointReader:
         return self._read(optimizer_key(kind, hf_name))
 
     def _read(self, key: str) -> Tensor:
-        if key not in self._stored:
-            raise UserError(f"{self.path}: holds no tensor {key!r}")
-        entry = self._stored[key]
+        entry = self._reader.tensor(key)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with quiet():
+        with quiet(), one_line_each():
             checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor

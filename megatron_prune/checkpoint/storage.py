@@ -5,8 +5,9 @@
     SaveTask          write (this rank's files; may run in a thread) and finish (collective)
     read_into         fill tensors from a checkpoint (collective)
 
-Planning, the file format, the metadata and all loading are megatron-core's (`TorchDistSaveShardedStrategy` and
-`TorchDistLoadShardedStrategy` over `torch.distributed.checkpoint`). What differs from megatron-core's own writer:
+Planning, the file format, the metadata and loading are megatron-core's (`TorchDistSaveShardedStrategy` and
+`TorchDistLoadShardedStrategy` over `torch.distributed.checkpoint`), but files are read by `guarded`, since theirs run
+whatever a pickle asks for. What differs from megatron-core's own writer:
 
 - a tensor is taken from the device when its turn comes (several sources of one rank need not exist at once), or all are
   staged in host memory first when the write is to run beside the training;
@@ -35,12 +36,15 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
     save_state_dict_async_plan,
 )
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
+    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.filesystem import (
     DEFAULT_SUFFIX,
     SerializationFormat,
@@ -50,7 +54,9 @@ from torch.distributed.checkpoint.filesystem import (
 from torch.utils.serialization import config
 
 from megatron_prune.checkpoint.files import Digest
+from megatron_prune.checkpoint.guarded import GuardedReader
 from megatron_prune.checkpoint.streams import ALIGNMENT, Scratch, SummingFile, on_host
+from megatron_prune.errors import UserError
 
 THREADS = 2  # that write, hence files, per rank (megatron-core's number)
 
@@ -102,6 +108,18 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def one_line_each() -> Iterator[None]:
+    """Of what torch's readers raise on all ranks, with the traceback of each, the UserError alone."""
+    try:
+        yield
+    except checkpoint.CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, UserError):
+                raise UserError(str(failure)) from error
+        raise
 
 
 _Bucket = tuple[Path, str, list[tuple[Any, Callable[[Scratch], Tensor]]]]  # file, its name, what to write there
@@ -227,8 +245,21 @@ def read_into(folder: Path, targets: Sequence[ShardedTensor]) -> list[Tensor]:
 
     Returns:
         The filled tensors, in order; those given as `data` are filled in place, in their own dtype.
+
+    Raises:
+        UserError: on all ranks: the folder holds something else than these tensors.
     """
+    reader = GuardedReader(folder)
+    for target in targets:
+        if tuple(size := reader.tensor(target.key).size) != tuple(target.global_shape):
+            raise UserError(f"{folder}: {target.key} is of shape {list(size)}, not {list(target.global_shape)}")
     state = {str(number): target for number, target in enumerate(targets)}
-    with quiet():
-        loaded = TorchDistLoadShardedStrategy().load(state, folder)
+    grouped, flat, renamed = _replace_state_dict_keys_with_sharded_keys(state)
+    wanted = mcore_to_pyt_state_dict(grouped, True)
+    with quiet(), one_line_each():
+        checkpoint.load_state_dict(
+            wanted, reader, planner=MCoreLoadPlanner(shapes_validation_sharded_tensors=list(targets))
+        )
+    unwrapped = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
+    loaded = _replace_sharded_keys_with_state_dict_keys(unwrapped, flat, renamed)
     return [loaded[str(number)] for number in range(len(targets))]

@@ -11,15 +11,14 @@ cut off is found at once. Legacy files are pickles, of which nothing but tensors
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_prune.checkpoint.guarded import load_plain
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_json
 from megatron_prune.model.architecture import Architecture, LlamaShape
@@ -230,20 +229,13 @@ def _safetensors_contents(file: Path) -> dict[str, Stored]:
 def _load_legacy(file: Path) -> tuple[dict[str, Tensor], bool]:
     """(all tensors of the file, whether they are mapped from it rather than read into memory)."""
     is_mapped = True
-    arguments: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        try:
-            content = torch.load(file, mmap=True, **arguments)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            logger.info("%s: written by a torch before 1.6, cannot be mapped and is read as a whole", file.name)
-            content, is_mapped = torch.load(file, **arguments), False
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: holds more than tensors, or is no torch file; only plain weights are read") from error
-    except Exception as error:  # a damaged pickle may raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{file}: is cut off, damaged or no torch file: {reason}") from error
+        content = load_plain(file, mmap=True)
+    except UserError as error:
+        if "mmap" not in str(error):
+            raise
+        logger.info("%s: written by a torch before 1.6, cannot be mapped and is read as a whole", file.name)
+        content, is_mapped = load_plain(file), False
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise UserError(f"{file}: is no table of tensors; only plain weights (a state dict) are read")
     return content, is_mapped
