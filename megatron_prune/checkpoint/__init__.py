@@ -7,7 +7,7 @@
 
 Below them: `pieces` (where a rank's tensors lie in the canonical ones: pure), `tensors` (what a rank saves and loads),
 `storage` (megatron-core's torch_dist format), `streams` (memory and files on the way there), `files` (names, checksums,
-publishing, keeping), `lease` (one writer per folder), `guarded` (files read without running what is in them), `crc`, `rng`.
+publishing, keeping), `lease` (one writer per folder), `guarded` (reading without running what is read), `crc`, `rng`.
 Importing the package imports none of them: launchers read `files` without torch.
 """
 
