@@ -23,11 +23,18 @@ SCRIPT = ROOT / "examples" / "pretrain_efficientllm.sh"
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """`main` takes SIGTERM and SIGUSR1 for itself; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    """`main` takes the stop signals for itself; give them back."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def _heed_signals():
+    """A terminal's shell ignores none of these; what runs the tests may (`cmd &` in a script, nohup)."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start(*words, **variables):
@@ -47,7 +54,12 @@ def start(*words, **variables):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(of_launchers)}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHON": sys.executable, **variables}
     return subprocess.Popen(
-        [str(word) for word in words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(word) for word in words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=_heed_signals,
     )
 
 
