@@ -195,7 +195,10 @@ def test_a_worker_that_is_killed_is_one_line(text_file: Path, sp_model: Path, tm
         while not (workers := [c for c in psutil.Process(job.pid).children() if "spawn_main" in " ".join(c.cmdline())]):
             time.sleep(0.01)
         workers[0].kill()
-        _, told = job.communicate()
+        try:
+            _, told = job.communicate(timeout=90)
+        finally:
+            job.kill()  # one that hangs must not hold up the rest
     assert job.returncode == 2
     lines = [line for line in told.splitlines() if not line.endswith("read as text")]
     assert len(lines) == 1 and "--workers 2: a process was killed or ran out of memory" in lines[0], told
