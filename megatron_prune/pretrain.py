@@ -108,12 +108,11 @@ def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], starte
     insist_shared(mesh, config.checkpoint.save)
     inputs = agreed(mesh, lambda: open_inputs(config))
     insist_alike(mesh, config, inputs)
+    agreed(mesh, lambda: outputs.check_places(config) if mesh.rank == 0 else None)
     logging.getLogger(__name__).info("%s; %d parameters to start with", mesh.describe(), inputs.architecture.parameters)
     trainer = build_trainer(config, inputs, mesh, signalled, started)
     directory = trainer.history.path.parent if trainer.history is not None else None  # on the rank that writes
-    if directory is not None:
-        outputs.clear_run_status(directory)
-        outputs.write_config(config, directory)
+    agreed(mesh, lambda: _begin(config, directory))
     status = STOPPED
     try:
         status = trainer.fit()
@@ -127,6 +126,14 @@ def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], starte
         where = f"iteration {trainer.state.iteration + 1}: {trainer.where_to_resume()}"
         raise PeerLostError(f"another rank died or hung ({reason}) in {where}") from error
     _close(trainer, directory, status)
+
+
+def _begin(config: Config, directory: Path | None) -> None:
+    from megatron_prune.launch import outputs
+
+    if directory is not None:
+        outputs.clear_run_status(directory)
+        outputs.write_config(config, directory)
 
 
 def _close(trainer: Trainer, directory: Path | None, status: str) -> None:

@@ -6,8 +6,8 @@
     python tools/evaluate.py --load checkpoints/run --tasks all
 
 A checkpoint is exported into a temporary folder first, so that what is judged is what tools/convert_to_hf.py gives.
-The tables go to stdout, and with --output-dir also to evaluation.md and evaluation.json. A mistake is one line on
-stderr and exit status 2.
+The tables go to stdout, and with --output-dir also to evaluation.md and evaluation.json, which grow task by task. A
+task that cannot be run is a row that says why, and exit status 1; a mistake is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,7 @@ class Plan:
     scratch: Path
     selection: tuple[Selected, ...]
     own: tuple[IndexedOptions, int] | None
+    keep: Callable[[Evaluated], None]  # told of what there is of the model at hand
 
 
 def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
@@ -102,10 +103,13 @@ def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
 
     from megatron_prune.evaluation.corpora import check_corpus
     from megatron_prune.evaluation.models import open_candidate
-    from megatron_prune.evaluation.report import Report
+    from megatron_prune.evaluation.report import Report, write_report
     from megatron_prune.evaluation.zero_shot import harness_version, select_tasks
+    from megatron_prune.runtime.folders import probe_folder
 
     check(arguments)
+    if arguments.output_dir:
+        probe_folder(arguments.output_dir, "--output-dir")
     selection, missing = select_tasks(arguments.tasks, arguments.task_data) if arguments.tasks else ([], [])
     settings = {name: value for name, value in sorted(vars(arguments).items()) if name != "output_dir"}
     if selection:
@@ -119,11 +123,26 @@ def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
         candidate = open_candidate(folder, name, scratch / str(number), arguments.tokenizer_model)
         if candidate.brings_code and not arguments.trust_remote_code:
             raise UserError(f"{folder}: brings code of its own; --trust-remote-code runs it")
+        if candidate.tokenizer_folder is None and (selection or any(map(is_text, arguments.data_path))):
+            raise UserError(f"{candidate.folder}: holds no tokenizer; name one with --tokenizer-model")
         candidates.append(candidate)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    plan = Plan(arguments, device, scratch, tuple(selection), own)
     remarks = [f"Left out for want of a file in --task-data: {', '.join(missing)}."] if missing else []
-    return Report(tuple(judge(candidate, plan) for candidate in candidates), settings, tuple(remarks))
+    finished: list[Evaluated] = []
+
+    def report(*current: Evaluated) -> Report:
+        return Report((*finished, *current), settings, tuple(remarks))
+
+    def keep(current: Evaluated) -> None:
+        if arguments.output_dir:
+            write_report(report(current), arguments.output_dir)
+
+    plan = Plan(arguments, device, scratch, tuple(selection), own, keep)
+    for candidate in candidates:
+        finished.append(judge(candidate, plan))
+        if arguments.output_dir:
+            write_report(report(), arguments.output_dir)
+    return report()
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -173,11 +192,17 @@ def judge(candidate: Candidate, plan: Plan) -> Evaluated:
     """Everything about one model; at no time are two of them in memory."""
     from megatron_prune.evaluation.models import describe
     from megatron_prune.evaluation.report import Evaluated
-    from megatron_prune.evaluation.zero_shot import HarnessOptions, evaluate_tasks
+    from megatron_prune.evaluation.zero_shot import Failure, HarnessOptions, Score, evaluate_tasks
 
     arguments = plan.arguments
     perplexities = measure_all(candidate, plan) if arguments.data_path or plan.own else []
     scores: list[Any] = []
+
+    def so_far(results: Sequence[Any]) -> Evaluated:
+        scored = tuple(one for one in results if isinstance(one, Score))
+        failed = tuple(one for one in results if isinstance(one, Failure))
+        return Evaluated(describe(candidate, arguments.dtype), tuple(perplexities), scored, failed)
+
     if plan.selection:
         stream, tasks = sys.stderr, len(plan.selection)
         numbers = iter(range(1, tasks + 1))
@@ -193,8 +218,10 @@ def judge(candidate: Candidate, plan: Plan) -> Evaluated:
         def begun(task: str) -> None:
             print(f"{candidate.name}: task {next(numbers)} of {tasks}, {task}", file=stream, flush=True)
 
-        scores = evaluate_tasks(candidate, plan.selection, options, plan.scratch, begun)
-    return Evaluated(describe(candidate, arguments.dtype), tuple(perplexities), tuple(scores))
+        scores = evaluate_tasks(
+            candidate, plan.selection, options, plan.scratch, begun, lambda results: plan.keep(so_far(results))
+        )
+    return so_far(scores)
 
 
 def measure_all(candidate: Candidate, plan: Plan) -> list[Any]:
@@ -255,6 +282,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for file in write_report(report, arguments.output_dir):
                 print(f"written: {file}", file=sys.stderr)
+        failed = sum(len(entry.failures) for entry in report.models)
+        if failed:
+            print(f"evaluate: {failed} tasks could not be run, see the table", file=sys.stderr)
+            return 1
     except UserError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2

@@ -59,7 +59,7 @@ def run(argv: Sequence[str] | None) -> int:
     check_outputs(arguments)
     validate(config, world_size)
     scores, choices = {}, {}
-    with opened(config) as run, tqdm(unit="batch", disable=not (is_first and sys.stderr.isatty())) as bar:
+    with opened(config, writes=False) as run, tqdm(unit="batch", disable=not (is_first and sys.stderr.isatty())) as bar:
         one_shot = OneShot(config, run.model, run.datasets.train, on_batch=bar.update)
         bar.reset(total=len(names) * one_shot.num_microbatches)
         for name in names:

@@ -99,6 +99,11 @@ def _of_ours(folder: Path) -> Path:
     """`folder`, unless it looks like another program's, which has the same names outside."""
     if (folder / MANIFEST).exists() or (folder / "architecture.json").exists():
         return folder
+    parent = folder.parent
+    if any((step_folder(parent, step) / MANIFEST).exists() for step in steps(parent)):  # its neighbours are ours
+        own = _STEP_FOLDER.fullmatch(folder.name.removesuffix(_REPLACED))
+        offer = _offer(parent, int(own[1]) if own else None)
+        raise UserError(f"{folder}: half a checkpoint, perhaps of a copy that was cut short; {offer}")
     raise UserError(
         f"{folder}: not a checkpoint of megatron_prune; if it is Megatron-LM's, in torch_dist format, make one of it "
         "with tools/convert_from_megatron.py"

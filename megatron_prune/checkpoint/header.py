@@ -145,6 +145,11 @@ def read_header(directory: str | Path, step: int | None = None) -> Header:
     run = _load_json(folder / "run_state.json")
     if run.get("format") != FORMAT:
         raise UserError(f"{folder / 'run_state.json'}: format {run.get('format')}, this version reads {FORMAT}")
+    if run.get("iteration") != iteration:
+        raise UserError(
+            f"{folder}: holds the checkpoint of iteration {run.get('iteration')}; folders of checkpoints keep their "
+            "names: rename it back"
+        )
     common = load_plain(folder / "common.pt")
     names = [field.name for field in dataclasses.fields(Facts)]
     return Header(

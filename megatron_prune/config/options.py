@@ -30,6 +30,7 @@ class Rules:
         at_least: least value allowed.
         above: values must be greater than this.
         below: values must be less than this.
+        at_most: greatest value allowed; None: what 32 bits hold (a count: 10**18).
         count: a number of tokens, parameters or elements: 469M, 1.1B and 5K are accepted beside 469e6.
         several_words: the flag takes several words and joins them with spaces (a data blend, as in Megatron).
         refused: the reason why any value but the default is refused; None for what works.
@@ -41,6 +42,7 @@ class Rules:
     count: bool = False
     several_words: bool = False
     refused: str | None = None
+    at_most: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +123,10 @@ def option(
     count: bool = False,
     several_words: bool = False,
     refused: str | None = None,
+    at_most: float | None = None,
 ) -> Any:
     """Declare a field of a section; see `Rules` for the keyword arguments."""
-    rules = Rules(at_least, above, below, count, several_words, refused)
+    rules = Rules(at_least, above, below, count, several_words, refused, at_most)
     return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
 
 

@@ -67,7 +67,9 @@ class ParallelConfig:
     ddp_bucket_size: int | None = option(
         None, "parameters per gradient bucket; null: megatron-core's own choice", at_least=1, count=True
     )
-    distributed_timeout_minutes: float = option(10, "a collective that hangs longer than this ends the run", above=0)
+    distributed_timeout_minutes: float = option(
+        10, "a collective that hangs longer than this ends the run", above=0, at_most=525_600
+    )
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto: CUDA and NCCL if there is a GPU, else CPU and gloo")
 
     @property
@@ -106,7 +108,7 @@ class TrainingConfig:
     micro_batch_size: int = option(1, "sequences per forward pass on one process", at_least=1)
     global_batch_size: int = option(8, "sequences per optimizer step over all processes", at_least=1)
     train_iters: int = option(1000, "iterations of plain training, or the limit of the pruning phase", at_least=1)
-    seed: int = option(1234, "seed of initialisation, data order and random criteria", at_least=1)
+    seed: int = option(1234, "seed of initialisation, data order and random criteria", at_least=1, at_most=2**32 - 1)
     bf16: bool = option(False, "compute in bfloat16 with float32 main weights; off: float32")
     eval_interval: int = option(0, "iterations between evaluations on validation data; 0: never", at_least=0)
     eval_iters: int = option(10, "global batches per evaluation", at_least=1)

@@ -13,6 +13,9 @@ from megatron_prune.config.schema import Config
 from megatron_prune.config.values import one_line
 from megatron_prune.errors import UserError
 
+LARGEST_INT, LARGEST_COUNT = 2**31 - 1, 10**18
+SMALLEST_FLOAT, LARGEST_FLOAT = 1.1754944e-38, 3.4028234e38  # of float32, denormals left out
+
 
 def validate(config: Config, world_size: int) -> None:
     """Check a config for a run of `world_size` processes. Raises UserError for the first thing that is wrong."""
@@ -61,12 +64,27 @@ def check_option(option: Option, value: Any, where: str) -> None:
         check_option(part, getattr(value, part.name), f"{where}: {part.name}")
     if value is None:
         return
+    _check_range(option, value, where)
     if rules.at_least is not None and value < rules.at_least:
         raise UserError(f"{where} must be at least {rules.at_least:g}, got {value}")
     if rules.above is not None and value <= rules.above:
         raise UserError(f"{where} must be above {rules.above:g}, got {value}")
     if rules.below is not None and value >= rules.below:
         raise UserError(f"{where} must be below {rules.below:g}, got {value}")
+
+
+def _check_range(option: Option, value: Any, where: str) -> None:
+    """Refuse numbers that the 32-bit numbers behind the options do not hold."""
+    if option.kind is float:
+        size = abs(value)
+        if not size <= (option.rules.at_most or LARGEST_FLOAT):  # NaN is not, either
+            raise UserError(f"{where} must be at most {option.rules.at_most or LARGEST_FLOAT:g}, got {value:g}")
+        if 0 < size < SMALLEST_FLOAT:
+            raise UserError(f"{where} is too small to be told from 0 in float32, got {value:g}")
+    elif option.kind is int:
+        limit = option.rules.at_most or (LARGEST_COUNT if option.rules.count else LARGEST_INT)
+        if value > limit:
+            raise UserError(f"{where} must be at most {limit}, got {value}")
 
 
 def _check_inputs(config: Config) -> None:
@@ -116,6 +134,12 @@ def _check_layout(config: Config, world_size: int) -> None:
 
 def _check_batch(config: Config, world_size: int) -> None:
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    tokens = config.training.train_iters * config.tokens_per_iteration
+    if tokens > LARGEST_COUNT:
+        raise UserError(
+            f"training.train_iters x global_batch_size x data.seq_length is {tokens:.1e} tokens, beyond what can be "
+            f"counted ({LARGEST_COUNT:.0e}); give smaller ones"
+        )
     copies = data_parallel_size(config, world_size)
     if batch % (micro * copies) == 0:
         return

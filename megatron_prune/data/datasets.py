@@ -293,6 +293,18 @@ def _plain_split(split: str) -> str:
     return ",".join(f"{share:.15f}" for share in shares)
 
 
+def check_documents(blend: Blend, split: str, samples: Sequence[int | None], seq_length: int) -> None:
+    """Raise UserError, as `build_datasets` will, where a split that is wanted holds no document of some data set."""
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(_plain_split(split)))
+    parts = [part if count != 0 else None for part, count in zip(matrix, samples)]
+    _check_documents(blend, parts, samples, seq_length, split)
+
+
 def _check_documents(
     blend: Blend,
     parts: Sequence[tuple[float, float] | None],

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.perplexity import Perplexity
-from megatron_prune.evaluation.zero_shot import Score, average
+from megatron_prune.evaluation.zero_shot import Failure, Score, average
 
 JSON_NAME, MARKDOWN_NAME = "evaluation.json", "evaluation.md"
 
@@ -27,6 +27,7 @@ class Evaluated:
     model: Mapping[str, Any]
     perplexities: tuple[Perplexity, ...] = ()
     scores: tuple[Score, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Report:
                     **entry.model,
                     "perplexity": [dataclasses.asdict(one) for one in entry.perplexities],
                     "tasks": [dataclasses.asdict(one) for one in entry.scores],
+                    "failed": [dataclasses.asdict(one) for one in entry.failures],
                     "average": dataclasses.asdict(mean) if mean else None,
                 }
             )
@@ -57,7 +59,7 @@ class Report:
         parts = [self._models()]
         if any(entry.perplexities for entry in self.models):
             parts.append(self._perplexities())
-        if any(entry.scores for entry in self.models):
+        if any(entry.scores or entry.failures for entry in self.models):
             parts.append(self._scores())
         parts.extend(self.remarks)
         return "\n\n".join(parts) + "\n"
@@ -106,6 +108,9 @@ class Report:
             examples = next(score.examples for score in found if score is not None)
             cells = [_percent(score) for score in found]
             rows.append([task, metric, f"{examples:,}", *cells])
+        for task in dict.fromkeys(failure.task for entry in self.models for failure in entry.failures):
+            why = [next((f.reason for f in entry.failures if f.task == task), None) for entry in self.models]
+            rows.append([task, "failed", "", *("" if one is None else one.replace("|", "\\|") for one in why)])
         means = [average(entry.scores) for entry in self.models]
         if any(means):
             tasks = len({task for task, _ in keys})

@@ -121,6 +121,14 @@ class Score:
     examples: int
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A task that could not be run, and why, in one line."""
+
+    task: str
+    reason: str
+
+
 # Choosing -------------------------------------------------------------------------------------------------------------
 
 
@@ -176,20 +184,29 @@ def _local_file(folder: Path, name: str) -> Path | None:
 
 
 def _check_schema(selected: Selected) -> None:
-    """Look at the first line, so that another schema is a clear error before a model is loaded."""
+    """Look at every line, so that another schema or a broken end is a clear error before a model is loaded."""
     file, task = selected.file, selected.task
     if file is None or file.suffix == ".parquet":
         return
+    number = 1
     try:
         with file.open(encoding="utf-8") as lines:
-            first = json.loads(next(lines, ""))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: line 1 is no JSON object ({error}); one per line is needed") from error
-    missing = [name for name in task.fields if not isinstance(first, dict) or name not in first]
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    _check_line(json.loads(line), f"{file}: line {number}", task)
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: line {number} is no JSON object ({error}); one per line is needed") from error
+    if not file.stat().st_size:
+        raise UserError(f"{file}: line 1 is no JSON object (the file is empty); one per line is needed")
+
+
+def _check_line(found: Any, where: str, task: Task) -> None:
+    missing = [name for name in task.fields if not isinstance(found, dict) or name not in found]
     if missing:
         raise UserError(
-            f"{file}: line 1 lacks {', '.join(missing)}; {task.name} is read in the public schema "
-            f"({', '.join(task.fields)})"
+            f"{where} lacks {', '.join(missing)}; {task.name} is read in the public schema ({', '.join(task.fields)})"
         )
 
 
@@ -232,15 +249,20 @@ def evaluate_tasks(
     options: HarnessOptions,
     scratch: Path,
     on_task: Callable[[str], Any] = lambda _: None,
-) -> list[Score]:
+    on_result: Callable[[Sequence[Score | Failure]], Any] = lambda _: None,
+) -> list[Score | Failure]:
     """Run a model on tasks, in the harness's own `hf` model.
 
     Args:
         scratch: a folder for generated YAML and the harness's copies of local files.
         on_task: told each task's name when it begins.
+        on_result: told what there is so far, each time a task has ended.
+
+    Returns:
+        Scores, and a failure for each task that the harness cannot run; the others go on.
 
     Raises:
-        UserError: the harness is missing, or cannot read a task's documents.
+        UserError: the harness or the tokenizer is missing.
     """
     harness_version()
     if candidate.tokenizer_folder is None:
@@ -263,7 +285,7 @@ def evaluate_tasks(
         )
         # The index of the harness's thousands of tasks takes seconds; local files name theirs by path.
         manager = TaskManager(include_defaults=any(selected.file is None for selected in selection))
-        scores: list[Score] = []
+        scores: list[Score | Failure] = []
         for selected in selection:
             on_task(selected.task.name)
             try:
@@ -277,8 +299,10 @@ def evaluate_tasks(
             except Exception as error:  # datasets, jinja and the task's own code raise whatever they like
                 where = selected.file or "its documents, which the harness downloads (--task-data names local files)"
                 reason = _reason(error, candidate.max_length)
-                raise UserError(f"task {selected.task.name}: the harness cannot run {where}: {reason}") from error
-            scores.extend(_scores(selected.task, results))
+                scores.append(Failure(selected.task.name, f"the harness cannot run {where}: {reason}"))
+            else:
+                scores.extend(_scores(selected.task, results))
+            on_result(scores)
     return scores
 
 

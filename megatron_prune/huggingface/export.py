@@ -29,6 +29,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import SPECIAL_IDS, WRITTEN_FOR, config_json
 from megatron_prune.huggingface.kv_policy import AUTO, CLUSTER, KvPlan
+from megatron_prune.huggingface.leftovers import remove_leftovers
 from megatron_prune.huggingface.model_card import CardFacts, model_card
 from megatron_prune.huggingface.shards import DTYPES, Entry, dtype_name, parse_size, plan_shards, write_shards
 from megatron_prune.huggingface.tokenizer import export_tokenizer
@@ -95,6 +96,7 @@ def export(
         check_rows(tokenizer, architecture.shape.vocab_size, "--tokenizer-model")
     stored = DTYPES[dtype] if dtype else read(EMBEDDING).dtype
     staged = target.parent / f".{target.name}.{os.getpid()}.partial"
+    remove_leftovers(target)
     try:
         staged.mkdir(parents=True)
         files, parameters = _write_weights(staged, read, architecture, plan, stored, max_bytes)

@@ -13,6 +13,7 @@ in f16, and the caller is told which.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import read_json, read_shape
 from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabulary
+from megatron_prune.huggingface.leftovers import remove_leftovers
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.architecture import Architecture, LlamaShape
 from megatron_prune.model.param_axes import ParamTable
@@ -118,6 +120,7 @@ def convert(
     entries = list(_entries(weights, shape, DTYPES[dtype]))
     architecture = _ARCHITECTURES[shape.model_type]
     staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    remove_leftovers(target)
     writer = gguf.GGUFWriter(None, architecture)
     _write_metadata(writer, gguf, shape, folder, dtype)
     _write_vocabulary(writer, vocabulary)
@@ -128,7 +131,8 @@ def convert(
     except OSError as error:
         raise UserError(f"--save {save}: cannot be written: {error.strerror or error}") from error
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # told above, if it matters
+            staged.unlink(missing_ok=True)
     fallbacks = tuple(entry.name for entry in entries if dtype == "q8_0" and entry.kind == "F16")
     parameters = sum(math.prod(entry.shape) for entry in entries if entry.name != ROPE_FACTORS)
     matrices = sum(len(entry.shape) == 2 for entry in entries)

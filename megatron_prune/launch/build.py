@@ -138,8 +138,8 @@ def build_trainer(
         state = RunState.from_state(_run_state(inputs.header.state), inputs.architecture)
     directory = Path(config.checkpoint.save) if config.checkpoint.save else None
     is_writer = mesh.rank == 0
-    reporter = agreed(mesh, lambda: Reporter(config, mesh.world_size, directory, is_active=is_writer))
-    history = HistoryWriter(directory, state.history) if directory is not None and is_writer else None
+    reporter = agreed(mesh, lambda: Reporter(config, mesh.world_size, directory, is_writer, state.iteration))
+    history = agreed(mesh, lambda: HistoryWriter(directory, state.history) if directory and is_writer else None)
     samples = wanted_samples(config, state, inputs.shuffle)
     datasets = build_datasets(config, inputs, samples)
     shuffle = shuffle_of(datasets.train, samples)

@@ -21,7 +21,7 @@ from typing import cast
 
 from megatron_prune.checkpoint import Header, read_header
 from megatron_prune.config import Config
-from megatron_prune.data.datasets import Blend, blend_words, check_vocabulary, parse_blend
+from megatron_prune.data.datasets import Blend, blend_words, check_documents, check_vocabulary, parse_blend
 from megatron_prune.data.indexed import IndexedData, bin_path, idx_path
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
@@ -85,12 +85,21 @@ def look(config: Config) -> Found:
         ("data.valid_data_path (--valid-data-path)", config.data.valid_data_path),
     ):
         if text is not None:
-            _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
+            present = _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
+            _documents(config, present, field)
     _tasks(config, findings)
     inputs._check_context(config, architecture)
     inputs._check_target(config, architecture)
-    inputs._check_output(config)
+    _output(config, findings)
     return Found(architecture, tuple(findings))
+
+
+def _output(config: Config, findings: list[Finding]) -> None:
+    """A dry run touches nothing: what the launch will say of the output folder is told, not refused."""
+    try:
+        inputs._check_output(config)
+    except UserError as error:
+        findings.append(Finding("output", f"the launch will refuse: {error}"))
 
 
 def _source(config: Config, findings: list[Finding]) -> tuple[Header | None, Architecture]:
@@ -137,7 +146,9 @@ def _tokenizer(config: Config, header: Header | None, findings: list[Finding]) -
     return None
 
 
-def _data(text: str, field: str, vocab_size: int, tokenizer: Tokenizer | None, findings: list[Finding]) -> None:
+def _data(
+    text: str, field: str, vocab_size: int, tokenizer: Tokenizer | None, findings: list[Finding]
+) -> list[IndexedData]:
     """Check a blend whose data sets may be absent, but not halves of them."""
     words = blend_words(text, field)
     prefixes = words if len(words) == 1 else words[1::2]
@@ -156,6 +167,17 @@ def _data(text: str, field: str, vocab_size: int, tokenizer: Tokenizer | None, f
         check_vocabulary(tokenizer, Blend(tuple(present), None), vocab_size)
     sizes = {data.prefix: f"{data.sequences:,} documents, {data.tokens:,} tokens" for data in present}
     findings += [Finding(f"data {prefix}", sizes.get(prefix, NOT_HERE)) for prefix in prefixes]
+    return present
+
+
+def _documents(config: Config, present: list[IndexedData], field: str) -> None:
+    """Every split that is read must hold documents, as `build_datasets` will ask. Raises UserError."""
+    is_valid, training = field.startswith("data.valid"), config.training
+    evaluates = bool(training.eval_interval)
+    has_own = config.data.valid_data_path is not None
+    split = "0,1,0" if is_valid else "1,0,0" if has_own else config.data.split
+    wanted = (0 if is_valid else 1, int(evaluates and (is_valid or not has_own)), 0)
+    check_documents(Blend(tuple(present), None), split, wanted, config.data.seq_length)
 
 
 def _tasks(config: Config, findings: list[Finding]) -> None:

@@ -1,5 +1,6 @@
 """Errors for people: one line, on one rank, non-zero exit on all.
 
+    mishap         what the machine refused, in one line, else None
     agreed         run a step that may fail on some ranks only; all ranks learn of it together
     lost_contact   what a collective said when another rank died or hung, else None
     exit_status    run a whole job and turn what it raises into an exit status
@@ -10,9 +11,11 @@ broke its own rules, 3 another rank died or hung.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_prune.config.values import one_line
 from megatron_prune.errors import DisagreementError, PeerLostError, UserError
 from megatron_prune.launch.places import speaks
 from megatron_prune.launch.rendezvous import NotMetError
@@ -40,6 +44,8 @@ def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
         result = step()
     except UserError as error:
         complaint = str(error)
+    except OSError as error:
+        complaint = mishap(error)
     complaints = agree(mesh, complaint)
     failed = [rank for rank, text in enumerate(complaints) if text is not None]
     if failed:
@@ -49,11 +55,31 @@ def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def mishap(error: BaseException) -> str | None:
+    """What the machine refused (a full or read-only disk, a missing file, too many of them), in one line; else None."""
+    if isinstance(error, (OSError, RuntimeError)) and (
+        getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error)
+    ):
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"too many open files: this process may open {soft}; raise the limit with ulimit -n"
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError) or error.errno is None:
+        return None
+    place = error.filename if error.filename2 is None else f"{error.filename} -> {error.filename2}"
+    reason = error.strerror or os.strerror(error.errno)
+    return one_line(reason if place is None else f"{_text(place)}: {reason}")
+
+
+def _text(place: object) -> str:
+    return os.fsdecode(place) if isinstance(place, (str, bytes)) else str(place)
+
+
 def lost_contact(error: BaseException) -> str | None:
     """The reason in a few words when `error` comes from a collective whose other side is gone, else None.
 
     gloo raises plain RuntimeErrors, told by their words; NCCL and the store have classes of their own.
     """
+    if "Too many open files" in str(error):
+        return None  # this rank's own trouble
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
     if isinstance(error, (PeerLostError, dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)):
         return text or type(error).__name__
@@ -85,6 +111,10 @@ def exit_status(job: Callable[[], int]) -> int:
         if lost_contact(error) is not None:
             sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: lost another rank: {lost_contact(error)}\n")
             return PEER_LOST
+        reason = mishap(error)
+        if reason is not None:
+            sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: {reason}\n")
+            return 2
         # Ranks of a broken run fail in different ways; each one's own traceback is wanted then.
         sys.stderr.write(f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}\n")
         return 1

@@ -60,8 +60,8 @@ class Inputs:
         return self.header is not None and "phase" in self.header.state
 
 
-def open_inputs(config: Config) -> Inputs:
-    """Open and check source, tokenizer, data and output folder.
+def open_inputs(config: Config, writes: bool = True) -> Inputs:
+    """Open and check source, tokenizer, data and, if this run `writes`, its output folder.
 
     Raises:
         UserError: missing or damaged files, vocabularies that disagree, other data than the checkpoint's, a target that
@@ -95,7 +95,8 @@ def open_inputs(config: Config) -> Inputs:
         check_vocabulary(tokenizer, blend, vocab_size)
     _check_context(config, architecture)
     _check_target(config, architecture)
-    _check_output(config)
+    if writes:
+        _check_output(config)
     return Inputs(architecture, header, read, tokenizer, train, valid, facts, shuffle)
 
 
@@ -123,7 +124,9 @@ def _tokenizer_place(config: Config, header: Header | None) -> tuple[str | None,
     """(type, path): as configured, else the one the checkpoint was trained with, else the source folder's."""
     if config.data.tokenizer_model:
         return config.data.tokenizer_type, config.data.tokenizer_model
-    if header is not None and header.state.get("tokenizer_model"):
+    recorded = header.state.get("tokenizer_model") if header is not None else None
+    is_moved = recorded is not None and not Path(str(recorded)).exists()
+    if header is not None and recorded and not (is_moved and config.model.hf_model):
         return header.state.get("tokenizer_type"), str(header.state["tokenizer_model"])
     if config.model.hf_model:
         return config.data.tokenizer_type, config.model.hf_model

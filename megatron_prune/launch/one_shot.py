@@ -136,7 +136,7 @@ class Opened:
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Opened]:
+def opened(config: Config, writes: bool = True) -> Iterator[Opened]:
     """Build the model of a `one_shot_config` and its data; tears the mesh down at the end.
 
     Raises:
@@ -144,7 +144,7 @@ def opened(config: Config) -> Iterator[Opened]:
     """
     mesh = meet(lambda _world_size: config).join()
     try:
-        inputs = agreed(mesh, lambda: _inputs(config))
+        inputs = agreed(mesh, lambda: _inputs(config, writes))
         insist_alike(mesh, config, inputs)
         model = build_model(config, inputs, mesh)
         yield Opened(mesh, inputs, model, build_datasets(config, inputs))
@@ -152,8 +152,8 @@ def opened(config: Config) -> Iterator[Opened]:
         close_mesh()
 
 
-def _inputs(config: Config) -> Inputs:
-    inputs, target = open_inputs(config), config.pruning.target_params
+def _inputs(config: Config, writes: bool) -> Inputs:
+    inputs, target = open_inputs(config, writes), config.pruning.target_params
     if target is not None and target >= inputs.architecture.parameters:
         raise UserError(
             f"pruning.target_params: {target} is not below the model's {inputs.architecture.parameters} parameters"

@@ -14,11 +14,28 @@ from pathlib import Path
 from megatron_prune.config import Config, dump
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.plots import plot_history
+from megatron_prune.runtime.folders import probe_folder
 from megatron_prune.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
 RUN_STATUS = "run_status.json"
+
+
+def check_places(config: Config) -> None:
+    """Try to write where the run will write, before anything is built.
+
+    Raises:
+        UserError: a folder cannot be made or written (no permission, read-only, full, a file in the way).
+    """
+    places = {
+        "checkpoint.save (--save)": config.checkpoint.save,
+        "logging.tensorboard_dir (--tensorboard-dir)": config.logging.tensorboard_dir,
+        "data.data_cache_path (--data-cache-path)": config.data.data_cache_path,
+    }
+    for field, place in places.items():
+        if place is not None:
+            probe_folder(place, field)
 
 
 def write_config(config: Config, directory: Path) -> None:

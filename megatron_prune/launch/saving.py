@@ -5,6 +5,7 @@ CheckpointSaver   what the loop calls; owns the policy `checkpoint.on_save_error
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class CheckpointSaver:
         self.background = AsyncSaver() if config.checkpoint.async_save else None
         self.constants = {
             "config": dump(config),
-            "tokenizer_model": inputs.tokenizer.path,
+            "tokenizer_model": os.path.abspath(inputs.tokenizer.path),
             "tokenizer_type": inputs.tokenizer.kind,
             "source": inputs.source_facts,
             "data_order": data_order(config, inputs.train),

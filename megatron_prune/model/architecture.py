@@ -109,9 +109,12 @@ class Architecture:
     stem: np.ndarray
 
     def __post_init__(self) -> None:
-        assert len(self.heads) == len(self.ffn) == self.shape.num_layers
-        assert len({len(h) for h in self.heads}) == 1, "layers differ in their number of query heads"
-        assert len({len(f) for f in self.ffn}) == 1, "layers differ in their FFN width"
+        if not len(self.heads) == len(self.ffn) == self.shape.num_layers:
+            raise ValueError(f"live units of {len(self.heads)} and {len(self.ffn)} layers, not {self.shape.num_layers}")
+        if len({len(h) for h in self.heads}) != 1:
+            raise ValueError("layers differ in their number of query heads")
+        if len({len(f) for f in self.ffn}) != 1:
+            raise ValueError("layers differ in their FFN width")
 
     @classmethod
     def full(cls, shape: LlamaShape) -> Architecture:
@@ -240,7 +243,7 @@ class Architecture:
                 tuple(from_ranges(f) for f in live["ffn"]),
                 from_ranges(live["stem"]),
             )
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(f"architecture.json: not an architecture of this project ({error!r})") from error
         for ids, size in (
             *((h, shape.num_attention_heads) for h in result.heads),

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, Architecture, Group
 
 EMPTY = -1
@@ -200,17 +201,25 @@ class ShardLayout:
 
     @classmethod
     def from_state(cls, architecture: Architecture, state: dict[str, Any]) -> ShardLayout:
-        """Inverse of `to_state`; the slots must hold exactly the live units (asserted)."""
-        arrays = {
-            n: np.array(state[n], dtype=np.int32) for n in ("heads", "kv_heads", "kv_index", "ffn", "stem", "vocab")
-        }
-        layout = cls(architecture, state["tp"], Quanta(**state["quanta"]), **arrays)
-        for kind in (HEAD, KV_HEAD, FFN, STEM, VOCAB):
-            for layer in range(architecture.shape.num_layers):
-                ranks = range(1 if kind == STEM else layout.tp)
-                stored = np.concatenate([layout.slots(kind, layer, r) for r in ranks])
-                assert np.array_equal(stored[stored != EMPTY], architecture.live(kind, layer)), f"slot map of {kind}"
+        """Inverse of `to_state`; raises UserError unless the slots hold exactly the live units."""
+        try:
+            arrays = {
+                n: np.array(state[n], dtype=np.int32) for n in ("heads", "kv_heads", "kv_index", "ffn", "stem", "vocab")
+            }
+            layout = cls(architecture, state["tp"], Quanta(**state["quanta"]), **arrays)
+            layout._check_slots()
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise UserError(f"layout.json: not the slot map of this architecture ({error!r})") from error
         return layout
+
+    def _check_slots(self) -> None:
+        """Raise ValueError unless the slots hold exactly the live units."""
+        for kind in (HEAD, KV_HEAD, FFN, STEM, VOCAB):
+            for layer in range(self.architecture.shape.num_layers):
+                ranks = range(1 if kind == STEM else self.tp)
+                stored = np.concatenate([self.slots(kind, layer, r) for r in ranks])
+                if not np.array_equal(stored[stored != EMPTY], self.architecture.live(kind, layer)):
+                    raise ValueError(f"slots of {kind} in layer {layer} are not the live units")
 
 
 def holds(slots: np.ndarray, units: Sequence[int] | np.ndarray) -> np.ndarray:

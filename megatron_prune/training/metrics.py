@@ -83,9 +83,12 @@ class Reporter:
 
     Args:
         directory: the run's folder, for figures and TensorBoard files; None: neither is written.
+        iteration: that the run goes on from.
     """
 
-    def __init__(self, config: Config, world_size: int, directory: Path | None, is_active: bool) -> None:
+    def __init__(
+        self, config: Config, world_size: int, directory: Path | None, is_active: bool, iteration: int = 0
+    ) -> None:
         self.config, self.world_size, self.is_active, self.directory = config, world_size, is_active, directory
         self.window, self.session = Window(), Window()
         self._first: Architecture | None = None
@@ -97,7 +100,7 @@ class Reporter:
         if not is_active:
             return
         self._peak = config.logging.peak_tflops or _own_peak(config)
-        self._sinks = Sinks(config, directory)
+        self._sinks = Sinks(config, directory, iteration)
         progress = config.logging.progress
         if progress == "auto":
             progress = "dashboard" if sys.stderr.isatty() else "lines"

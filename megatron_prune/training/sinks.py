@@ -23,16 +23,24 @@ class Sinks:
 
     Args:
         directory: where TensorBoard's files go unless `logging.tensorboard_dir` says otherwise; None: nowhere.
+        iteration: that the run goes on from; TensorBoard forgets later ones.
     """
 
-    def __init__(self, config: Config, directory: Path | None) -> None:
+    def __init__(self, config: Config, directory: Path | None, iteration: int = 0) -> None:
         self._board: Any = None
         self._wandb: Any = None
         board = config.logging.tensorboard_dir or (directory / "tensorboard" if directory else None)
         if board is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(board))
+            # What a run that was killed wrote after its last checkpoint is hidden, or the curve would be drawn twice.
+            purge = iteration + 1 if iteration else None
+            try:
+                self._board = SummaryWriter(str(board), purge_step=purge)
+            except OSError as error:
+                raise UserError(
+                    f"logging.tensorboard_dir (--tensorboard-dir): {board} cannot be written: {error.strerror}"
+                ) from error
         if config.logging.wandb_project:
             self._wandb = start_wandb(config)
 

@@ -14,6 +14,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from megatron_prune.config import Config
 from megatron_prune.data.batches import BatchStream
 from megatron_prune.errors import TrainingStoppedError, UserError
@@ -26,7 +28,7 @@ from megatron_prune.training.learning_rate import build_scheduler, current_lr
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.state import CONTINUED, PRUNING, RunState
-from megatron_prune.training.step import forward_backward, read_batch, validation_loss
+from megatron_prune.training.step import forward_backward, most, read_batch, validation_loss
 from megatron_prune.training.stopping import FINISHED, StepAgreement, Stop
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,11 @@ class Trainer:
         if self.saver and self.saver.complete != self.state.iteration:
             raise TrainingStoppedError(
                 f"the run ends at iteration {self.state.iteration} and could not save it; {self.where_to_resume()}"
+            )
+        if status == FINISHED and self.state.nonfinite_in_a_row:
+            raise TrainingStoppedError(
+                f"the run ends at iteration {self.state.iteration} with its last {self.state.nonfinite_in_a_row} steps "
+                f"skipped, since they were not finite; {self._cure()}"
             )
         memory = self.model.mesh.device.peak_memory_bytes()
         self.reporter.summary(status, self.state.iteration, self.architecture, memory)
@@ -241,8 +248,17 @@ class Trainer:
         if state.nonfinite_in_a_row >= limit:
             raise TrainingStoppedError(
                 f"training.max_nonfinite_steps: {limit} steps in a row were not finite (up to iteration "
-                f"{state.iteration}); {self.where_to_resume()}, with a lower learning rate or other data"
+                f"{state.iteration}); {self._cure()}"
             )
+
+    @torch.no_grad()
+    def _cure(self) -> str:
+        """What helps after steps that were not finite (a collective): weights that are not, no rate can mend."""
+        own = any(not bool(torch.isfinite(weight).all()) for weight in self.model.module.parameters())
+        if most([int(own)], self.model.mesh)[0]:
+            start = self.config.checkpoint.load or self.config.model.hf_model
+            return f"the weights themselves hold NaN or Inf: check those of {start}, or go back further"
+        return f"{self.where_to_resume()}, with a lower learning rate or other data"
 
     def _record(self, removed: list[Removal]) -> None:
         if self.history is not None:

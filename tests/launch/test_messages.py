@@ -1,0 +1,81 @@
+"""What a machine refuses is one line; leftovers go; what a checkpoint's small files say is checked under -O too."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_prune.config import load_config
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.leftovers import remove_leftovers
+from megatron_prune.launch.failures import exit_status, lost_contact, mishap
+from megatron_prune.launch.outputs import check_places
+
+
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--data-cache-path"])
+def test_a_folder_that_cannot_be_made_names_its_field(flag, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere", "/dev/full/x"):
+        config = load_config(["--hf-model", "m", "--data-path", "d", flag, str(place)])
+        with pytest.raises(UserError, match=rf"\({flag}\): .* cannot be written: .*; give another folder"):
+            check_places(config)
+    assert (tmp_path / "file").read_text() == "in the way"
+    check_places(load_config(["--hf-model", "m", "--data-path", "d", flag, str(tmp_path / "new")]))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE])
+def test_what_the_machine_refuses_is_one_line(code, capfd):
+    def job():
+        raise OSError(code, os.strerror(code), "/some/file\n")
+
+    assert exit_status(job) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: rank 0: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert ("ulimit -n" if code == errno.EMFILE else os.strerror(code)) in err
+
+
+def test_few_file_descriptors_are_no_lost_rank():
+    error = RuntimeError("[../gloo/transport/tcp/pair.cc:1] socket: Too many open files")
+    assert lost_contact(error) is None and "ulimit -n" in str(mishap(error))
+
+
+def test_what_killed_exports_left_is_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".model.{ended.pid}.partial").mkdir()
+    (tmp_path / f".model.{ended.pid}.partial" / "weights").write_text("half")
+    (tmp_path / f".model.{os.getppid()}.partial").mkdir()
+    (tmp_path / f".other.{ended.pid}.partial").write_text("of another target")
+    assert remove_leftovers(tmp_path / "model") == [tmp_path / f".model.{ended.pid}.partial"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_small_files_of_a_checkpoint_are_checked_without_assertions():
+    program = """
+import json
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.testing.tiny_models import tiny_config
+from megatron_prune.huggingface.config import shape_from_config
+assert False, "-O leaves this out"
+full = Architecture.full(shape_from_config(tiny_config()))
+broken = json.loads(json.dumps(full.to_json()))
+broken["live"]["ffn"][0] = "0-3"
+state = ShardLayout.pack(full, 1, Quanta(1, 1, 1, 128)).to_state()
+wrong = json.loads(json.dumps(state))
+wrong["stem"][0], wrong["stem"][1] = wrong["stem"][1], wrong["stem"][0]
+for read in (lambda: Architecture.from_json(broken), lambda: ShardLayout.from_state(full, wrong),
+             lambda: ShardLayout.from_state(full, {**state, "heads": 3})):
+    try:
+        read()
+    except UserError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and "differ in their FFN width" in lines[0] and "slots of stem" in lines[1]
