@@ -101,7 +101,7 @@ def evaluate(arguments: argparse.Namespace, scratch: Path) -> Report:
     """Measure everything that was asked for. Raises UserError."""
     import torch
 
-    from megatron_prune.evaluation.corpora import check_corpus
+    from megatron_prune.evaluation.corpora import check_corpus, is_text
     from megatron_prune.evaluation.models import open_candidate
     from megatron_prune.evaluation.report import Report, write_report
     from megatron_prune.evaluation.zero_shot import harness_version, select_tasks

@@ -95,10 +95,12 @@ def look(config: Config) -> Found:
 
 
 def _output(config: Config, findings: list[Finding]) -> None:
-    """A dry run touches nothing: what the launch will say of the output folder is told, not refused."""
+    """A dry run touches nothing: a folder that holds a run is told, not refused."""
     try:
         inputs._check_output(config)
     except UserError as error:
+        if not Path(config.checkpoint.save or "").is_dir():
+            raise
         findings.append(Finding("output", f"the launch will refuse: {error}"))
 
 

@@ -93,16 +93,24 @@ MISTAKES = [
         "4 layers do not divide by 3 stages",
     ),
     ({"world_size": 7}, "not a multiple of micro_batch_size"),
-    ({"save": "RUN"}, "already holds a run"),
+    ({"save": "FILE"}, "is a file; give a folder"),
+    ({"data_path": "ONE", "eval_interval": 5}, "leaves no document of"),
 ]
+
+
+def test_a_folder_that_holds_a_run_is_told_not_refused(workshop, tmp_path, capfd):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3\n")
+    assert main(flags(workshop, save=tmp_path)) == 0
+    assert "already holds a run's checkpoints; resume it with --load" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(("changes", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
 def test_mistakes_are_refused_in_one_line(workshop, tmp_path, capfd, changes, words):
     (tmp_path / "half.bin").write_bytes(b"\0" * 64)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("3\n")
-    places = {"DATA": str(workshop / "data"), "HALF": str(tmp_path / "half"), "RUN": str(tmp_path / "run")}
+    (tmp_path / "one.txt").write_text("the quick brown fox " * 50)
+    preprocess([str(tmp_path / "one.txt")], str(tmp_path / "one"), Options(tokenizer_model=str(workshop / "source")))
+    names = {"HALF": "half", "FILE": "half.bin", "ONE": "one"}
+    places = {"DATA": str(workshop / "data"), **{word: str(tmp_path / name) for word, name in names.items()}}
     for name, value in list(changes.items()):
         changes = changes | {name: " ".join(places.get(word, word) for word in str(value).split())}
     assert main(flags(workshop, **changes)) == 2

@@ -79,3 +79,33 @@ for read in (lambda: Architecture.from_json(broken), lambda: ShardLayout.from_st
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and "differ in their FFN width" in lines[0] and "slots of stem" in lines[1]
+
+
+def test_half_a_copy_and_another_name_are_told(tmp_path):
+    from megatron_prune.checkpoint.files import Digest, digest, resolve, write_manifest
+
+    good = tmp_path / "iter_0000002"
+    good.mkdir()
+    (good / "architecture.json").write_text("{}")
+    write_manifest(good, {"architecture.json": Digest(2, digest(good / "architecture.json").crc32)})
+    (tmp_path / "iter_0000004").mkdir()
+    (tmp_path / "iter_0000004" / ".metadata").write_bytes(b"half")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4\n")
+    with pytest.raises(UserError, match=r"half a checkpoint.*newest good checkpoint is of iteration 2"):
+        resolve(tmp_path)
+
+
+def test_a_resumed_run_has_one_curve(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from megatron_prune.training.sinks import Sinks
+
+    config = load_config(["--hf-model", "m", "--data-path", "d"])
+    for start, end in ((0, 6), (4, 8)):
+        sinks = Sinks(config, tmp_path, start)
+        for iteration in range(start + 1, end + 1):
+            sinks.record({"loss": 1.0 / iteration}, iteration)
+        sinks.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
