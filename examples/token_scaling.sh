@@ -19,6 +19,8 @@ fail() {
     echo "error: $*" >&2
     exit 2
 }
+# One word, for a line of ARRAY_FLAGS and for sh: in single quotes, and '"'"' for one of those.
+quoted() { printf "'%s'" "${1//\'/\'\"\'\"\'}"; }
 config=${1:-} out=${2:-}
 [ -n "$config" ] && [ -n "$out" ] || fail "usage: token_scaling.sh CONFIG OUT [--ratios LIST] [--slurm OPTIONS | --collect] [-- flags]"
 [ -f "$config" ] || fail "$config: no such file"
@@ -34,6 +36,9 @@ while [ $# -gt 0 ]; do
     *) fail "unknown option $1; flags of the training go after --" ;;
     esac
 done
+for word in "$config" "$out" "$root" "$@"; do
+    [[ $word != *[[:cntrl:]]* ]] || fail "names and flags must be free of line ends and other control characters: $(printf %q "$word")"
+done
 for ratio in $ratios; do
     [[ $ratio =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] || fail "--ratios: expected pruning steps : gradient steps, such as 1:9, got $ratio"
 done
@@ -48,14 +53,17 @@ elif [ -n "$slurm" ]; then
     tasks=0
     : >"$out/array_flags.txt"
     for ratio in $ratios; do
-        echo "$* --prune-ratio $ratio --save $out/ratio_${ratio/:/-}" >>"$out/array_flags.txt"
+        for word in "$@" --prune-ratio "$ratio" --save "$out/ratio_${ratio/:/-}"; do
+            quoted "$word" && printf ' '
+        done >>"$out/array_flags.txt"
+        echo >>"$out/array_flags.txt"
         tasks=$((tasks + 1))
     done
     export ARRAY_FLAGS=$out/array_flags.txt MEGATRON_PRUNE_ROOT=$root
     # shellcheck disable=SC2086 # the options are words
     array=$(sbatch --parsable --array "0-$((tasks - 1))" $slurm "$root/examples/slurm/pretrain_efficientllm.sbatch" "$config" --stage "$stages")
-    last=$(sbatch --parsable --nodes 1 --ntasks 1 --dependency "afterany:$array" --output "$out/collect.log" --wrap \
-        "'$PYTHON' '$root/tools/token_scaling.py' --runs '$out'/ratio_* --output-dir '$out'")
+    last=$(sbatch --parsable --nodes 1 --ntasks 1 --dependency "afterany:$array" --output "${out//%/%%}/collect.log" --wrap \
+        "$(quoted "$PYTHON") $(quoted "$root/tools/token_scaling.py") --runs $(quoted "$out")/ratio_* --output-dir $(quoted "$out")")
     echo "job array $array with $tasks runs; job $last collects into $out"
 else
     for ratio in $ratios; do

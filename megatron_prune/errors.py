@@ -6,8 +6,21 @@ Anything else that escapes is a defect and keeps its traceback.
 """
 
 
+def one_line(text: str) -> str:
+    """Text from outside as it may stand in a line on a terminal: characters that cannot be printed are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class UserError(ValueError):
-    """A mistake in what the user asked for; the message is one line and says how to mend it."""
+    """A mistake in what the user asked for; the message is one line and says how to mend it.
+
+    Names of files, fields and classes in it may be a stranger's: what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class DisagreementError(RuntimeError):

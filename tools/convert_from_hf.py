@@ -155,6 +155,7 @@ def write(
 ) -> Path:
     """Stream `count` tensors into a checkpoint of iteration 0; its folder."""
     from megatron_prune.checkpoint import CheckpointSaveError, save_weights
+    from megatron_prune.model.sources import finite
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
@@ -162,7 +163,7 @@ def write(
 
         def read(hf_name: str) -> Any:
             bar.update()
-            return read_source(hf_name)
+            return finite(read_source(hf_name).to(dtype), f"--dtype: {hf_name} as {dtype}", "take bfloat16 or float32")
 
         mesh = init_mesh(choose_device("cpu"), 1, 1)
         try:

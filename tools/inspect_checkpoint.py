@@ -22,7 +22,7 @@ import yaml
 
 from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.checkpoint.header import stored_bytes
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, Architecture
 from megatron_prune.model.param_axes import ParamTable
 
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"inspect_checkpoint: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(facts, indent=1) if arguments.json else "\n".join(lines(facts)))
+    print(json.dumps(facts, indent=1) if arguments.json else "\n".join(map(one_line, lines(facts))))
     for problem in facts.get("problems", ()):
         print(f"inspect_checkpoint: {facts['path']}: {problem}", file=sys.stderr)
     if arguments.verify and not facts["problems"] and not arguments.json:

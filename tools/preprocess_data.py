@@ -18,11 +18,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from megatron_prune.config.values import one_line
 from megatron_prune.data.documents import AUTO, INPUT_FORMATS, SEPARATORS
 from megatron_prune.data.preprocess import Options, Progress, Summary, preprocess
 from megatron_prune.data.tokenizer import TOKENIZER_TYPES
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 

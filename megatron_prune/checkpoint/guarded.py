@@ -38,8 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
-from megatron_prune.config.values import one_line
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 
 # What torch 2.1 and later and megatron-core's savers put into .metadata. Each is a plain record, an enumeration, a
 # container or a look-up in a table: called with whatever arguments, none runs, imports, reads or writes anything.

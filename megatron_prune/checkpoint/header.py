@@ -144,23 +144,46 @@ def read_header(directory: str | Path, step: int | None = None) -> Header:
     refuse_damaged(folder.parent, iteration, damages(folder, HEADER_FILES))
     run = _load_json(folder / "run_state.json")
     if run.get("format") != FORMAT:
-        raise UserError(f"{folder / 'run_state.json'}: format {run.get('format')}, this version reads {FORMAT}")
-    if run.get("iteration") != iteration:
         raise UserError(
-            f"{folder}: holds the checkpoint of iteration {run.get('iteration')}; folders of checkpoints keep their "
+            f"{folder / 'run_state.json'}: format {str(run.get('format'))[:60]}, this version reads {FORMAT}"
+        )
+    if run.get("iteration") != iteration:
+        found = str(run.get("iteration"))[:60]
+        raise UserError(
+            f"{folder}: holds the checkpoint of iteration {found}; folders of checkpoints keep their "
             "names: rename it back"
         )
-    common = load_plain(folder / "common.pt")
-    names = [field.name for field in dataclasses.fields(Facts)]
+    common, layout = load_plain(folder / "common.pt"), _load_json(folder / "layout.json")
+    if type(layout.get("tp")) is not int or not isinstance(layout.get("quanta"), dict):
+        raise UserError(f"{folder / 'layout.json'}: is no slot map")
+    if (
+        not isinstance(common, dict)
+        or not isinstance(common.get("state"), dict)
+        or not isinstance(common.get("rng"), list)
+    ):
+        raise UserError(f"{folder / 'common.pt'}: holds no state of a run")
     return Header(
         iteration=iteration,
         path=folder,
         architecture=Architecture.from_json(_load_json(folder / "architecture.json")),
-        layout_state=_load_json(folder / "layout.json"),
+        layout_state=layout,
         state=decode(common["state"]),
-        facts=Facts(**{**{name: run[name] for name in names}, "optimizer": tuple(run["optimizer"])}),
+        facts=_facts(run, folder / "run_state.json"),
         rng=decode(common["rng"]),
     )
+
+
+def _facts(run: dict[str, Any], file: Path) -> Facts:
+    names = [field.name for field in dataclasses.fields(Facts)]
+    kinds = run.get("optimizer")
+    if run.get("dtype") not in ("float32", "float16", "bfloat16") or not isinstance(kinds, list):
+        raise UserError(f"{file}: dtype or optimizer are none that is stored here")
+    for name in names[2:]:
+        if type(run.get(name)) is not int or not 0 <= run[name] < 1 << 62:
+            raise UserError(f"{file}: {name}: {str(run.get(name))[:60]!r} is no whole number")
+    if not set(map(str, kinds)) <= {"exp_avg", "exp_avg_sq", "main"}:
+        raise UserError(f"{file}: optimizer: {str(kinds)[:60]!r} are no kinds of state")
+    return Facts(**{name: run[name] for name in names} | {"optimizer": tuple(map(str, kinds))})
 
 
 def stored_bytes(header: Header) -> int:
@@ -174,9 +197,12 @@ def _json(value: Any) -> bytes:
 
 def _load_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: no JSON object")
+    return found
 
 
 def encode(value: Any, where: str = "state") -> Any:

@@ -31,6 +31,7 @@ from megatron_prune.checkpoint.guarded import load_plain, read_metadata
 from megatron_prune.checkpoint.storage import irregular, read_into
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import LlamaShape
+from megatron_prune.model.sources import finite
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class MegatronCheckpoint:
     def __call__(self, hf_name: str) -> Tensor:
         """The tensor of that Hugging Face name, in the stored dtype, on the host; torch.distributed must be up."""
         key, layer, part = self._source(hf_name)
-        whole, shape = self._whole(key, layer), self.shape
+        whole, shape = finite(self._whole(key, layer), f"{self.path}: {key}"), self.shape
         if part == "vocab":
             return whole[: shape.vocab_size].clone()
         if part in ("gate", "up"):

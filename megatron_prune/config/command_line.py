@@ -16,9 +16,9 @@ from typing import Any
 from megatron_prune.config.options import Option, all_options, option, options_of, sections_of
 from megatron_prune.config.schema import Config
 from megatron_prune.config.validation import check_fields, check_option
-from megatron_prune.config.values import RawValue, convert, did_you_mean, one_line
+from megatron_prune.config.values import RawValue, convert, did_you_mean
 from megatron_prune.config.yaml_file import dump, limits, read_file
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 
 _GENERAL = "general"
 

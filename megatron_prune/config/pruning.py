@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_prune.config.options import option
-from megatron_prune.config.values import one_line
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 

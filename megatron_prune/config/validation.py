@@ -10,8 +10,7 @@ from typing import Any
 from megatron_prune.config.options import Option, all_options
 from megatron_prune.config.pruning import parse_ratio
 from megatron_prune.config.schema import Config
-from megatron_prune.config.values import one_line
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 
 LARGEST_INT, LARGEST_COUNT = 2**31 - 1, 10**18
 SMALLEST_FLOAT, LARGEST_FLOAT = 1.1754944e-38, 3.4028234e38  # of float32, denormals left out

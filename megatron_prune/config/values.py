@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from megatron_prune.config.options import Option
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 
 RawValue = str | None | list[Any] | dict[str, Any]
 
@@ -53,11 +53,6 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str | None:
     """The known name nearest to a wrong one, or None when none is near."""
     nearest = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
     return nearest[0] if nearest else None
-
-
-def one_line(text: str) -> str:
-    """User's text as it may stand in a one-line message: unprintable characters are escaped."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def _convert_parts(option: Option, raw: dict[str, Any], where: str, current: Any) -> Any:

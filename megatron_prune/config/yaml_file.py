@@ -15,8 +15,8 @@ import yaml
 
 from megatron_prune.config.options import Option, all_options, options_of, sections_of
 from megatron_prune.config.schema import Config
-from megatron_prune.config.values import RawValue, convert, did_you_mean, one_line
-from megatron_prune.errors import UserError
+from megatron_prune.config.values import RawValue, convert, did_you_mean
+from megatron_prune.errors import UserError, one_line
 
 _DEEPEST = 4
 _NO_WRAP = 10**9

@@ -29,8 +29,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from megatron_prune.config.values import one_line
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 
 SEPARATORS = ("blank-line", "file", "line")
 AUTO, TEXT, JSON_LINES = "auto", "text", "jsonl"

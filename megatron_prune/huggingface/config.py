@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.architecture import MOST_UNITS, Architecture, LlamaShape
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -44,6 +44,10 @@ _ROPE_NUMBERS = {
 }
 _ROPE_IGNORED = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # Defaults that transformers would fill in silently and that differ between its classes; null stays null.
+# Far beyond any model; what is kept per unit stays small, and a damaged file is refused before anything is allocated.
+_LARGEST = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14}
+_LARGEST |= {"head_dim": 1 << 16, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "vocab_size": 1 << 26}
+_LARGEST_NUMBER = 1e18
 _LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "num_key_value_heads": None}
 
 
@@ -58,10 +62,40 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     except ValueError as error:
+        if is_lfs_pointer(file):
+            raise UserError(f"{file}: {LFS_HINT}") from error
         raise UserError(f"{file}: invalid JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: invalid JSON: nested too deeply") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no JSON object")
     return content
+
+
+LFS_HINT = "is a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a clone without Git LFS left a few lines of text in the place of `file`."""
+    with file.open("rb") as content:
+        return content.read(23) == b"version https://git-lfs"
+
+
+def what_else(folder: Path) -> str:
+    """What a folder that holds no model may be instead, as the end of a complaint; empty when nothing is known."""
+    if (folder / "adapter_config.json").is_file():
+        return "; it is an adapter (LoRA): merge it into its base model, save that, and name the result"
+    if (folder / "snapshots").is_dir():
+        return "; it is a hub's cache of a model: name one of the folders in snapshots"
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder)):
+        return "; if it is a hub's id: nothing is downloaded here, so fetch the model and name the folder it is in"
+    return ""
+
+
+def hub_id(folder: Path) -> str | None:
+    """`ORGANISATION/MODEL` where `folder` is a snapshot in a hub's cache, whose own name is a commit's."""
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", folder.resolve().as_posix())
+    return f"{cached[1]}/{cached[2]}" if cached else None
 
 
 class _Fields:
@@ -83,20 +117,34 @@ class _Fields:
         if value is None:
             raise self.refuse(field, "is missing; a positive whole number is needed")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refuse(field, f"{value!r} is no positive whole number")
+            raise self.refuse(field, f"{_shown(value)} is no positive whole number")
+        if value > (largest := _LARGEST.get(field, 1 << 31)):
+            raise self.refuse(field, f"{_shown(value)} is beyond all models computed here (at most {largest})")
         return value
 
     def number(self, field: str, default: float) -> float:
         value = self.get(field, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self.refuse(field, f"{value!r} is no positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
+            raise self.refuse(field, f"{_shown(value)} is no positive number of sensible size")
         return float(value)
 
     def switch(self, field: str, default: bool = False) -> bool:
         value = self.get(field, default)
         if not isinstance(value, bool):
-            raise self.refuse(field, f"{value!r} is neither true nor false")
+            raise self.refuse(field, f"{_shown(value)} is neither true nor false")
         return value
+
+    def word(self, field: str, default: str | None = None) -> str | None:
+        value = self.get(field, default)
+        if value is not None and not isinstance(value, str):
+            raise self.refuse(field, f"{_shown(value)} is no text")
+        return value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def read_shape(folder: str | Path) -> LlamaShape:
@@ -107,17 +155,18 @@ def read_shape(folder: str | Path) -> LlamaShape:
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise UserError(f"{file}: does not exist; name the folder of a Hugging Face model")
+        hint = what_else(Path(folder)) or "; name the folder of a Hugging Face model"
+        raise UserError(f"{file}: does not exist{hint}")
     return shape_from_config(read_json(file), str(file))
 
 
 def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> LlamaShape:
     """`read_shape` for a `config.json` already read; `where` begins every complaint."""
     fields = _Fields(config, where)
-    model_type = fields.get("model_type")
-    if model_type not in CLASSES:
+    model_type = fields.word("model_type")
+    if model_type is None or model_type not in CLASSES:
         supported = ", ".join(CLASSES)
-        raise fields.refuse("model_type", f"{model_type!r} is not supported ({supported} are)")
+        raise fields.refuse("model_type", f"{_shown(model_type)} is not supported ({supported} are)")
     _refuse_unsupported(fields, model_type)
     defaults: dict[str, Any] = _LLAMA_DEFAULTS if model_type == "llama" else {}
     heads = fields.whole("num_attention_heads")
@@ -129,10 +178,15 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
     context = fields.whole("max_position_embeddings", defaults.get("max_position_embeddings"))
     _check_window(fields, model_type, context)
     theta, scaling = _rope(fields, context)
+    layers, ffn = fields.whole("num_hidden_layers"), fields.whole("intermediate_size")
+    if layers * (heads + ffn) > MOST_UNITS:
+        raise fields.refuse(
+            "num_hidden_layers", f"{layers} layers of {heads} heads and {ffn} FFN channels are too many"
+        )
     return LlamaShape(
-        num_layers=fields.whole("num_hidden_layers"),
+        num_layers=layers,
         hidden_size=fields.whole("hidden_size"),
-        ffn_hidden_size=fields.whole("intermediate_size"),
+        ffn_hidden_size=ffn,
         num_attention_heads=heads,
         num_query_groups=kv_heads,
         kv_channels=_head_dim(fields, model_type),
@@ -154,14 +208,17 @@ def _refuse_unsupported(fields: _Fields, model_type: str) -> None:
     for field in ("num_experts", "num_local_experts", "n_routed_experts"):
         if fields.get(field):
             raise fields.refuse(field, "mixtures of experts are not supported")
-    activation = fields.get("hidden_act", "silu")
+    activation = fields.word("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.refuse("hidden_act", f"{activation!r} is not supported (silu is)")
     if fields.switch("mlp_bias"):
         raise fields.refuse("mlp_bias", "biases of the feed-forward layer are not supported")
     if model_type != "qwen2" and fields.switch("attention_bias"):
         raise fields.refuse("attention_bias", "a bias on the attention output is not supported")
-    kinds = {str(kind) for kind in fields.get("layer_types", [])}
+    layer_types = fields.get("layer_types", [])
+    if not isinstance(layer_types, list):
+        raise fields.refuse("layer_types", f"{_shown(layer_types)} is no list")
+    kinds = {_shown(kind) if not isinstance(kind, str) else kind for kind in layer_types}
     if kinds - {"full_attention"}:
         raise fields.refuse("layer_types", f"{', '.join(sorted(kinds))}: only full_attention is supported")
 
@@ -207,7 +264,7 @@ def _rope(fields: _Fields, context: int) -> tuple[float, dict[str, Any] | None]:
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = fields.get(name, {})
     if not isinstance(rope, dict):
-        raise fields.refuse(name, f"{rope!r} is no JSON object")
+        raise fields.refuse(name, f"{_shown(rope)} is no JSON object")
     thetas = {fields.number("rope_theta", 10000.0)} if "rope_theta" in fields.config else set()
     for section in ("rope_scaling", "rope_parameters"):
         inner = fields.get(section, {})
@@ -222,12 +279,16 @@ def _rope(fields: _Fields, context: int) -> tuple[float, dict[str, Any] | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in _ROPE_NUMBERS:
-        raise fields.refuse(name, f"rope_type {kind!r} is not supported (default, linear, llama3 are)")
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
+        raise fields.refuse(name, f"rope_type {_shown(kind)} is not supported (default, linear, llama3 are)")
     unknown = sorted(set(rope) - set(_ROPE_NUMBERS[kind]) - _ROPE_IGNORED)
     if unknown:
         raise fields.refuse(name, f"{', '.join(unknown)}: unknown for rope_type {kind!r}")
-    inner_fields = _Fields({"original_max_position_embeddings": context} | rope, f"{fields.where}: {name}")
+    # Beside the scaling instead of in it, the original context goes first: transformers 5 computes so.
+    outer = fields.get("original_max_position_embeddings")
+    rope = {"original_max_position_embeddings": context} | rope
+    rope |= {} if outer is None else {"original_max_position_embeddings": outer}
+    inner_fields = _Fields(rope, f"{fields.where}: {name}")
     scaling: dict[str, Any] = {"rope_type": kind}
     for number in _ROPE_NUMBERS[kind]:
         if inner_fields.get(number) is None:
@@ -241,21 +302,34 @@ def read_source(folder: str | Path) -> dict[str, Any]:
     """What an export wants back and `LlamaShape` does not hold, as a JSON object for the checkpoint's meta.
 
     Returns:
-        `name` (the folder's own name, no path), `card` (of `CARD_FIELDS`, what is known), `special_ids` (those of
-        `SPECIAL_IDS` that are set), `dtype` (as stated in `config.json`, or None), `generation_config` (its content, {}
-        where the file is missing).
+        `name` (the folder's own name, no path; the model's where the folder is a hub's cache), `card` (of
+        `CARD_FIELDS`, what is known), `special_ids` (those of `SPECIAL_IDS` that are set), `dtype` (as stated in
+        `config.json`, or None), `generation_config` (its content, {} where the file is missing).
+
+    Raises:
+        UserError: a file cannot be read, or a special id or dtype is none.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
+    fields, cached = _Fields(config, str(folder / "config.json")), hub_id(folder)
     return {
-        "name": folder.resolve().name,
+        "name": cached.partition("/")[2] if cached else folder.resolve().name,
         "card": _read_card(folder),
-        "special_ids": {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None},
-        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "special_ids": {name: config[name] for name in SPECIAL_IDS if _is_id(fields, name)},
+        "dtype": fields.word("dtype") or fields.word("torch_dtype"),
         "generation_config": generation,
     }
+
+
+def _is_id(fields: _Fields, name: str) -> bool:
+    """Whether a special id is set; raises UserError when that is neither an id nor a list of ids."""
+    value = fields.get(name)
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(one) is int and -1 <= one < 1 << 31 for one in ids):
+        raise fields.refuse(name, f"{_shown(value)} is no token's id")
+    return value is not None
 
 
 def _read_card(folder: Path) -> dict[str, str]:
@@ -272,9 +346,8 @@ def _read_card(folder: Path) -> dict[str, str]:
     stated = content if isinstance(content, dict) else {}
     base = stated.get("base_model")
     stated = stated | {"base_model": base[0] if isinstance(base, list) and len(base) == 1 else base}
-    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", folder.resolve().as_posix())
-    if cached:
-        stated["base_model"] = f"{cached[1]}/{cached[2]}"
+    if cached := hub_id(folder):
+        stated["base_model"] = cached
     found = {name: stated[name] for name in CARD_FIELDS if isinstance(stated.get(name), str)}
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", found.get("base_model", "")):
         found.pop("base_model", None)

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from megatron_prune.checkpoint.guarded import load_plain
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.config import read_json
+from megatron_prune.huggingface.config import LFS_HINT, is_lfs_pointer, read_json, what_else
 from megatron_prune.model.architecture import Architecture, LlamaShape
 from megatron_prune.model.llama import take
 from megatron_prune.model.param_axes import ParamTable, expand, live_ids
+from megatron_prune.model.sources import finite
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,20 @@ class FolderWeights:
                     raise UserError(f"{file}: {name} is also in {self.stored[name].file.name}")
                 self.stored[name] = stored
         for name, file in listed.items():
+            if name == HEAD_WEIGHT and name not in self.stored:
+                continue  # tied models may list one that nobody stores; `check` misses it where it is needed
             if name not in self.stored or self.stored[name].file != file:
                 raise UserError(f"{file}: {name} is not in it, though the index says so; download the folder again")
 
     def __call__(self, hf_name: str) -> Tensor:
-        """The tensor of that name, perhaps mapped from its file: not to be written to."""
+        """The tensor of that name, perhaps mapped from its file: not to be written to.
+
+        Raises:
+            UserError: it cannot be read, or holds values that are not finite.
+        """
+        return finite(self._read(hf_name), f"{self.stored[hf_name].file}: {hf_name}")
+
+    def _read(self, hf_name: str) -> Tensor:
         stored = self.stored[hf_name]
         if stored.file.suffix != ".safetensors":
             return self._legacy(stored.file)[hf_name].detach()
@@ -187,14 +197,16 @@ class FolderWeights:
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """(files that hold weights, what an index says is where)."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: is no folder; name the folder of a Hugging Face model")
+        hint = what_else(folder) or "; name the folder of a Hugging Face model"
+        raise UserError(f"{folder}: is no folder{hint}")
     for single in _SINGLE:
         if (folder / single).is_file():
             return [folder / single], {}
         index = folder / f"{single}.index.json"
         if index.is_file():
             return _indexed_files(folder, index)
-    raise UserError(f"{folder}: holds no weights; looked for {' and '.join(_SINGLE)} and their .index.json")
+    looked_for = f"looked for {' and '.join(_SINGLE)} and their .index.json"
+    raise UserError(f"{folder}: holds no weights; {looked_for}{what_else(folder)}")
 
 
 def _indexed_files(folder: Path, index: Path) -> tuple[list[Path], dict[str, Path]]:
@@ -202,8 +214,8 @@ def _indexed_files(folder: Path, index: Path) -> tuple[list[Path], dict[str, Pat
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index}: {file!r} is no name of a file in this folder")
+        if not isinstance(file, str) or Path(file).name != file or not file.isprintable() or len(file) > 200:
+            raise UserError(f"{index}: {repr(file)[:60]} is no name of a file in this folder")
     files = sorted({folder / file for file in weight_map.values()})
     absent = [file.name for file in files if not file.is_file()]
     if absent:
@@ -223,12 +235,16 @@ def _safetensors_contents(file: Path) -> dict[str, Stored]:
                 found[name] = Stored(file, tuple(piece.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype))
             return found
     except (SafetensorError, OSError) as error:
+        if is_lfs_pointer(file):
+            raise UserError(f"{file}: {LFS_HINT}") from error
         raise UserError(f"{file}: is cut off, damaged or no safetensors file: {error}") from error
 
 
 def _load_legacy(file: Path) -> tuple[dict[str, Tensor], bool]:
     """(all tensors of the file, whether they are mapped from it rather than read into memory)."""
     is_mapped = True
+    if is_lfs_pointer(file):
+        raise UserError(f"{file}: {LFS_HINT}")
     try:
         content = load_plain(file, mmap=True)
     except UserError as error:

@@ -86,7 +86,8 @@ def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> ShardedModel:
     table = ParamTable.build(shape)
     llama = build_llama(shape, layout, mesh, options)
     if inputs.read is not None:
-        load_parameters(llama, table, layout, mesh, inputs.read)
+        read = inputs.read
+        agreed(mesh, lambda: load_parameters(llama, table, layout, mesh, read))
     model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
     if inputs.header is not None:
         checkpoint = config.checkpoint

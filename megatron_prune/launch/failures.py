@@ -23,8 +23,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_prune.config.values import one_line
-from megatron_prune.errors import DisagreementError, PeerLostError, UserError
+from megatron_prune.errors import DisagreementError, PeerLostError, UserError, one_line
 from megatron_prune.launch.places import speaks
 from megatron_prune.launch.rendezvous import NotMetError
 from megatron_prune.runtime.mesh import Mesh, agree

@@ -26,6 +26,9 @@ HEAD, KV_HEAD, FFN, STEM, VOCAB, FIXED = "head", "kv_head", "ffn", "stem", "voca
 GROUP_KINDS = (HEAD, FFN, STEM)
 
 
+MOST_UNITS = 1 << 26  # heads and FFN channels: ten times those of the largest models; damaged files say more
+
+
 @dataclass(frozen=True)
 class LlamaShape:
     """The source model's shape, in Megatron's nouns. `kv_channels` is the head dimension and never changes."""
@@ -61,6 +64,31 @@ class LlamaShape:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON object with the field names of this class."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LlamaShape:
+        """Inverse of `to_json`; raises ValueError or TypeError for values that are no model's."""
+        for name, value in data.items():
+            default = cls.__dataclass_fields__[name].default
+            if isinstance(default, (bool, str)):
+                is_fit = type(value) is type(default)
+            elif isinstance(default, float):
+                is_fit = type(value) in (int, float) and 0 < value < 1e18
+            elif default is None:
+                is_fit = value is None or isinstance(value, dict)
+            else:
+                is_fit = type(value) is int and 0 < value <= 1 << 31
+            if not is_fit:
+                raise ValueError(f"{name} is {str(value)[:60]!r}")
+        shape = cls(**data)
+        if shape.units > MOST_UNITS or shape.hidden_size > MOST_UNITS:
+            raise ValueError(f"{shape.units} heads and FFN channels are too many")
+        return shape
+
+    @property
+    def units(self) -> int:
+        """Heads and FFN channels of all layers: what an architecture keeps a number for."""
+        return self.num_layers * (self.num_attention_heads + self.ffn_hidden_size)
 
 
 @dataclass(frozen=True)
@@ -235,13 +263,14 @@ class Architecture:
     def from_json(cls, data: dict[str, Any]) -> Architecture:
         """Inverse of `to_json`; raises `UserError` when the live ids do not fit the shape or the stated widths."""
         try:
-            shape = LlamaShape(**data["shape"])
-            live = data["live"]
+            shape, live = LlamaShape.from_json(data["shape"]), data["live"]
+            if not len(live["heads"]) == len(live["ffn"]) == shape.num_layers:
+                raise ValueError(f"live units of other than {shape.num_layers} layers")
             result = cls(
                 shape,
-                tuple(from_ranges(h) for h in live["heads"]),
-                tuple(from_ranges(f) for f in live["ffn"]),
-                from_ranges(live["stem"]),
+                tuple(from_ranges(h, shape.num_attention_heads) for h in live["heads"]),
+                tuple(from_ranges(f, shape.ffn_hidden_size) for f in live["ffn"]),
+                from_ranges(live["stem"], shape.hidden_size),
             )
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(f"architecture.json: not an architecture of this project ({error!r})") from error
@@ -268,11 +297,13 @@ def to_ranges(ids: np.ndarray) -> str:
     return ",".join(f"{ids[a]}" if a == b else f"{ids[a]}-{ids[b]}" for a, b in zip(starts, ends, strict=True))
 
 
-def from_ranges(text: str) -> np.ndarray:
-    """Inverse of `to_ranges`; raises ValueError on malformed text."""
+def from_ranges(text: str, size: int | None = None) -> np.ndarray:
+    """Inverse of `to_ranges`; raises ValueError on malformed text, or for ids beyond `size`."""
     values: list[int] = []
     for item in filter(None, text.split(",")):
         first, _, last = item.partition("-")
+        if size is not None and int(last or first) >= size:
+            raise ValueError(f"live ids {text!r} do not fit the source's {size} units")
         values.extend(range(int(first), int(last or first) + 1))
     if len(set(values)) != len(values):
         raise ValueError(f"repeated ids in {text!r}")

@@ -1,4 +1,4 @@
-"""Where initial weights come from, besides a Hugging Face folder: a seeded random initialisation.
+"""Where initial weights come from, besides a Hugging Face folder: a seeded random initialisation; `finite` for all.
 
 Every tensor is drawn by its own canonical name and seed, so that all layouts start from the same model.
 """
@@ -10,6 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, LlamaShape
 from megatron_prune.model.param_axes import ParamTable
 
@@ -35,3 +36,11 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         std = self._std / (2 * self._layers) ** 0.5 if hf_name in self._outputs else self._std
         return torch.empty(size).normal_(0.0, std, generator=generator)
+
+
+def finite(tensor: Tensor, what: str, cure: str = "the model is damaged, fetch or save it again") -> Tensor:
+    """`tensor`, whose values are all finite. Raises UserError, `what: ... ; cure`, when some are not."""
+    if tensor.is_floating_point() and tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise UserError(f"{what}: {bad} of {tensor.numel()} values are NaN or infinite; {cure}")
+    return tensor

@@ -5,6 +5,7 @@ and status 2. Checksums are those of the hostile files, as their author would ha
 """
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -12,17 +13,23 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.checkpoint.files import MANIFEST, digest, latest_number, resolve, write_manifest
 from megatron_prune.checkpoint.guarded import GuardedReader, read_metadata
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.layout import Quanta
 from megatron_prune.model.param_axes import ParamTable
 from megatron_prune.testing.ranks import run_ranks
 from megatron_prune.testing.tiny_runs import prepare
 from tests.checkpoint.small_run import SHAPE, Kind, build, mesh_of
 from tests.commands import run, torchrun
+from tests.strange import ANYTHING, is_read_or_refused, mutated, places
+from tools import inspect_checkpoint
 
 ITERATION = "iter_0000003"
 EMBEDDING = "model/model.embed_tokens.weight"
@@ -226,6 +233,23 @@ def test_arguments_of_megatron_that_are_code_are_refused_unless_flags_say_all(me
     assert not mark.exists()
 
 
+def test_values_of_megatron_that_are_not_finite_do_not_come_in(megatron, tmp_path, capsys):
+    (folder,) = megatron.glob("iter_*")
+    key = "decoder.final_layernorm.weight"
+    places = metadata_of(folder).storage_data
+    (place,) = [place for index, place in places.items() if index.fqn == key]
+    file, buffer = folder / place.relative_path, io.BytesIO()
+    content = file.read_bytes()
+    tensor = torch.load(io.BytesIO(content[place.offset : place.offset + place.length]), weights_only=True)
+    tensor[3] = float("nan")
+    torch.save(tensor, buffer)
+    assert len(buffer.getvalue()) == place.length
+    file.write_bytes(content[: place.offset] + buffer.getvalue() + content[place.offset + place.length :])
+    status, error = import_megatron(megatron, tmp_path, capsys, *FACTS)
+    assert (status, error.count("\n")) == (2, 1) and f"{key}: 1 of " in error and "NaN or infinite" in error
+    assert not list((tmp_path / "imported").glob("iter_*"))
+
+
 @pytest.mark.parametrize("text", ["../../evil", "/tmp/evil", "9" * 5000, "1 2", "", "-1", "１"])
 def test_latest_is_a_number_never_a_path(folder, megatron, text):
     from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
@@ -321,3 +345,21 @@ def test_numbers_and_names_are_looked_at(change, folder):
     with pytest.raises(UserError) as raised:
         GuardedReader(folder / ITERATION).tensor(EMBEDDING)
     assert str(folder / ITERATION) in str(raised.value) and str(raised.value).isprintable()
+
+
+# JSON beside the pickles ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run_state.json", "architecture.json", "layout.json", "metadata.json", MANIFEST])
+@given(data=st.data())
+def test_mutated_json_is_read_or_refused_in_one_line(good, tmp_path_factory, name, data):
+    folder = tmp_path_factory.getbasetemp() / f"mutated-{name}" / "run"
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    file = folder / ITERATION / name
+    content = json.loads(file.read_text())
+    where = data.draw(st.sampled_from(list(places(content))))
+    file.write_text(json.dumps(mutated(content, where, data.draw(ANYTHING))))
+    if name != MANIFEST:
+        sign(folder / ITERATION)
+    is_read_or_refused(lambda: inspect_checkpoint.describe(CheckpointReader(folder)))
+    is_read_or_refused(lambda: CheckpointReader(folder).header.layout(1, Quanta()))

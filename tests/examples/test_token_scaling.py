@@ -1,7 +1,9 @@
 """Token scaling: the table and figures from runs' files, and the script that starts the runs."""
 
+import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -115,15 +117,72 @@ def test_a_job_array_has_a_task_per_ratio(tmp_path):
     assert "--array 0-1 --nodes 8 --time 1:00" in array and "run.yaml --stage prune,continue" in array
     assert "--dependency afterany:71" in last and "token_scaling.py" in last
     flags = (tmp_path / "out" / "array_flags.txt").read_text().splitlines()
-    assert [line.split() for line in flags] == [
+    assert [shlex.split(line) for line in flags] == [
         ["--lr", "1e-4", "--prune-ratio", ratio, "--save", str(tmp_path / "out" / f"ratio_{ratio.replace(':', '-')}")]
         for ratio in ("8:1", "1:9")
     ]
 
 
+RECORDER = """#!{python}
+import sys
+with open({file!r}, "a") as file:
+    file.write(repr(sys.argv[1:]) + "\\n")
+print(71)
+sys.exit({status})
+"""
+
+
+def recorder(path, file, status=0):
+    """A program that writes down its words as they reach it."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(RECORDER.format(python=sys.executable, file=str(file), status=status))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("name", ["q'; touch X; '", 'with spaces and "quotes"', "$(touch X) `touch X` %j * \\", "ü"])
+def test_names_reach_jobs_as_they_are(name, tmp_path):
+    """Through the job array's flags, the batch script, and the words that collect, each run as Slurm would run it."""
+    folder = tmp_path / name
+    folder.mkdir()
+    python = recorder(folder / "python", tmp_path / "collected")
+    for command, status in (("sbatch", 0), ("srun", 3)):
+        recorder(tmp_path / "bin" / command, tmp_path / f"{command}-asked", status)
+    (folder / "run.yaml").write_text("{}\n")
+    environment = os.environ | {"PYTHON": str(python), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def bash(*words, **more):
+        done = subprocess.run(words, cwd=folder, env=environment | more, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    data = f"3 {name}"
+    words = ("--ratios", "1:9", "--slurm", "", "--", "--data-path", data, "--note", "")
+    code, output = bash("bash", str(SCRIPT), "run.yaml", str(folder / "out"), *words)
+    assert code == 0, output
+    array, last = map(ast.literal_eval, (tmp_path / "sbatch-asked").read_text().splitlines())
+    assert array[array.index("--stage") - 1] == "run.yaml"
+
+    slurm = {"JOB_ID": "71", "ARRAY_TASK_ID": "0", "JOB_NAME": "job", "JOB_NUM_NODES": "1", "JOB_NODELIST": "here"}
+    variables = {f"SLURM_{key}": value for key, value in slurm.items()} | {"MEGATRON_PRUNE_ROOT": str(ROOT)}
+    code, output = bash("bash", array[3], *array[4:], ARRAY_FLAGS=str(folder / "out" / "array_flags.txt"), **variables)
+    assert code == 3, output
+    asked = ast.literal_eval((tmp_path / "srun-asked").read_text())
+    save = str(folder / "out" / "ratio_1-9")
+    expected = ["--", "--data-path", data, "--note", "", "--prune-ratio", "1:9", "--save", save]
+    assert asked[asked.index("--") :] == expected
+
+    (folder / "out" / "ratio_1-9").mkdir()
+    code, output = bash("sh", "-c", last[last.index("--wrap") + 1])
+    assert code == 0, output
+    collected = ast.literal_eval((tmp_path / "collected").read_text())
+    assert collected == [str(ROOT / "tools" / "token_scaling.py"), "--runs", save, "--output-dir", str(folder / "out")]
+    assert not list(tmp_path.rglob("X"))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        ((SCRIPT, "o\nut"), "free of line ends and other control characters: $'o\\nut'"),
         ((), "usage: token_scaling.sh CONFIG OUT"),
         (("nowhere.yaml", "out"), "nowhere.yaml: no such file"),
         ((SCRIPT, "out", "--ratios", "1:0"), "got 1:0"),
