@@ -165,12 +165,13 @@ def test_a_checkpoint_is_pruned_further_with_new_scores(pruned):
 
 
 def test_mistakes_are_one_line_and_nothing_is_written(workshop, tmp_path):
-    broken = dict(WEIGHTS, **{"model.norm.weight": torch.full((32,), torch.nan)})
-    write_hf_folder(tmp_path / "nan", CONFIG, broken)
+    for name, value in (("nan", torch.nan), ("huge", 3e38)):  # the second is read, and overflows in the forward pass
+        broken = dict(WEIGHTS, **{"model.norm.weight": torch.full((32,), value)})
+        write_hf_folder(tmp_path / name, CONFIG, broken)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("kept")
     save, target = ("--save", tmp_path / "out"), ("--prune-target-params", 20000)
-    nan = ("--hf-model", tmp_path / "nan")
+    nan, huge = ("--hf-model", tmp_path / "nan"), ("--hf-model", tmp_path / "huge")
     cases = {
         ("score", "--criterion", "taylor_frist"): "--criterion: unknown criterion 'taylor_frist'; did you mean",
         ("score", "--criterion", "xyz"): "known: flap, magnitude, ",
@@ -179,7 +180,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(workshop, tmp_path):
         ("score", "--plot", tmp_path / "x.doc"): "ends in .png, .svg or .pdf",
         ("score", "--batchs", 3): "unknown flag --batchs",
         ("score", "--data-path", tmp_path / "none"): "none",
-        ("score", *nan): "not finite",
+        ("score", *nan): "32 of 32 values are NaN or infinite",
+        ("score", *huge): "not finite",
         ("prune", *save): "pruning.target_params (--prune-target-params) is not set",
         ("prune", *target): "checkpoint.save (--save) is not set",
         ("prune", *target, "--save", tmp_path / "full"): "is there already",
@@ -188,7 +190,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(workshop, tmp_path):
         ("prune", *save, *target, "--prune-min-hidden", 33): "pruning.min_hidden: 33 is above the model's 32",
         ("prune", *save, *target, "--prune-types", "head"): "cannot be reached",
         ("prune", *save, *target, "--prune-metric", "taylor_mixed"): "unknown criterion 'taylor_mixed'; did you mean",
-        ("prune", *save, *target, *nan): "20000 is not reached",
+        ("prune", *save, *target, *nan): "32 of 32 values are NaN or infinite",
+        ("prune", *save, *target, *huge): "20000 is not reached",
     }
     results = tools(1, *((tool, flags(workshop, *more)) for tool, *more in cases))
     for (given, words), (status, out, err) in zip(cases.items(), results, strict=True):
