@@ -77,7 +77,8 @@ def convert(arguments: argparse.Namespace) -> None:
     tokenizer, remark = find_tokenizer(folder, architecture.shape)
     print(remark)
     state: dict[str, Any] = {
-        "source": read_source(folder),
+        # A dtype that is asked for here is the one that exports have, too.
+        "source": read_source(folder) | ({"dtype": arguments.dtype, "dtypes": {}} if arguments.dtype else {}),
         "tokenizer_model": tokenizer,
         "consumed_tokens": 0,
         "history": [],

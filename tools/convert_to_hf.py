@@ -4,9 +4,9 @@
 
 Live units only, one tensor in memory at a time, with tokenizer, generation config and model card. Stock classes load
 it; with `--kv-policy cluster` it brings code of its own (`trust_remote_code=True`). `--verify` loads the folder with
-transformers and compares its weights and its logits on
-text, with and without a cache, with the training model's. A mistake is one line on
-stderr and exit status 2; a failed verification exits with 1.
+transformers and compares its weights and its logits on text, with and without a cache, with the training model's, and
+the tokenizer's ids, special tokens and chats with those it was made from. A mistake is one line on stderr and exit
+status 2; a failed verification exits with 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from megatron_prune.huggingface.model_card import CardFacts
     from megatron_prune.model.architecture import Architecture
 
-SEQUENCES, LENGTH = 4, 256  # of text, to compare on
+SEQUENCES, LENGTH = 4, 256  # of text, to compare logits on
+COMPARED, LINES = 100_000, 500  # characters and single lines of it, to compare ids on
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--load", metavar="DIR", help="a run's folder, or one of its iter_... folders")
     add("--ckpt-step", type=int, metavar="N", help="iteration; the newest unless given")
     add("--save", metavar="DIR", help="folder to write; must not hold anything")
-    add("--overwrite", action="store_true", help="replace a model that is in the folder")
+    add("--overwrite", action="store_true", help="replace an earlier export in the folder; other files in it stay")
     add(
         "--kv-policy",
         default="auto",
@@ -52,10 +53,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="native: grouped-query attention as it is; expand: KV heads repeated, one per query head; cluster: every "
         "layer's live KV heads, with the model's code; auto: native where it is exact, else expand",
     )
-    add("--dtype", metavar="T", help="float32, bfloat16 or float16; as stored unless given")
+    add("--dtype", metavar="T", help="float32, bfloat16 or float16; the source's unless given, its norms' apart")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file")
     add("--tokenizer-model", metavar="PATH", help="file or folder; the one recorded in the checkpoint unless given")
     add("--tokenizer-type", metavar="KIND", help="seen from --tokenizer-model unless given")
+    add(
+        "--allow-other-tokenizer",
+        action="store_true",
+        help="export one that is not the training data's, by its fingerprint",
+    )
     add("--no-tokenizer", action="store_true", help="export without a tokenizer")
     add("--base-model", metavar="ID", help="the source's id on a model hub, for the model card; as known unless given")
     add("--license", metavar="ID", help="of the model, for the model card; the one in the source's card unless given")
@@ -86,13 +92,15 @@ def convert(arguments: argparse.Namespace) -> bool:
         return True
     from megatron_prune.checkpoint import CheckpointReader
     from megatron_prune.huggingface.export import export
-    from megatron_prune.huggingface.provenance import source_of
+    from megatron_prune.huggingface.provenance import dtypes_of, source_of
     from megatron_prune.huggingface.shards import dtype_name
+    from megatron_prune.huggingface.trained_with import check_tokenizer
 
     if arguments.verify and find_spec("transformers") is None:
         raise UserError("--verify needs transformers: install megatron-prune[hf]")
     reader = CheckpointReader(arguments.load, arguments.ckpt_step)
     tokenizer_type, tokenizer = choose_tokenizer(arguments, reader)
+    dtype, others = (arguments.dtype, {}) if arguments.dtype else dtypes_of(reader.meta, reader.header.facts.dtype)
     with tqdm(total=len(reader.names), unit="tensor", desc="exporting", disable=not sys.stderr.isatty()) as bar:
 
         def read(hf_name: str) -> Any:
@@ -103,10 +111,12 @@ def convert(arguments: argparse.Namespace) -> bool:
             read,
             reader.architecture,
             arguments.save,
-            dtype=arguments.dtype or reader.header.facts.dtype,
+            dtype=dtype,
+            other_dtypes=others,
             kv_policy=arguments.kv_policy,
             tokenizer_model=tokenizer,
             tokenizer_type=tokenizer_type,
+            check_tokenizer=lambda found: check_tokenizer(found, reader.meta, arguments.allow_other_tokenizer),
             max_shard_size=arguments.max_shard_size,
             source=source_of(reader.meta),
             facts=card_facts(arguments, reader),
@@ -121,7 +131,10 @@ def convert(arguments: argparse.Namespace) -> bool:
     )
     print(f"KV heads: {kv_heads(done, a)}")
     print(f"tokenizer: {tokenizer or 'none'}")
-    return verify(arguments, reader, done, tokenizer) if arguments.verify else True
+    if not arguments.verify:
+        return True
+    is_same = tokenizer is None or verify_tokenizer(arguments, done, tokenizer, tokenizer_type)
+    return verify(arguments, reader, done, tokenizer) and is_same
 
 
 def card_facts(arguments: argparse.Namespace, reader: CheckpointReader) -> CardFacts:
@@ -168,8 +181,28 @@ def choose_tokenizer(arguments: argparse.Namespace, reader: CheckpointReader) ->
     return arguments.tokenizer_type or kind, path
 
 
+def verify_tokenizer(arguments: argparse.Namespace, done: Exported, tokenizer: str, kind: str | None) -> bool:
+    """Compare the folder's tokenizer with the one it comes from (ids, special tokens, chats); prints the outcome."""
+    from megatron_prune.data.tokenizer_files import find_tokenizer
+    from megatron_prune.huggingface.tokenizer_copy import compare_tokenizers
+
+    text = read_text(arguments.verify_text)[:COMPARED]
+    texts = [text, *filter(None, text.splitlines()[:LINES])]
+    try:
+        chats = compare_tokenizers(find_tokenizer(tokenizer, kind), done.folder, texts)
+    except UserError as error:
+        print(f"verify: the tokenizer is NOT the same: {error}")
+        return False
+    print(
+        f"verify: the tokenizer gives the same ids on {len(text):,} characters of text, has the same special tokens "
+        f"and renders {len(chats)} chats alike"
+    )
+    return True
+
+
 def verify(arguments: argparse.Namespace, reader: CheckpointReader, done: Exported, tokenizer: str | None) -> bool:
     """Compare the folder's weights and logits with the training model's, also with a cache; prints each outcome."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from megatron_prune.huggingface.export import stored_weights
@@ -193,14 +226,14 @@ def verify(arguments: argparse.Namespace, reader: CheckpointReader, done: Export
         done.folder if has_tokenizer else None, text, architecture.shape.vocab_size, SEQUENCES, length
     )
     transformers_logging.disable_progress_bar()
-    model = load_stock_model(done.folder, trust_remote_code=done.plan.policy == CLUSTER)
-    wrong = wrong_weight(model, stored_weights(reader.read, architecture, done.plan, done.dtype))
+    model = load_stock_model(done.folder, trust_remote_code=done.plan.policy == CLUSTER, dtype=torch.float32)
+    wrong = wrong_weight(model, stored_weights(reader.read, architecture, done.plan, done.dtypes))
     exported = run_stock(model, tokens)
     del model
     mesh = init_mesh(choose_device("cpu"), 1, 1)
     try:
         # Rounded as the export is, so that what remains is what the export did wrong.
-        trained = training_logits(lambda name: reader.read(name).to(done.dtype), architecture, tokens, mesh)
+        trained = training_logits(lambda name: reader.read(name).to(done.dtypes.of(name)), architecture, tokens, mesh)
     finally:
         close_mesh()
     asked = arguments.verify_tolerance

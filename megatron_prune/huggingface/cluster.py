@@ -25,6 +25,7 @@ import numpy as np
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import config as stock
+from megatron_prune.huggingface.replacing import refresh_list
 from megatron_prune.model.architecture import Architecture
 
 MODEL_TYPE, CLASS = "cluster_llama", "ClusterLlamaForCausalLM"
@@ -101,6 +102,10 @@ def refresh_code(folder: str | Path) -> list[str]:
         finally:
             fresh.unlink(missing_ok=True)
         changed.append(name)
+    try:
+        refresh_list(folder, changed)
+    except OSError as error:
+        raise UserError(f"--refresh-code {folder}: its list of files cannot be written: {error}") from error
     return changed
 
 

@@ -303,8 +303,9 @@ def read_source(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         `name` (the folder's own name, no path; the model's where the folder is a hub's cache), `card` (of
-        `CARD_FIELDS`, what is known), `special_ids` (those of `SPECIAL_IDS` that are set), `dtype` (as stated in
-        `config.json`, or None), `generation_config` (its content, {} where the file is missing).
+        `CARD_FIELDS`, what is known), `special_ids` (those of `SPECIAL_IDS` that are set), `dtype` (that most
+        of the weights are stored in; without weights as stated in `config.json`, or None), `dtypes` (name -> dtype of
+        the weights that are in another), `generation_config` (its content, {} where the file is missing).
 
     Raises:
         UserError: a file cannot be read, or a special id or dtype is none.
@@ -318,9 +319,21 @@ def read_source(folder: str | Path) -> dict[str, Any]:
         "name": cached.partition("/")[2] if cached else folder.resolve().name,
         "card": _read_card(folder),
         "special_ids": {name: config[name] for name in SPECIAL_IDS if _is_id(fields, name)},
-        "dtype": fields.word("dtype") or fields.word("torch_dtype"),
+        **_stored_dtypes(folder, fields.word("dtype") or fields.word("torch_dtype")),
         "generation_config": generation,
     }
+
+
+def _stored_dtypes(folder: Path, stated: str | None) -> dict[str, Any]:
+    """`dtype` and `dtypes` of `read_source`; the files' own, since config.json may state another one."""
+    from megatron_prune.huggingface.shards import dtype_name
+    from megatron_prune.huggingface.weights import FolderWeights  # which reads config.json through this module
+
+    try:
+        main, others = FolderWeights(folder).dtypes
+    except UserError:  # absent or damaged, which is for those to say who need the weights
+        return {"dtype": stated, "dtypes": {}}
+    return {"dtype": dtype_name(main), "dtypes": {name: dtype_name(dtype) for name, dtype in others.items()}}
 
 
 def _is_id(fields: _Fields, name: str) -> bool:

@@ -4,7 +4,7 @@
                model's code, else stock classes load it
     Exported   what was written
 
-Everything is written into a folder beside the wanted one and renamed at the end: what is there is whole.
+Everything is written into a folder beside the wanted one and renamed at the end (`replacing`): what is there is whole.
 Memory: about the largest tensor, a few times while KV heads are repeated or the dtype changes.
 """
 
@@ -31,7 +31,16 @@ from megatron_prune.huggingface.config import SPECIAL_IDS, WRITTEN_FOR, config_j
 from megatron_prune.huggingface.kv_policy import AUTO, CLUSTER, KvPlan
 from megatron_prune.huggingface.leftovers import remove_leftovers
 from megatron_prune.huggingface.model_card import CardFacts, model_card
-from megatron_prune.huggingface.shards import DTYPES, Entry, dtype_name, parse_size, plan_shards, write_shards
+from megatron_prune.huggingface.replacing import check_kept, check_replaceable, put_in_place, write_list
+from megatron_prune.huggingface.shards import (
+    DTYPES,
+    Entry,
+    StoredDtypes,
+    dtype_name,
+    parse_size,
+    plan_shards,
+    write_shards,
+)
 from megatron_prune.huggingface.tokenizer import export_tokenizer
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.model.architecture import Architecture
@@ -45,14 +54,19 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: the folder, its weight files, the class, the KV policy in force, dtype and sizes."""
+    """What an export wrote: the folder, its weight files, the class, the KV policy in force, dtypes and sizes."""
 
     folder: Path
     files: tuple[Path, ...]
     class_name: str
     plan: KvPlan
-    dtype: torch.dtype
+    dtypes: StoredDtypes
     stored_parameters: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most weights are stored in."""
+        return self.dtypes.main
 
 
 def export(
@@ -61,9 +75,11 @@ def export(
     save_dir: str | Path,
     *,
     dtype: str | None = None,
+    other_dtypes: Mapping[str, str] | None = None,
     kv_policy: str = AUTO,
     tokenizer_model: str | None = None,
     tokenizer_type: str | None = None,
+    check_tokenizer: Callable[[Tokenizer], None] = lambda _: None,
     max_shard_size: str = "5GB",
     source: Mapping[str, Any] | None = None,
     facts: CardFacts | None = None,
@@ -74,12 +90,14 @@ def export(
     Args:
         read: Hugging Face name -> the LIVE tensor, units in original-id order; each is asked for once, in model order.
         dtype: one of `shards.DTYPES`; None keeps that of the embedding.
+        other_dtypes: Hugging Face name -> dtype of weights to be stored in another one.
         kv_policy: see `kv_policy`.
         tokenizer_model, tokenizer_type: the tokenizer trained with, as `build_tokenizer` takes them; None writes none.
+        check_tokenizer: raises UserError for a tokenizer that must not be exported.
         max_shard_size: e.g. `5GB`, of tensor data per file.
         source: what `config.read_source` said of the source model.
         facts: for the model card.
-        overwrite: replace a folder that holds a model.
+        overwrite: replace an export; files in its folder that it did not write stay (see `replacing`).
 
     Raises:
         UserError: an option is wrong or not exact, the folder is in the way or cannot be written, the tokenizer does
@@ -94,18 +112,22 @@ def export(
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model) if tokenizer_model else None
     if tokenizer is not None:
         check_rows(tokenizer, architecture.shape.vocab_size, "--tokenizer-model")
-    stored = DTYPES[dtype] if dtype else read(EMBEDDING).dtype
+        check_tokenizer(tokenizer)
+    others = {name: DTYPES[other] for name, other in (other_dtypes or {}).items()}
+    stored = StoredDtypes(DTYPES[dtype] if dtype else read(EMBEDDING).dtype, others)
     staged = target.parent / f".{target.name}.{os.getpid()}.partial"
     remove_leftovers(target)
     try:
         staged.mkdir(parents=True)
         files, parameters = _write_weights(staged, read, architecture, plan, stored, max_bytes)
-        config = _write_settings(staged, architecture, plan, stored, tokenizer, source or {})
+        config = _write_settings(staged, architecture, plan, stored.main, tokenizer, source or {})
         if tokenizer is not None:
             _write_tokenizer(staged, tokenizer, architecture.shape.max_position_embeddings)
-        card = model_card(architecture, plan, dtype_name(stored), parameters, facts or CardFacts())
+        card = model_card(architecture, plan, dtype_name(stored.main), parameters, facts or CardFacts())
         (staged / "README.md").write_text(card, encoding="utf-8")
-        _put_in_place(staged, target)
+        write_list(staged)
+        check_kept(staged, target)
+        put_in_place(staged, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error}") from error
     finally:
@@ -123,37 +145,39 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"--save {target}: is not empty; name another folder, or replace it with --overwrite")
-    if not (target / "config.json").is_file():
-        raise UserError(f"--save {target}: --overwrite replaces only a folder that holds a model (config.json)")
+    check_replaceable(target)
 
 
 def _write_weights(
-    folder: Path, read: Reader, architecture: Architecture, plan: KvPlan, dtype: torch.dtype, max_bytes: int
+    folder: Path, read: Reader, architecture: Architecture, plan: KvPlan, dtypes: StoredDtypes, max_bytes: int
 ) -> tuple[list[Path], int]:
     """Stream all tensors; returns the files and how many parameters they hold."""
     live = ParamTable.build(architecture.shape).hf_shapes(architecture)
     where = _parts(architecture)
-    entries = [Entry(name, plan.stored_shape(part, layer, live[name])) for name, (part, layer) in where.items()]
+    shapes = {name: plan.stored_shape(part, layer, live[name]) for name, (part, layer) in where.items()}
+    entries = [Entry(name, shape, dtypes.of(name)) for name, shape in shapes.items()]
 
     def fetch(name: str) -> Tensor:
         part, layer = where[name]
         tensor = read(name)
         assert tuple(tensor.shape) == live[name], f"{name}: {tuple(tensor.shape)} instead of {live[name]}"
-        result = plan.apply(part, layer, tensor).to(dtype)
-        if dtype == torch.float16 and not result.isfinite().all():
-            raise UserError(f"--dtype float16: {name} holds values beyond its range (65,504); use bfloat16 or float32")
+        result = plan.apply(part, layer, tensor).to(dtypes.of(name))
+        if result.dtype == torch.float16 and not result.isfinite().all():
+            raise UserError(
+                f"float16: {name} holds values beyond its range (65,504); export with --dtype bfloat16 or float32"
+            )
         return result
 
-    files = write_shards(folder, plan_shards(entries, dtype, max_bytes), dtype, fetch)
+    files = write_shards(folder, plan_shards(entries, max_bytes), fetch)
     return files, sum(entry.elements for entry in entries)
 
 
 def stored_weights(
-    read: Reader, architecture: Architecture, plan: KvPlan, dtype: torch.dtype
+    read: Reader, architecture: Architecture, plan: KvPlan, dtypes: StoredDtypes
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """For every weight of an export: its name, and a function that reads it anew, as it should be stored."""
     for name, (part, layer) in _parts(architecture).items():
-        yield name, partial(_stored, read, plan, part, layer, name, dtype)
+        yield name, partial(_stored, read, plan, part, layer, name, dtypes.of(name))
 
 
 def _stored(read: Reader, plan: KvPlan, part: Part, layer: int, name: str, dtype: torch.dtype) -> Tensor:
@@ -213,17 +237,3 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> Non
     beside = [name for name in SIDE_FILES if Path(tokenizer.path).is_dir() and (place.folder / name).exists()]
     if beside:
         logger.warning("%s: trained with as SentencePiece alone; %s left out", place.vocabulary, ", ".join(beside))
-
-
-def _put_in_place(staged: Path, target: Path) -> None:
-    """Rename; an older model in the place is removed only once the new one stands there."""
-    old = staged.with_suffix(".replaced")
-    if target.exists():
-        target.rename(old)
-    try:
-        staged.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

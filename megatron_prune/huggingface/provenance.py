@@ -3,6 +3,7 @@
     run_facts      meta -> CardFacts
     tokenizer_of   meta -> (kind, path) of the tokenizer that was trained with
     source_of      meta -> what `config.read_source` said of the source model
+    dtypes_of      meta -> the dtypes that the source's weights are stored in
 
 Read are the keys `config` (YAML text of the run), `iteration`, `consumed_tokens`, `history`, `stages`, `source`,
 `tokenizer_model` and `tokenizer_type`, all optional: an export needs none of them.
@@ -19,6 +20,7 @@ import yaml
 
 from megatron_prune.huggingface.config import read_source
 from megatron_prune.huggingface.model_card import CardFacts
+from megatron_prune.huggingface.shards import DTYPES
 
 _TOLD = {
     "pruning": None,
@@ -55,7 +57,7 @@ def run_facts(meta: Mapping[str, Any]) -> CardFacts:
         pruning_tokens=history[-1].get("tokens") if history else None,
         removed=dict(Counter(str(removal["kind"]) for removal in history)),
         losses=losses,
-        settings=_settings(_config(meta)),
+        settings=_settings(config_of(meta)),
     )
 
 
@@ -63,7 +65,7 @@ def tokenizer_of(meta: Mapping[str, Any]) -> tuple[str | None, str] | None:
     """(kind or None, path) of the tokenizer, or None where none is recorded."""
     if meta.get("tokenizer_model"):
         return meta.get("tokenizer_type"), str(meta["tokenizer_model"])
-    config = _config(meta)
+    config = config_of(meta)
     data = config.get("data") or {}
     path = data.get("tokenizer_model") or (config.get("model") or {}).get("hf_model")
     return (data.get("tokenizer_type"), str(path)) if path else None
@@ -73,11 +75,20 @@ def source_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The source model's facts: as recorded, else read from its folder if that is still there, else {}."""
     if meta.get("source"):
         return dict(meta["source"])
-    folder = (_config(meta).get("model") or {}).get("hf_model")
+    folder = (config_of(meta).get("model") or {}).get("hf_model")
     return read_source(folder) if folder and (Path(folder) / "config.json").is_file() else {}
 
 
-def _config(meta: Mapping[str, Any]) -> dict[str, Any]:
+def dtypes_of(meta: Mapping[str, Any], stored: str) -> tuple[str, dict[str, str]]:
+    """(dtype, weights in another one) of an export unless asked: the source's, else `stored`, the checkpoint's."""
+    source = source_of(meta)
+    if source.get("dtype") not in DTYPES:
+        return stored, {}
+    others = source.get("dtypes") or {}
+    return str(source["dtype"]), {name: dtype for name, dtype in others.items() if dtype in DTYPES}
+
+
+def config_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The run's configuration as plain mappings; an older version's is read as well."""
     content = yaml.safe_load(meta.get("config") or "{}")
     return content if isinstance(content, dict) else {}

@@ -1,6 +1,7 @@
 """Writing safetensors files tensor by tensor, cut into shards of a limited size.
 
     parse_size     "5GB" -> bytes
+    StoredDtypes   weight -> the dtype it is stored in
     plan_shards    tensors in order -> shards in order
     write_shards   fetch and write one tensor after the other, with the index where there are several files
 
@@ -13,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,15 +31,33 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its name and its shape in the file."""
+    """A tensor to be written: its name, its shape in the file and the dtype it is stored in."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
     @property
     def elements(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """What its data takes in the file."""
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredDtypes:
+    """Which dtype every weight of an export is stored in: one, but for a few (norms that stay in float32)."""
+
+    main: torch.dtype
+    others: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def of(self, name: str) -> torch.dtype:
+        """The dtype of one weight."""
+        return self.others.get(name, self.main)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -58,51 +77,49 @@ def parse_size(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
-def plan_shards(entries: list[Entry], dtype: torch.dtype, max_bytes: int) -> list[list[Entry]]:
+def plan_shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
     """Cut the tensors, in order, into shards of at most `max_bytes` of data; a larger tensor gets one of its own."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        length = entry.elements * dtype.itemsize
-        if shards[-1] and size + length > max_bytes:
+        if shards[-1] and size + entry.bytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(entry)
-        size += length
+        size += entry.bytes
     return shards
 
 
-def write_shards(
-    folder: Path, shards: list[list[Entry]], dtype: torch.dtype, fetch: Callable[[str], Tensor]
-) -> list[Path]:
+def write_shards(folder: Path, shards: list[list[Entry]], fetch: Callable[[str], Tensor]) -> list[Path]:
     """Write the shards, and `model.safetensors.index.json` when there are several; returns the weight files.
 
     Args:
-        fetch: name -> the tensor in the entry's shape and in `dtype`; each is asked for once, in order.
+        fetch: name -> the tensor in the entry's shape and dtype; each is asked for once, in order.
     """
     count = len(shards)
     names = (
         ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
     for name, entries in zip(names, shards, strict=True):
-        _write_file(folder / name, entries, dtype, fetch)
+        _write_file(folder / name, entries, fetch)
     if count > 1:
-        elements = sum(entry.elements for entries in shards for entry in entries)
-        weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
-        index = {
-            "metadata": {"total_size": elements * dtype.itemsize, "total_parameters": elements},
-            "weight_map": weight_map,
+        every = [entry for entries in shards for entry in entries]
+        sizes = {
+            "total_size": sum(entry.bytes for entry in every),
+            "total_parameters": sum(entry.elements for entry in every),
         }
+        weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
+        index = {"metadata": sizes, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [folder / name for name in names]
 
 
-def _write_file(path: Path, entries: list[Entry], dtype: torch.dtype, fetch: Callable[[str], Tensor]) -> None:
+def _write_file(path: Path, entries: list[Entry], fetch: Callable[[str], Tensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in entries:
-        end = position + entry.elements * dtype.itemsize
-        header[entry.name] = {"dtype": _WRITTEN[dtype], "shape": entry.shape, "data_offsets": [position, end]}
+        end = position + entry.bytes
+        header[entry.name] = {"dtype": _WRITTEN[entry.dtype], "shape": entry.shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -111,5 +128,5 @@ def _write_file(path: Path, entries: list[Entry], dtype: torch.dtype, fetch: Cal
         file.write(text)
         for entry in entries:
             tensor = fetch(entry.name)
-            assert tuple(tensor.shape) == entry.shape and tensor.dtype == dtype, f"{entry.name}: {tensor.shape}"
+            assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, f"{entry.name}: {tensor.shape}"
             tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)

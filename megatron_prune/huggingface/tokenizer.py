@@ -126,7 +126,7 @@ def verify_tokenizer(tokenizer_model: Path, save_dir: Path, texts: Iterable[str]
     """Check that the folder's tokenizer, as `AutoTokenizer` loads it, does what SentencePiece does.
 
     For each text: the same ids without special tokens, and the same text from decoding them. Besides: the same
-    vocabulary size.
+    vocabulary size, and the same begin, end and unknown ids where the model has them.
 
     Raises UserError with the first text for which that does not hold.
     """
@@ -142,6 +142,10 @@ def verify_tokenizer(tokenizer_model: Path, save_dir: Path, texts: Iterable[str]
         )
     if len(theirs) != ours.get_piece_size():
         raise UserError(f"{save_dir}: its tokenizer has {len(theirs)} tokens, {tokenizer_model} has {len(ours)}")
+    for name, number in (("bos", ours.bos_id()), ("eos", ours.eos_id()), ("unk", ours.unk_id())):
+        found = getattr(theirs, f"{name}_token_id")
+        if number >= 0 and found != number:
+            raise UserError(f"{save_dir}: its tokenizer's {name}_token_id is {found}, {tokenizer_model} has {number}")
     for text in texts:
         expected = ours.encode(text)
         got = theirs(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -34,22 +34,27 @@ from megatron_prune.model.param_axes import ParamTable
 from megatron_prune.runtime.mesh import Mesh
 
 
-def load_stock_model(folder: str | Path, trust_remote_code: bool = False) -> Any:
+def load_stock_model(folder: str | Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:
     """The model in the folder, by transformers, on the CPU.
 
     Args:
         trust_remote_code: run the code that is in the folder.
+        dtype: to load it in; as transformers does unless given, which since version 5 rounds all weights to the dtype
+            that config.json names, float32 norms of a bfloat16 model included.
 
     Raises:
         UserError: transformers is not installed, cannot load the folder, or had weights too many or too few.
     """
     try:
         from transformers import AutoModelForCausalLM
+        from transformers import __version__ as version
     except ImportError as error:
         raise UserError("loading a model needs transformers: install megatron-prune[hf]") from error
     try:
+        named = "dtype" if tuple(map(int, version.split(".")[:2])) >= (4, 56) else "torch_dtype"
+        options = {} if dtype is None else {named: dtype}
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), output_loading_info=True, local_files_only=True, trust_remote_code=trust_remote_code
+            str(folder), output_loading_info=True, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{folder}: transformers cannot load it: {str(error).partition(chr(10))[0]}") from error
@@ -169,8 +174,9 @@ def wrong_weight(model: Any, expected: Iterable[tuple[str, Callable[[], Tensor]]
     """
     loaded = model.state_dict()
     for name, fetch in expected:
-        tensor = fetch()
-        if loaded[name].shape != tensor.shape or not torch.equal(loaded[name].to(tensor.dtype), tensor):
+        tensor, found = fetch(), loaded[name]
+        common = torch.promote_types(found.dtype, tensor.dtype)  # which neither is rounded to
+        if found.shape != tensor.shape or not torch.equal(found.to(common), tensor.to(common)):
             return name
     return None
 

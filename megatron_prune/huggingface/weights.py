@@ -11,6 +11,8 @@ cut off is found at once. Legacy files are pickles, of which nothing but tensors
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +128,17 @@ class FolderWeights:
         """The dtype that holds every weight exactly: the common one, or float32 where there are several."""
         found = {stored.dtype for stored in self.stored.values() if isinstance(stored.dtype, torch.dtype)} & FLOATS
         return found.pop() if len(found) == 1 else torch.float32
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+        """The dtype that most of the data is in, and by name the weights (norms, as a rule) that are in another."""
+        floats = {name: stored.dtype for name, stored in self.stored.items() if isinstance(stored.dtype, torch.dtype)}
+        floats = {name: dtype for name, dtype in floats.items() if dtype in FLOATS}
+        sizes: Counter[torch.dtype] = Counter()
+        for name, dtype in floats.items():
+            sizes[dtype] += math.prod(self.stored[name].shape)
+        main = max(sizes, key=sizes.__getitem__, default=torch.float32)
+        return main, {name: dtype for name, dtype in floats.items() if dtype != main}
 
     def check(self, model: LlamaShape | Architecture) -> None:
         """Account for every tensor: all that `model` needs are there, in its shape and a dtype of `FLOATS`; no other.

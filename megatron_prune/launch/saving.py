@@ -12,6 +12,7 @@ from typing import Any
 from megatron_prune.checkpoint import AsyncSaver, CheckpointSaveError, Retention, save_checkpoint
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import TrainingStoppedError
+from megatron_prune.huggingface.trained_with import tokenizer_facts
 from megatron_prune.launch.data_order import consumed, data_order
 from megatron_prune.launch.inputs import Inputs
 from megatron_prune.optimizer.build import ShardedModel
@@ -47,6 +48,7 @@ class CheckpointSaver:
             "config": dump(config),
             "tokenizer_model": os.path.abspath(inputs.tokenizer.path),
             "tokenizer_type": inputs.tokenizer.kind,
+            **tokenizer_facts(inputs.tokenizer, (data.metadata for data in inputs.train.data)),
             "source": inputs.source_facts,
             "data_order": data_order(config, inputs.train),
             "data_shuffle": shuffle,

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_shape, read_source, shape_from_config
-from megatron_prune.huggingface.export import Exported, export
+from megatron_prune.huggingface.export import Exported, export, stored_weights
 from megatron_prune.huggingface.model_card import CardFacts
-from megatron_prune.huggingface.provenance import run_facts, source_of, tokenizer_of
-from megatron_prune.huggingface.verify import sample_tokens, stock_logits
+from megatron_prune.huggingface.provenance import dtypes_of, run_facts, source_of, tokenizer_of
+from megatron_prune.huggingface.replacing import LIST
+from megatron_prune.huggingface.verify import load_stock_model, sample_tokens, stock_logits, wrong_weight
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
 from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
@@ -95,8 +96,89 @@ def test_folder_in_the_way_is_left_alone(weights: dict[str, Tensor], tmp_path: P
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    assert "holds a model" in refusal(weights, other, overwrite=True)
+    assert "'thesis.txt' is not known" in refusal(weights, other, overwrite=True)
     assert "is a file" in refusal(weights, other / "thesis.txt")
+    downloaded = write_hf_folder(tmp_path / "downloaded", CONFIG, weights)
+    assert "is not known" in refusal(weights, downloaded, overwrite=True)
+
+
+def test_overwriting_keeps_what_the_export_did_not_write(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    save, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    export_it(weights, save, max_shard_size="30KB")
+    elsewhere.mkdir()
+    (elsewhere / "data.txt").write_text("precious")
+    mine = {"model.gguf": b"gguf", "notes/deep/a b.txt": b"mine", "zz.safetensors": b"other"}
+    for name, content in mine.items():
+        (save / name).parent.mkdir(parents=True, exist_ok=True)
+        (save / name).write_bytes(content)
+    (save / "link").symlink_to(elsewhere)
+    (save / "empty").mkdir()
+    export_it(weights, save, overwrite=True)
+    assert {name: (save / name).read_bytes() for name in mine} == mine
+    assert (save / "empty").is_dir() and (save / "link").is_symlink()
+    assert (elsewhere / "data.txt").read_text() == "precious"
+    assert not list(save.glob("model-*")), "shards of the earlier export are its own"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+    once_more = export_it(weights, save, overwrite=True)
+    assert torch.equal(FolderWeights(once_more.folder)("model.norm.weight"), weights["model.norm.weight"])
+    assert {name: (save / name).read_bytes() for name in mine} == mine
+
+
+def test_overwriting_refuses_what_somebody_changed_or_would_lose(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    save = tmp_path / "out"
+    export_it(weights, save)
+    card = (save / "README.md").read_bytes()
+    (save / "README.md").write_bytes(card[:-1] + b"!")
+    assert "'README.md' was changed" in refusal(weights, save, overwrite=True)
+    (save / "README.md").write_bytes(card)
+    taken = save / "model-00001-of-00002.safetensors"  # a name that the next export needs
+    taken.write_bytes(b"mine")
+    assert f"'{taken.name}' was not written by this tool" in refusal(
+        weights, save, overwrite=True, max_shard_size="100KB"
+    )
+    assert taken.read_bytes() == b"mine"
+    taken.unlink()
+    (save / LIST).write_text(json.dumps({"files": {"../elsewhere/data.txt": {"size": 4}}}))
+    assert "outside" in refusal(weights, save, overwrite=True)
+    (save / LIST).write_text("[]")
+    assert "is damaged" in refusal(weights, save, overwrite=True)
+
+
+def mixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """bfloat16 but for the norms, whose values bfloat16 does not hold."""
+    return {
+        name: tensor + 1e-4 if name.endswith("norm.weight") else tensor.bfloat16() for name, tensor in weights.items()
+    }
+
+
+def test_norms_apart_stay_in_their_dtype_and_bits_are_compared(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    stored = mixed(weights)
+    source = write_hf_folder(tmp_path / "source", CONFIG | {"torch_dtype": "float32"}, stored)
+    dtype, others = dtypes_of({"source": read_source(source)}, "float32")
+    assert dtype == "bfloat16" and set(others) == {name for name in stored if name.endswith("norm.weight")}
+    trained = {name: tensor.float() for name, tensor in stored.items()}  # as a checkpoint in float32 holds them
+    done = export_it(trained, tmp_path / "out", dtype=dtype, other_dtypes=others, max_shard_size="30KB")
+    before, after = FolderWeights(source), FolderWeights(done.folder)
+    assert {name: after.stored[name].dtype for name in stored} == {name: t.dtype for name, t in stored.items()}
+    assert all(torch.equal(before(name), after(name)) for name in stored)
+    assert after.total_bytes == before.total_bytes
+    index = json.loads((done.folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == after.total_bytes
+    model = load_stock_model(done.folder, dtype=torch.float32)
+    assert wrong_weight(model, stored_weights(trained.__getitem__, FULL, done.plan, done.dtypes)) is None
+    # A norm that was rounded to bfloat16 is wrong, and so is a matrix that was not.
+    name = "model.norm.weight"
+    model.state_dict()[name].copy_(trained[name].bfloat16())
+    assert wrong_weight(model, stored_weights(trained.__getitem__, FULL, done.plan, done.dtypes)) == name
+    model = load_stock_model(done.folder, dtype=torch.float32)
+    name = "model.layers.1.mlp.up_proj.weight"
+    model.state_dict()[name].view(torch.int32)[0, 0] ^= 1  # below bfloat16's last bit
+    assert wrong_weight(model, stored_weights(trained.__getitem__, FULL, done.plan, done.dtypes)) == name
+
+
+@pytest.mark.parametrize("recorded", [{}, {"dtype": None}, {"dtype": "float64"}, {"dtype": "auto", "dtypes": {}}])
+def test_checkpoint_s_dtype_is_taken_where_the_source_s_is_not_known(recorded: dict[str, Any]) -> None:
+    assert dtypes_of({"source": recorded}, "bfloat16") == ("bfloat16", {})
 
 
 def test_failure_in_the_middle_leaves_nothing(weights: dict[str, Tensor], tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_every_export_computes_the_same_with_and_without_cache(policy: str, tmp_
     weights = random_llama_weights(CONFIG)
     done = export(weights.__getitem__, ARCHITECTURE, tmp_path / "out", kv_policy=policy)
     model = load_stock_model(done.folder, policy == "cluster")
-    assert wrong_weight(model, stored_weights(weights.__getitem__, ARCHITECTURE, done.plan, done.dtype)) is None
+    assert wrong_weight(model, stored_weights(weights.__getitem__, ARCHITECTURE, done.plan, done.dtypes)) is None
     run = run_stock(model, TOKENS)
     assert run.cached <= run.tolerance < 1e-4 and run.generated_alike
     names = ("cache", "past_key_values", "past_key_value", "use_cache")
@@ -75,7 +75,7 @@ def test_massive_activations_pass_and_one_wrong_element_does_not(tmp_path: Path)
     model = load_stock_model(done.folder)
     bits = model.state_dict()[name].view(torch.int32)
     bits[7, 11] ^= 1
-    assert wrong_weight(model, stored_weights(weights.__getitem__, ARCHITECTURE, done.plan, done.dtype)) == name
+    assert wrong_weight(model, stored_weights(weights.__getitem__, ARCHITECTURE, done.plan, done.dtypes)) == name
 
 
 def test_code_of_an_earlier_export_is_brought_up_to_date(tmp_path: Path) -> None:

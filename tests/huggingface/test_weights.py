@@ -205,15 +205,15 @@ def test_written_shards_are_read_by_the_reference_library(tmp_path: Path) -> Non
 
     generator = np.random.default_rng(0)
     tensors = {f"t{i}": torch.from_numpy(generator.normal(size=(i + 1, 5))).bfloat16() for i in range(9)}
-    entries = [Entry(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    shards = plan_shards(entries, torch.bfloat16, 100)
+    entries = [Entry(name, tuple(tensor.shape), torch.bfloat16) for name, tensor in tensors.items()]
+    shards = plan_shards(entries, 100)
     asked: list[str] = []
 
     def fetch(name: str) -> Tensor:
         asked.append(name)
         return tensors[name]
 
-    files = write_shards(tmp_path, shards, torch.bfloat16, fetch)
+    files = write_shards(tmp_path, shards, fetch)
     assert asked == list(tensors) and len(files) == len(shards) > 3
     loaded = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
