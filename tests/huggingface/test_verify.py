@@ -12,6 +12,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import refresh_code
 from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.huggingface.export import export, stored_weights
+from megatron_prune.huggingface.replacing import write_list
 from megatron_prune.huggingface.verify import load_stock_model, run_stock, training_logits, wrong_weight
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.testing.ranks import run_ranks
@@ -85,6 +86,12 @@ def test_code_of_an_earlier_export_is_brought_up_to_date(tmp_path: Path) -> None
     (folder / "modeling_cluster_llama.py").write_text("old")
     assert refresh_code(folder) == ["modeling_cluster_llama.py"] and refresh_code(folder) == []
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    # An export of an earlier version: its list says what its code was, and the new code is the tool's own again.
+    (folder / "modeling_cluster_llama.py").write_text("older")
+    write_list(folder)
+    assert refresh_code(folder) == ["modeling_cluster_llama.py"]
+    export(weights.__getitem__, ARCHITECTURE, folder, kv_policy="native", overwrite=True)
+    assert not list(folder.glob("*.py"))
     stock = export(weights.__getitem__, ARCHITECTURE, tmp_path / "stock", kv_policy="native").folder
     for wrong, words in ((stock, "no export of --kv-policy cluster"), (tmp_path / "nowhere", "holds no config.json")):
         with pytest.raises(UserError, match=words):
