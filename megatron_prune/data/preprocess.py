@@ -239,6 +239,8 @@ def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, options: Op
     # An interrupt is the parent's to handle; it reaches the whole process group.
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(options.workers, context, initializer=signal.signal, initargs=ignore_interrupt)
+    # All workers at once: a pool that starts more of them while it mourns one trips over itself (Python 3.11).
+    vars(pool)["_safe_to_dynamically_spawn_children"] = False
     try:
         for texts, disk_bytes in _chunks(documents):
             pending.append(pool.submit(_encode_in_worker, tokenizer.kind, tokenizer.path, texts, disk_bytes, *extra))
