@@ -28,7 +28,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install constraints test test-full test-transformers test-newest test-oldest test-gguf test-eval \
-    test-slurm soak lint types dry-run checks demo bench clean
+    test-slurm soak lint types dry-run checks demo bench gpu-wheels gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -167,7 +167,7 @@ gpu-wheels:  ## fetch what a GPU machine without network lacks beside torch and 
 	@$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: -d $(GPU_WHEELS) \
 	    --python-version $(GPU_PYTHON_VERSION) --implementation cp --platform manylinux_2_28_x86_64 \
 	    --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-	    'megatron-core==0.16.1' 'isal>=1.6'
+	    $(PINS) megatron-core isal
 	@ls $(GPU_WHEELS)
 
 # The environment there is, with build/gpu_wheels beside it where they are; .venv where `make install` has made one.

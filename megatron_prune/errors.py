@@ -13,6 +13,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in its first line; the error's name where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class UserError(ValueError):
     """A mistake in what the user asked for; the message is one line and says how to mend it.
 

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
-from megatron_prune.errors import UserError, one_line
+from megatron_prune.errors import UserError, first_line, one_line
 
 # What torch 2.1 and later and megatron-core's savers put into .metadata. Each is a plain record, an enumeration, a
 # container or a look-up in a table: called with whatever arguments, none runs, imports, reads or writes anything.
@@ -228,8 +228,8 @@ def _plainly(path: Path) -> Iterator[None]:
         asked = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if asked:
             raise _refusal(path, asked[1]) from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{one_line(str(path))}: damaged or of another kind ({one_line(reason)[:200]})") from error
+        reason = one_line(first_line(error))[:200]
+        raise UserError(f"{one_line(str(path))}: damaged or of another kind ({reason})") from error
 
 
 def load_plain(path: Path, classes: Sequence[Callable[..., Any]] = (), **arguments: Any) -> Any:

@@ -65,7 +65,7 @@ class Process:
         """Whether it still is there, itself and not one that was given its number later; a zombie is not."""
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # the latter: no system has that many
             return False
         except PermissionError:  # it is somebody else's
             pass

@@ -11,6 +11,8 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron_prune.checkpoint.lease import Process
+
 logger = logging.getLogger(__name__)
 
 
@@ -24,7 +26,8 @@ def remove_leftovers(target: Path) -> list[Path]:
     removed = []
     for match in filter(None, map(pattern.fullmatch, names)):
         left = target.with_name(match[0])
-        if _is_alive(int(match[1])):
+        pid = int(match[1])
+        if pid != os.getpid() and Process(pid, None).is_running():  # what this process has begun, it names anew
             continue
         try:
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -33,16 +36,3 @@ def remove_leftovers(target: Path) -> list[Path]:
         else:
             removed.append(left)
     return removed
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether another process of this number runs here."""
-    if pid == os.getpid():
-        return False  # what it has begun in this process is named anew
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune.config import Config, dump
-from megatron_prune.errors import UserError
-from megatron_prune.launch.rendezvous import not_met, open_store
+from megatron_prune.errors import UserError, first_line
+from megatron_prune.launch.rendezvous import keeps_store, not_met, open_store
 
 if TYPE_CHECKING:  # launchers import this module, and they need no torch
     from megatron_prune.runtime.mesh import Mesh
@@ -175,7 +175,6 @@ def _exchange(
 ) -> tuple[dict[str, Any], Any]:
     from torch.distributed import PrefixStore
 
-    hosts = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     server = open_store(rank, world_size, environ, minutes)
     try:
         server.set_timeout(timedelta(minutes=minutes))
@@ -187,11 +186,11 @@ def _exchange(
             store.set("outcome", json.dumps(_outcome(everyone, plan)))
         outcome = json.loads(store.get("outcome"))
         store.set(f"read/{rank}", "1")
-        if hosts and outcome["error"] is not None:
+        if keeps_store(rank, environ) and outcome["error"] is not None:
             store.wait([f"read/{r}" for r in range(world_size)], timedelta(seconds=30))
         return outcome, store
     except (RuntimeError, OSError) as error:
-        raise not_met(rank, world_size, environ, minutes, str(error).splitlines()[0]) from error
+        raise not_met(rank, world_size, environ, minutes, first_line(error)) from error
 
 
 def insist(mesh: Mesh, config: Config) -> None:

@@ -34,6 +34,7 @@ from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.launch.agreement import ranks_named
 from megatron_prune.launch.failures import agreed
 from megatron_prune.launch.inputs import Inputs
+from megatron_prune.runtime.folders import probe_folder
 from megatron_prune.runtime.mesh import Mesh, agree, broadcast_object
 
 _WHOLE_BYTES = 64 << 20
@@ -41,7 +42,7 @@ _BLOCK, _BLOCKS = 4 << 10, 4096
 _LEAST_BLOCKS = 3  # of every matrix
 _READERS = 16  # blocks on their way at a time: storage over a network answers late
 _MAX_HEADER = 100 << 20  # of a safetensors file, by its own rule
-_PROBE = ".shared-"
+_FIELD, _PROBE = "checkpoint.save (--save)", ".shared-"
 _PROBE_SECONDS = 30.0  # network file systems may know about a new file late
 
 
@@ -193,7 +194,7 @@ def insist_shared(mesh: Mesh, save: str | None) -> None:
             agreed(mesh, lambda: None)
         name, content = broadcast_object(mesh, probe)
         agreed(mesh, lambda: _find_probe(folder / name, content))
-        agreed(mesh, lambda: _try_to_write(folder / f"{name}-{mesh.rank}"))
+        agreed(mesh, lambda: probe_folder(folder, _FIELD) if mesh.rank else None)
     finally:
         if probe is not None:
             (folder / probe[0]).unlink(missing_ok=True)
@@ -209,13 +210,10 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 def _write_probe(folder: Path) -> tuple[str, str]:
     """(name, content) of a new file in `folder`, which is made if need be; those that a killed run left are removed."""
     name, content = _PROBE + secrets.token_hex(8), secrets.token_hex(8)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(_PROBE + "*"):
-            left.unlink(missing_ok=True)
-        (folder / name).write_text(content)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+    probe_folder(folder, _FIELD)
+    for left in folder.glob(_PROBE + "*"):
+        left.unlink(missing_ok=True)
+    (folder / name).write_text(content)
     return name, content
 
 
@@ -229,20 +227,8 @@ def _find_probe(path: Path, content: str) -> None:
             pass  # not there, or not yet
         if time.monotonic() > deadline:
             raise UserError(
-                f"checkpoint.save (--save): {path.parent} is not the folder that rank 0 writes to; give a folder on "
+                f"{_FIELD}: {path.parent} is not the folder that rank 0 writes to; give a folder on "
                 "storage that all nodes share: every rank writes its part of a checkpoint there"
             )
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
-
-
-def _try_to_write(path: Path) -> None:
-    try:
-        path.write_text("x")
-        path.unlink()
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"checkpoint.save (--save): {folder} cannot be written: {error.strerror}; give another folder")

@@ -24,6 +24,7 @@ from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend, blend_words, check_documents, check_vocabulary, parse_blend
 from megatron_prune.data.indexed import IndexedData, bin_path, idx_path
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_prune.data.tokenizer_files import holds_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.weights import FolderWeights
@@ -43,7 +44,6 @@ from megatron_prune.training.pruner import pruning_schedule
 
 NOT_HERE = "not here (checked at launch)"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def dry_run(config: Config, world_size: int) -> int:
@@ -140,7 +140,7 @@ def _shape(architecture: Architecture) -> str:
 def _tokenizer(config: Config, header: Header | None, findings: list[Finding]) -> Tokenizer | None:
     kind, place = inputs._tokenizer_place(config, header)
     path = Path(place)
-    if path.is_file() or any((path / name).is_file() for name in _TOKENIZERS):
+    if path.is_file() or holds_tokenizer(path):
         tokenizer = build_tokenizer(kind, place)
         findings.append(Finding(f"tokenizer in {place}", f"{tokenizer.kind}, {tokenizer.vocab_size} ids"))
         return tokenizer

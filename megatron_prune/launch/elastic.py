@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megatron_prune.errors import first_line
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun; returns its exit status, or that of the rank that failed first (128 + N for signal N)."""
@@ -26,14 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except (DistNetworkError, DistStoreError) as error:  # torchrun's own: ranks are processes of their own
         sys.stderr.write(
-            f"error: MASTER_ADDR, MASTER_PORT: this node could not meet the others ({_first_line(error)})\n"
+            f"error: MASTER_ADDR, MASTER_PORT: this node could not meet the others ({first_line(error)})\n"
         )
         return 2
     return 0
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_prune.errors import DisagreementError, PeerLostError, UserError, one_line
+from megatron_prune.errors import DisagreementError, PeerLostError, UserError, first_line, one_line
 from megatron_prune.launch.places import speaks
 from megatron_prune.launch.rendezvous import NotMetError
 from megatron_prune.runtime.mesh import Mesh, agree
@@ -79,9 +79,9 @@ def lost_contact(error: BaseException) -> str | None:
     """
     if "Too many open files" in str(error):
         return None  # this rank's own trouble
-    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    text = first_line(error)
     if isinstance(error, (PeerLostError, dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)):
-        return text or type(error).__name__
+        return text
     found = re.search(r"Connection (closed|reset) by peer|Timed out waiting \d+\s?ms|Broken pipe|Socket closed", text)
     if isinstance(error, RuntimeError) and ("gloo" in text or found):
         return found[0] if found else text

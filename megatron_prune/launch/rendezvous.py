@@ -1,6 +1,7 @@
 """Where ranks meet before they have a process group: the store at MASTER_ADDR:MASTER_PORT.
 
     open_store      torchrun's store, or (without torchrun) one that rank 0 keeps
+    keeps_store     who keeps it
     check_port      whether this node can keep one
     NotMetError     the others could not be reached; each rank says so itself
 
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def open_store(rank: int, world_size: int, environ: Mapping[str, str], minutes: 
         NotMetError: it cannot be had.
     """
     address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    hosts = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = keeps_store(rank, environ)
     deadline = time.monotonic() + 60 * minutes
     _resolve(address, port, deadline, minutes)
     outcome: list[Any] = []
@@ -74,8 +75,13 @@ def open_store(rank: int, world_size: int, environ: Mapping[str, str], minutes: 
     if isinstance(outcome[0], Exception):
         if hosts and "EADDRINUSE" in str(outcome[0]):
             raise NotMetError(_taken(port))
-        raise not_met(rank, world_size, environ, minutes, str(outcome[0]).splitlines()[0]) from outcome[0]
+        raise not_met(rank, world_size, environ, minutes, first_line(outcome[0])) from outcome[0]
     return outcome[0]
+
+
+def keeps_store(rank: int, environ: Mapping[str, str]) -> bool:
+    """Whether this rank keeps the store itself: rank 0, unless torchrun's agent does."""
+    return rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def not_met(rank: int, world_size: int, environ: Mapping[str, str], minutes: float, reason: str) -> NotMetError:

@@ -3,6 +3,7 @@
     run_ranks    call function(rank, world_size, *args) on every rank, with torch.distributed initialised; results back
     RankError    a rank raised, died or did not finish; names the rank and carries its traceback and output
     watch_ranks  the same for ranks that are meant to die: how each ended, and when
+    search_path, free_port   for processes that a caller starts itself
 
 Ranks are forked from a server process that has imported torch and megatron-core once (seconds), so that one call takes
 a fraction of a second. They meet through a file in a temporary folder: no port is chosen. Each rank leads its own
@@ -24,6 +25,7 @@ import pickle
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -37,6 +39,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]  # of the repository, where the package lies in one
 PRELOADED = ("megatron_prune.testing.warm",)
 PRELOADED_IF_USED = ("pytest", "hypothesis")  # a rank imports the test module, and with it these
 _RANK_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -137,13 +140,23 @@ def watch_ranks(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def search_path() -> str:
+    """PYTHONPATH for processes that are to run this package: where it lies, then what is set."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _context() -> Any:
     """The forkserver's context; its server starts with the first call, and again should it have died."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, *(name for name in PRELOADED_IF_USED if name in sys.modules)])
-    package_root = str(Path(__file__).resolve().parents[2])
-    search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
-    with _environment(_RANK_ENVIRONMENT | {"PYTHONPATH": search_path}):
+    with _environment(_RANK_ENVIRONMENT | {"PYTHONPATH": search_path()}):
         forkserver.ensure_running()
     _wait_for_server()
     return context

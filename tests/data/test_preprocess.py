@@ -220,6 +220,10 @@ def test_pipes_and_standard_input_give_the_same_data(
     assert "read as text" in result.stderr
 
 
+def words(source: Path, prefix: Path, sp_model: Path) -> list[str]:
+    return ["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-model", str(sp_model)]
+
+
 def test_strange_names_are_names(sp_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (
         "a b",
@@ -236,14 +240,7 @@ def test_strange_names_are_names(sp_model: Path, tmp_path: Path, capsys: pytest.
     ):
         source = tmp_path / f"{name}.txt"
         source.write_text("the cat")
-        arguments = [
-            "--input",
-            str(source),
-            "--output-prefix",
-            str(tmp_path / name),
-            "--tokenizer-model",
-            str(sp_model),
-        ]
+        arguments = words(source, tmp_path / name, sp_model)
         assert preprocess_data.main(arguments) == 0
         assert stored_documents(str(tmp_path / name)) and inspect(str(tmp_path / name)).metadata
         assert preprocess_data.main(arguments) == 2, "it is there"
@@ -251,14 +248,7 @@ def test_strange_names_are_names(sp_model: Path, tmp_path: Path, capsys: pytest.
         assert out.count("\n") == err.count("\n") == 1 and (out + err).replace("\n", "").isprintable()
     assert not (tmp_path / "X").exists() and not Path("X").exists()
     for name in ("x" * 300, "a\0b"):
-        arguments = [
-            "--input",
-            str(source),
-            "--output-prefix",
-            str(tmp_path / name),
-            "--tokenizer-model",
-            str(sp_model),
-        ]
+        arguments = words(source, tmp_path / name, sp_model)
         assert preprocess_data.main(arguments) == 2
         with pytest.raises(UserError, match="does not exist"):
             inspect(str(tmp_path / name))

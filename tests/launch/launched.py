@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -82,10 +81,3 @@ def _environment(pid):
     except OSError:
         return {}
     return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def free_port():
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

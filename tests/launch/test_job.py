@@ -13,9 +13,8 @@ import pytest
 
 from megatron_prune.config import dump, load_config
 from megatron_prune.launch.job import main
-from megatron_prune.testing.ranks import watch_ranks
+from megatron_prune.testing.ranks import free_port, watch_ranks
 from megatron_prune.testing.tiny_runs import CONTINUED_ITERATIONS, VOCABULARY, prepare
-from tests.launch.launched import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_efficientllm.sh"

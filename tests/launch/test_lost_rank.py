@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from megatron_prune.pretrain import main
 from megatron_prune.testing.kills import Traces, victim
-from megatron_prune.testing.ranks import watch_ranks
+from megatron_prune.testing.ranks import free_port, watch_ranks
 from megatron_prune.testing.tiny_runs import prepare
-from tests.launch.launched import Launched, free_port
+from tests.launch.launched import Launched
 
 MINUTES = 0.1  # until a hung collective ends the run
 LAYOUTS = {

@@ -16,9 +16,8 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_prune.launch import alike, rendezvous
 from megatron_prune.launch.alike import Row, difference, fingerprints
-from megatron_prune.testing.ranks import watch_ranks
+from megatron_prune.testing.ranks import free_port, watch_ranks
 from megatron_prune.testing.tiny_runs import TinyRun, prepare
-from tests.launch.launched import free_port
 
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

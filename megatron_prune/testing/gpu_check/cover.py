@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ from megatron_prune.testing.comparison import (
 from megatron_prune.testing.gpu_check.record import Context, Row
 from megatron_prune.testing.gpu_check.smoke import BF16_ERROR, FP32_ERROR
 from megatron_prune.testing.oracle_cases import COARSE, MODELS, PAIRWISE, SPECIAL, case_of, name_of
+from megatron_prune.testing.ranks import ROOT
 from megatron_prune.testing.sharded import Case, run_case
 from megatron_prune.testing.tiny_models import random_llama_weights
 
-ROOT = Path(__file__).resolve().parents[3]
 _ONE_RANK: dict[str, Any] = {
     "tp": 1,
     "pp": 1,

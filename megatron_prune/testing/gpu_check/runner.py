@@ -26,6 +26,7 @@ from pathlib import Path
 from megatron_prune.config import Config
 from megatron_prune.launch.places import rank_settings
 from megatron_prune.testing.gpu_check.record import Context, Row, append, read_rows, table
+from megatron_prune.testing.ranks import search_path
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def _run_apart(step: Step, context: Context, seconds: float) -> None:
     command = [sys.executable, "-m", f"{_PACKAGE}.runner", step.name, context.device, str(context.out)]
     command += ["tiny" if context.tiny else "full", str(context.minutes)]
     command += [str(path) if path is not None else "" for path in (context.data, context.model, context.state)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (_root(), os.environ.get("PYTHONPATH"))))}
+    environment = os.environ | {"PYTHONPATH": search_path()}
     environment |= rank_settings(Config(), environment)  # as the launcher starts a rank
     started = time.monotonic()
     logger.info("%s: %d seconds at most", step.name, seconds)
@@ -103,10 +104,6 @@ def _run_apart(step: Step, context: Context, seconds: float) -> None:
     spent = time.monotonic() - started
     row = Row("the step itself", fault or f"{spent:.0f} s", f"{seconds:.0f} s", not fault, spent, step.name)
     append(context.out, row)
-
-
-def _root() -> str:
-    return str(Path(__file__).resolve().parents[3])
 
 
 def run_step(name: str, context: Context) -> int:

@@ -15,7 +15,8 @@ from pathlib import Path
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.testing.gpu_check.record import Context, Row
-from megatron_prune.testing.gpu_check.way import ROOT, python
+from megatron_prune.testing.gpu_check.way import python
+from megatron_prune.testing.ranks import ROOT
 
 TEXTS = ("corpus", "text")  # beside a model of one's own, or among the real inputs
 

@@ -29,10 +29,10 @@ from megatron_prune.testing.comparison import (
 from megatron_prune.testing.gpu_check.record import Context, Row
 from megatron_prune.testing.gpu_check.smoke import FP32_ERROR
 from megatron_prune.testing.oracle_cases import MODELS
+from megatron_prune.testing.ranks import free_port, search_path
 from megatron_prune.testing.sharded import SHARED_GPU, Case, run_case
 from megatron_prune.testing.tiny_models import random_llama_weights
 
-ROOT = Path(__file__).resolve().parents[3]
 CASES = {
     "TP 2, sequence parallel": {"tp": 2, "sequence_parallel": True},
     "PP 2": {"pp": 2},
@@ -50,8 +50,8 @@ def check(context: Context) -> Iterator[Row]:
 def _pair(context: Context, name: str) -> Row:
     """What two ranks found, each a process of its own."""
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        environment |= {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        environment = os.environ | {"PYTHONPATH": search_path(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "megatron_prune.testing.gpu_check.shared", name, context.device, folder],
@@ -75,14 +75,6 @@ def _pair(context: Context, name: str) -> Row:
         found = Path(folder) / "found.json"
         measured = words or json.loads(found.read_text())
     return Row(f"two ranks on one device over gloo: {name}", measured)
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
 
 
 def _pass_on(x: Tensor) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 
 from megatron_prune.testing.comparison import MARGIN
 from megatron_prune.testing.gpu_check.record import Context, Row
+from megatron_prune.testing.ranks import ROOT, search_path
 from megatron_prune.testing.tiny_runs import prepare
 
-ROOT = Path(__file__).resolve().parents[3]
 _STOP = 8  # iteration after which the device changes
 _TRAIN = ("-m", "megatron_prune.pretrain")
 
@@ -63,7 +63,7 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 
 def python(*words: object) -> str:
     """Output of a command of this repository. Raises RuntimeError with its end when it fails."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    environment = os.environ | {"PYTHONPATH": search_path()}
     environment["OMP_NUM_THREADS"] = "1"  # on many cores the threads of a tiny model cost more than its work
     command = [sys.executable, *(str(word) for word in words)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
