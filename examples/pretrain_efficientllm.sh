@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).resolve()
 sys.path.insert(0, str(SCRIPT.parents[1]))  # the repository's packages, wherever the job was started
 
 if __name__ == "__main__":
-    from megatron_prune.launch.job import main
+    from megatron_prune.launch.jobs.job import main
     from megatron_prune.pretrain import main as train
 
     sys.exit(main(sys.argv[1:], train, SCRIPT))

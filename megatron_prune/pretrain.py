@@ -5,7 +5,7 @@
     python -m megatron_prune.pretrain --config run.yaml        (one rank, no launcher)
 
 Reads a configuration, opens what it names, builds the model on this rank's place in the mesh and runs the loop.
-Mistakes end in one line on one rank and exit status 2 on all (see `launch.failures`).
+Mistakes end in one line on one rank and exit status 2 on all (see `runtime.failures`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the slow imports wait until the command line has been read
     from megatron_prune.config import Config
-    from megatron_prune.launch.watch import Watch
+    from megatron_prune.launch.assembly.watch import Watch
     from megatron_prune.runtime.mesh import Mesh
     from megatron_prune.training.trainer import Trainer
 
@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one job on this rank; returns the exit status."""
-    from megatron_prune.launch.failures import exit_status
+    from megatron_prune.runtime.failures import exit_status
 
     return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     from megatron_prune.config import Command, parse_command, validate
     from megatron_prune.errors import UserError
-    from megatron_prune.launch.places import speaks
+    from megatron_prune.runtime.places import speaks
 
     is_speaker = speaks(os.environ)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
@@ -54,7 +54,7 @@ def _run(argv: list[str]) -> int:
             sys.stdout.write(command.text + "\n")
         return 0
     if isinstance(command, Command) and command.dry_run:
-        from megatron_prune.launch.dry_run import dry_run
+        from megatron_prune.launch.estimate.dry_run import dry_run
 
         world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
         validate(command.config, world_size)
@@ -70,11 +70,11 @@ def _run(argv: list[str]) -> int:
 
 
 def _train(read: Callable[[int], Config]) -> int:
-    from megatron_prune.launch.failures import lost_contact
-    from megatron_prune.launch.join import meet
-    from megatron_prune.launch.signals import StopSignals
-    from megatron_prune.launch.watch import Watch, launchers
+    from megatron_prune.launch.assembly.watch import Watch, launchers
+    from megatron_prune.runtime.failures import lost_contact
+    from megatron_prune.runtime.join import meet
     from megatron_prune.runtime.mesh import close_mesh
+    from megatron_prune.runtime.signals import StopSignals
 
     started, meeting = time.monotonic(), meet(read)
     with StopSignals() as signals, Watch(None, launchers(os.environ)) as watch:
@@ -90,7 +90,7 @@ def _train(read: Callable[[int], Config]) -> int:
 
 
 def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float, watch: Watch) -> None:
-    from megatron_prune.launch.watch import writing
+    from megatron_prune.launch.assembly.watch import writing
 
     with writing(config.checkpoint.save, mesh, watch):
         _fit_alone(config, mesh, signalled, started)
@@ -98,11 +98,11 @@ def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: flo
 
 def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float) -> None:
     from megatron_prune.errors import PeerLostError, TrainingStoppedError
-    from megatron_prune.launch import outputs
-    from megatron_prune.launch.alike import insist_alike, insist_shared
-    from megatron_prune.launch.build import build_trainer
-    from megatron_prune.launch.failures import agreed, lost_contact
-    from megatron_prune.launch.inputs import open_inputs
+    from megatron_prune.launch.assembly import outputs
+    from megatron_prune.launch.assembly.alike import insist_alike, insist_shared
+    from megatron_prune.launch.assembly.build import build_trainer
+    from megatron_prune.launch.assembly.inputs import open_inputs
+    from megatron_prune.runtime.failures import agreed, lost_contact
     from megatron_prune.training.stopping import STOPPED
 
     insist_shared(mesh, config.checkpoint.save)
@@ -129,7 +129,7 @@ def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], starte
 
 
 def _begin(config: Config, directory: Path | None) -> None:
-    from megatron_prune.launch import outputs
+    from megatron_prune.launch.assembly import outputs
 
     if directory is not None:
         outputs.clear_run_status(directory)
@@ -137,7 +137,7 @@ def _begin(config: Config, directory: Path | None) -> None:
 
 
 def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
-    from megatron_prune.launch import outputs
+    from megatron_prune.launch.assembly import outputs
 
     trainer.reporter.close()
     if trainer.history is not None and directory is not None:
@@ -150,6 +150,6 @@ def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_prune.launch.failures import leave
+    from megatron_prune.runtime.failures import leave
 
     leave(main())

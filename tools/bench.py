@@ -11,7 +11,7 @@ Fractions, not seconds: the machine's speed cancels. On the CPU the layouts are 
 and DP 2 with the distributed optimizer. On a GPU it is one rank in bf16 with quantum 1, 64 and 128; without one these
 columns read "not measured". docs/benchmarks.md explains the rows and keeps the numbers of a run.
 
-    cpu_presets, gpu_presets   the columns; their rows are those of `megatron_prune.testing.costs`
+    cpu_presets, gpu_presets   the columns; their rows are those of `megatron_prune.testing.benchmarks.costs`
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from collections.abc import Sequence
 import torch
 
 from megatron_prune.model.layout import Quanta
-from megatron_prune.testing.costs import Preset, Row, measure, measure_memory, tied_shape
-from megatron_prune.testing.pieces import Setup
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.benchmarks.costs import Preset, Row, measure, measure_memory, tied_shape
+from megatron_prune.testing.helpers.pieces import Setup
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
 
 NOT_MEASURED = "not measured"
 

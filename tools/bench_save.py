@@ -33,10 +33,10 @@ from megatron_prune.model.architecture import FFN, HEAD, STEM, LlamaShape
 from megatron_prune.resharding.retire import retire
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
-from megatron_prune.testing.meters import Stopwatch
-from megatron_prune.testing.pieces import Setup, SteppedRun
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.meters import Stopwatch
+from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
 
 MIB = 1 << 20
 STATE = {"tokens": 0}

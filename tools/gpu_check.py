@@ -19,9 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_prune.launch.failures import exit_status
-from megatron_prune.testing.gpu_check.record import RESULTS, Context
-from megatron_prune.testing.gpu_check.runner import LOG, STEPS, run_steps
+from megatron_prune.runtime.failures import exit_status
+from megatron_prune.testing.benchmarks.gpu_check.record import RESULTS, Context
+from megatron_prune.testing.benchmarks.gpu_check.runner import LOG, STEPS, run_steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cluster(arguments: argparse.Namespace) -> int:
-    from megatron_prune.testing.gpu_check.cluster import check_cluster, place_this_rank
+    from megatron_prune.testing.benchmarks.gpu_check.cluster import check_cluster, place_this_rank
 
     place_this_rank(dict(os.environ))
     layout = (arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)

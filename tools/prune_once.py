@@ -42,8 +42,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def run(argv: Sequence[str] | None) -> int:
     """Prune and save; the exit status. Raises UserError."""
     arguments, rest = parse(argv)
-    from megatron_prune.launch.join import own_place
-    from megatron_prune.launch.one_shot import check_pruning, one_shot_config, opened, parse_run, prune_and_save
+    from megatron_prune.launch.assembly.one_shot import (
+        check_pruning,
+        one_shot_config,
+        opened,
+        parse_run,
+        prune_and_save,
+    )
+    from megatron_prune.runtime.join import own_place
 
     place = own_place()
     world_size, is_first = place.world_size, place.rank == 0
@@ -84,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run on this rank; returns the exit status."""
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")  # remarks on absent accelerators
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    from megatron_prune.launch.failures import exit_status
+    from megatron_prune.runtime.failures import exit_status
 
     return exit_status(lambda: run(argv))
 

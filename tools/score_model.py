@@ -48,8 +48,8 @@ def run(argv: Sequence[str] | None) -> int:
     """Score, print, write; the exit status. Raises UserError."""
     arguments, rest = parse(argv)
     from megatron_prune.config import validate
-    from megatron_prune.launch.join import own_place
-    from megatron_prune.launch.one_shot import one_shot_config, opened, parse_run
+    from megatron_prune.launch.assembly.one_shot import one_shot_config, opened, parse_run
+    from megatron_prune.runtime.join import own_place
     from megatron_prune.training.one_shot import OneShot
 
     place = own_place()
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run on this rank; returns the exit status."""
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")  # remarks on absent accelerators
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    from megatron_prune.launch.failures import exit_status
+    from megatron_prune.runtime.failures import exit_status
 
     return exit_status(lambda: run(argv))
 

@@ -3,7 +3,8 @@
     python tools/soak.py --dir DIR [--kills N] [--minutes M] [--seed S]
 
 Goes on where an earlier call with the same DIR stopped, and stops after N kills in all or M minutes of this call. What
-is checked, and on which layouts, stands in megatron_prune/testing/soak.py. Exit status 1 when anything was lost.
+is checked, and on which layouts, stands in megatron_prune/testing/benchmarks/soak.py. Exit status 1 when anything was
+lost.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_prune.pretrain import main as pretrain
-from megatron_prune.testing.soak import VARIANTS, Attempt, Soak, SoakError
+from megatron_prune.testing.benchmarks.soak import VARIANTS, Attempt, Soak, SoakError
 
 RECORD = "soak.json"
 

@@ -1,3 +1,6 @@
-"""From a configuration to a running job: check and open everything it names (`inputs`), build model and trainer
-(`build`, or `one_shot` for scoring and pruning without training), write what a finished run leaves behind (`outputs`),
-and tell people what is wrong on one rank only (`failures`)."""
+"""From a configuration to a running job, in three parts:
+
+assembly   open what the configuration names, build model and trainer, write what a run leaves behind
+jobs       the launcher: stages in processes of their own, watched, again after failures
+estimate   the dry run: memory, traffic and the way to the target, before anything is started
+"""

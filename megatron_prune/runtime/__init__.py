@@ -1,1 +1,8 @@
-"""Where the run happens: the device (`device`) and the process groups (`mesh`). Passed in everywhere, never global."""
+"""Where the run happens. Passed in everywhere, never global.
+
+device       CUDA or CPU;  folders  whether one can be written
+places       which rank this process is, from torchrun's, Slurm's or Kubeflow's variables
+rendezvous   the store at which ranks meet;  agreement  what they compare there;  join  both, then the mesh
+mesh         process groups
+failures     what is told, on which rank, with which status;  signals  asked to stop
+"""

@@ -18,7 +18,7 @@ from megatron_prune.checkpoint import (
 )
 from megatron_prune.checkpoint.files import LATEST, MANIFEST, read_manifest
 from megatron_prune.errors import UserError
-from megatron_prune.testing.ranks import RankError, run_ranks
+from megatron_prune.testing.helpers.ranks import RankError, run_ranks
 from tests.checkpoint.small_run import STATE, Kind, build, same, tensors, train
 
 

@@ -24,8 +24,8 @@ from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import Quanta
 from megatron_prune.model.param_axes import ParamTable
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.tiny_runs import prepare
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.checkpoint.small_run import SHAPE, Kind, build, mesh_of
 from tests.commands import run, torchrun
 from tests.strange import ANYTHING, is_read_or_refused, mutated, places

@@ -10,7 +10,7 @@ import torch
 from megatron_prune.checkpoint import save_weights
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.param_axes import ParamTable
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import SHAPE, Kind, mesh_of
 from tools import inspect_checkpoint
 

@@ -10,7 +10,7 @@ from megatron_prune.model.llama import take
 from megatron_prune.model.param_axes import ParamTable, live_ids, positions
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.optimizer.owned import adam_step
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import (
     SHAPE,
     STATE,

@@ -10,7 +10,7 @@ import torch
 
 from megatron_prune.checkpoint import CheckpointReader, load_checkpoint, read_header
 from megatron_prune.model.architecture import LlamaShape
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import Kind, build, mesh_of
 
 TIED = LlamaShape(2, 24, 20, 6, 3, 4, 61, 64, rotary_base=5000.0, tie_word_embeddings=True)

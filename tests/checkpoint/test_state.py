@@ -16,7 +16,7 @@ from megatron_prune.checkpoint import (
 )
 from megatron_prune.checkpoint.header import decode, encode
 from megatron_prune.checkpoint.storage import SaveTask
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import STATE, Kind, build, same, tensors, train
 
 

@@ -25,7 +25,7 @@ from megatron_prune.data.datasets import Blend, build_datasets, check_vocabulary
 from megatron_prune.data.preprocess import Options, preprocess
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 
 from .conftest import VOCAB_SIZE
 

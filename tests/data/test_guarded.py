@@ -17,8 +17,8 @@ from megatron_prune.data.datasets import build_datasets, parse_blend
 from megatron_prune.data.tokenizer import build_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.pretrain import main
-from megatron_prune.testing.ranks import watch_ranks
-from megatron_prune.testing.tiny_runs import TinyRun, prepare
+from megatron_prune.testing.helpers.ranks import watch_ranks
+from megatron_prune.testing.helpers.tiny_runs import TinyRun, prepare
 
 SEQ = 32
 

@@ -21,7 +21,7 @@ from megatron_prune.data.datasets import build_datasets, parse_blend
 from megatron_prune.data.preprocess import Options, preprocess
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 
 from .conftest import make_documents, mutated
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 WORDS = [
     "cat",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 from tools import evaluate
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from megatron_prune.testing.gpu_check.cover import compare_one
-from megatron_prune.testing.tiny_runs import prepare
+from megatron_prune.testing.benchmarks.gpu_check.cover import compare_one
+from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.commands import run
 from tools import bench
 

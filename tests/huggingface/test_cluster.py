@@ -23,10 +23,10 @@ from megatron_prune.huggingface.export import Exported, export
 from megatron_prune.huggingface.kv_policy import CLUSTER, EXPAND, NATIVE
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.testing import oracle_model
-from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
+from megatron_prune.testing.reference import oracle_model
+from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(5))

@@ -21,8 +21,8 @@ from megatron_prune.huggingface.kv_policy import CLUSTER
 from megatron_prune.huggingface.weights import FolderWeights, live_view, source_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
 from megatron_prune.model.param_axes import ParamTable
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 CONFIG = tiny_config(model_type="qwen2", num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
 FULL = Architecture.full(shape_from_config(CONFIG))
@@ -151,8 +151,8 @@ def prune_further(_rank: int, _size: int, folder: str) -> tuple[np.ndarray, ...]
 
 
 def test_imported_model_computes_the_same_and_prunes_further(exported: Path, weights: dict[str, Tensor]) -> None:
-    from megatron_prune.testing import oracle_model
-    from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits
+    from megatron_prune.testing.reference import oracle_model
+    from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
 
     ((before, retired, compacted, afresh),) = run_ranks(prune_further, 1, str(exported))
     geometry = Geometry.from_hf(CONFIG)

@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 
 from megatron_prune.huggingface.cluster import read_architecture
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 from tests.commands import torchrun
 from tools import convert_to_hf, inspect_checkpoint
 

@@ -13,7 +13,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import config_json, read_shape, read_source, shape_from_config
 from megatron_prune.model.architecture import STEM, Architecture, Group
 from megatron_prune.model.llama import inverse_frequencies
-from megatron_prune.testing.tiny_models import tiny_config
+from megatron_prune.testing.helpers.tiny_models import tiny_config
 
 # As published with the models, the fields that matter here.
 SMOLLM_360M = {

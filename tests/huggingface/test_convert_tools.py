@@ -17,8 +17,8 @@ import torch
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GROUPS = (

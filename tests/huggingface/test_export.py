@@ -22,7 +22,7 @@ from megatron_prune.huggingface.replacing import LIST
 from megatron_prune.huggingface.verify import load_stock_model, sample_tokens, stock_logits, wrong_weight
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 CONFIG = tiny_config(num_key_value_heads=2)
 FULL = Architecture.full(shape_from_config(CONFIG))

@@ -22,9 +22,9 @@ from megatron_prune.huggingface.kv_policy import EXPAND, NATIVE
 from megatron_prune.huggingface.verify import stock_logits
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
-from megatron_prune.testing import oracle_model
-from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.reference import oracle_model
+from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(5))

@@ -18,7 +18,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.gguf_file import convert, interleave, rope_factors
 from megatron_prune.huggingface.gguf_tokenizer import read_vocabulary
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 from tools import convert_to_gguf
 
 VOCAB = 300

@@ -15,7 +15,7 @@ from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.gguf_file import convert
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 from .tokenizer_layouts import LAYOUTS
 

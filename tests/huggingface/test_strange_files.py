@@ -20,8 +20,8 @@ from megatron_prune.huggingface.config import read_shape, read_source
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.llama import inverse_frequencies
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
-from megatron_prune.testing.tiny_runs import prepare
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.commands import torchrun
 from tests.strange import ANYTHING, is_read_or_refused, mutated, places
 

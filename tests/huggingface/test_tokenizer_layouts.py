@@ -356,7 +356,7 @@ def test_ends_of_text_that_disagree_are_all_kept(stories260k: Path, text: Path, 
     from megatron_prune.huggingface.config import read_shape, read_source
     from megatron_prune.huggingface.export import export
     from megatron_prune.model.architecture import Architecture
-    from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config
+    from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
 
     folder = make("llama3", tmp_path / "llama3", stories260k, text)
     config = tiny_config(vocab_size=ROWS, num_hidden_layers=1) | {"eos_token_id": [501, 505], "bos_token_id": 500}

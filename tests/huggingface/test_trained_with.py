@@ -20,10 +20,10 @@ from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.huggingface.trained_with import check_tokenizer, tokenizer_facts
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.pretrain import main
-from megatron_prune.testing.kills import victim
-from megatron_prune.testing.ranks import watch_ranks
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
-from megatron_prune.testing.tiny_runs import VOCABULARY, TinyRun, prepare
+from megatron_prune.testing.benchmarks.kills import victim
+from megatron_prune.testing.helpers.ranks import watch_ranks
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_runs import VOCABULARY, TinyRun, prepare
 
 from .test_convert_tools import tools
 

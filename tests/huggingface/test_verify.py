@@ -15,8 +15,8 @@ from megatron_prune.huggingface.export import export, stored_weights
 from megatron_prune.huggingface.replacing import write_list
 from megatron_prune.huggingface.verify import load_stock_model, run_stock, training_logits, wrong_weight
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
 
 CONFIG = tiny_config(num_attention_heads=8, num_key_value_heads=4)
 ARCHITECTURE = Architecture.full(shape_from_config(CONFIG))

@@ -16,7 +16,7 @@ from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.huggingface.shards import Entry, plan_shards, write_shards
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 CONFIG = tiny_config(num_key_value_heads=2, num_hidden_layers=2)
 SHAPE = shape_from_config(CONFIG)

@@ -4,7 +4,7 @@ import pytest
 import sentencepiece
 
 from megatron_prune.data.preprocess import Options, preprocess
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 VOCABULARY = 64
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
-from megatron_prune.launch import after
+from megatron_prune.launch.jobs import after
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_prune.errors import UserError
-from megatron_prune.launch.agreement import Facts, code_version, consult, insist, libraries, own_facts, verdict
-from megatron_prune.testing.ranks import free_port
+from megatron_prune.runtime.agreement import Facts, code_version, consult, insist, libraries, own_facts, verdict
+from megatron_prune.testing.helpers.ranks import free_port
 
 GOOD = Facts(None, "training:\n  seed: 1\n  lr: 2\n", "0.1.0+aaaa")
 

@@ -8,9 +8,9 @@ import pytest
 
 from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.pretrain import main
-from megatron_prune.testing.kills import victim
-from megatron_prune.testing.ranks import watch_ranks
-from megatron_prune.testing.tiny_runs import prepare
+from megatron_prune.testing.benchmarks.kills import victim
+from megatron_prune.testing.helpers.ranks import watch_ranks
+from megatron_prune.testing.helpers.tiny_runs import prepare
 
 MIB = 1 << 20
 

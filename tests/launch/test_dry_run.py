@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_prune.config import load_config, validate
 from megatron_prune.data.preprocess import Options, preprocess
-from megatron_prune.launch.dry_run import NOT_HERE, estimate, look
+from megatron_prune.launch.estimate.dry_run import NOT_HERE, estimate, look
 from megatron_prune.pretrain import main
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 SHAPES = Path(__file__).resolve().parents[2] / "examples" / "configs" / "shapes"
 VOCABULARY = 64

@@ -18,7 +18,7 @@ from megatron_prune.config import (
     Quantum,
     TrainingConfig,
 )
-from megatron_prune.launch.build import model_options, optimizer_options, quanta
+from megatron_prune.launch.assembly.build import model_options, optimizer_options, quanta
 from megatron_prune.launch.estimate.activations import saved_activations
 from megatron_prune.launch.estimate.memory import fullest_rank, gradient_buffer, rank_memory
 from megatron_prune.launch.estimate.placement import Placement
@@ -30,8 +30,8 @@ from megatron_prune.model.sources import RandomWeights
 from megatron_prune.optimizer.build import ShardedModel, clip_and_step
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import RandomTokens
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import RandomTokens
 
 GQA = LlamaShape(4, 96, 130, 6, 3, 16, 250, 128, tie_word_embeddings=True)
 UNTIED = dataclasses.replace(GQA, num_query_groups=6, tie_word_embeddings=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.config import Config, read_file
-from megatron_prune.launch.dry_run import NOT_HERE, estimate, look
+from megatron_prune.launch.estimate.dry_run import NOT_HERE, estimate, look
 from megatron_prune.pretrain import main
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "configs"

@@ -8,12 +8,12 @@ import pytest
 import torch.distributed as dist
 
 from megatron_prune.config import Config, PruningConfig
-from megatron_prune.launch.build import model_options, optimizer_options, quanta
+from megatron_prune.launch.assembly.build import model_options, optimizer_options, quanta
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.traffic import pruning_traffic, training_traffic
 from megatron_prune.model.architecture import Architecture, LlamaShape
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 
 SHAPE = LlamaShape(4, 96, 130, 6, 3, 16, 250, 128, tie_word_embeddings=False)
 HALVES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}  # half rings
@@ -97,7 +97,7 @@ def measure(mesh, config, counter):
     from megatron_prune.saliency.criteria import find_criterion
     from megatron_prune.saliency.fisher import MicrobatchFisher
     from megatron_prune.saliency.reducer import score_elements
-    from megatron_prune.testing.sharded import RandomTokens
+    from megatron_prune.testing.helpers.sharded import RandomTokens
     from megatron_prune.training.step import forward_backward
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)

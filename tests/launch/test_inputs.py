@@ -6,8 +6,8 @@ import pytest
 
 from megatron_prune.config import Config, ModelConfig, PruningConfig, validate
 from megatron_prune.errors import UserError
-from megatron_prune.launch.inputs import open_inputs
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.launch.assembly.inputs import open_inputs
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 
 def configured(folder, **changes):

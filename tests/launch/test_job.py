@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.config import dump, load_config
-from megatron_prune.launch.job import main
-from megatron_prune.testing.ranks import free_port, watch_ranks
-from megatron_prune.testing.tiny_runs import CONTINUED_ITERATIONS, VOCABULARY, prepare
+from megatron_prune.launch.jobs.job import main
+from megatron_prune.testing.helpers.ranks import free_port, watch_ranks
+from megatron_prune.testing.helpers.tiny_runs import CONTINUED_ITERATIONS, VOCABULARY, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_efficientllm.sh"

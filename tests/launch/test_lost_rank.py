@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_prune.pretrain import main
-from megatron_prune.testing.kills import Traces, victim
-from megatron_prune.testing.ranks import free_port, watch_ranks
-from megatron_prune.testing.tiny_runs import prepare
+from megatron_prune.testing.benchmarks.kills import Traces, victim
+from megatron_prune.testing.helpers.ranks import free_port, watch_ranks
+from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.launch.launched import Launched
 
 MINUTES = 0.1  # until a hung collective ends the run

@@ -10,8 +10,8 @@ import pytest
 from megatron_prune.config import load_config
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.leftovers import remove_leftovers
-from megatron_prune.launch.failures import exit_status, lost_contact, mishap
-from megatron_prune.launch.outputs import check_places
+from megatron_prune.launch.assembly.outputs import check_places
+from megatron_prune.runtime.failures import exit_status, lost_contact, mishap
 
 
 @pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--data-cache-path"])
@@ -59,7 +59,7 @@ import json
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import Quanta, ShardLayout
-from megatron_prune.testing.tiny_models import tiny_config
+from megatron_prune.testing.helpers.tiny_models import tiny_config
 from megatron_prune.huggingface.config import shape_from_config
 assert False, "-O leaves this out"
 full = Architecture.full(shape_from_config(tiny_config()))

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint import CheckpointReader
-from megatron_prune.launch.build import build_datasets
-from megatron_prune.launch.inputs import open_inputs
-from megatron_prune.launch.one_shot import one_shot_config, parse_run
+from megatron_prune.launch.assembly.build import build_datasets
+from megatron_prune.launch.assembly.inputs import open_inputs
+from megatron_prune.launch.assembly.one_shot import one_shot_config, parse_run
 from megatron_prune.pruning.history import read_history
-from megatron_prune.testing import oracle_scores
-from megatron_prune.testing.oracle import DenseOracle, OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.reference import oracle_scores
+from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
 from tests.launch.conftest import VOCABULARY
 
 CONFIG = tiny_config(vocab_size=VOCABULARY)

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_prune.checkpoint.lease import is_lease, live_owner
 from megatron_prune.config import dump, load_config
-from megatron_prune.testing.kills import Traces
-from megatron_prune.testing.tiny_runs import prepare
+from megatron_prune.testing.benchmarks.kills import Traces
+from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.launch.launched import Launched
 from tests.launch.test_job import SCRIPT, run, start
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
-from megatron_prune.launch.places import Rank, Torchrun, find_place, find_rank, first_host, rank_settings
+from megatron_prune.runtime.places import Rank, Torchrun, find_place, find_rank, first_host, rank_settings
 
 STEP = {
     "SLURM_JOB_ID": "71",

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_prune.pretrain import main
-from megatron_prune.testing.kills import Traces, victim
-from megatron_prune.testing.ranks import watch_ranks
-from megatron_prune.testing.tiny_runs import prepare
+from megatron_prune.testing.benchmarks.kills import Traces, victim
+from megatron_prune.testing.helpers.ranks import watch_ranks
+from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.launch.launched import Launched
 
 LAYOUT = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--save-interval", 50)

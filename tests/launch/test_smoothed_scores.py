@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_prune.checkpoint import CheckpointReader
-from megatron_prune.testing.ranks import run_ranks
+from megatron_prune.testing.helpers.ranks import run_ranks
 
 ITERATIONS, HALF = 12, 6
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_prune.checkpoint import files
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
-from megatron_prune.launch.stages import (
+from megatron_prune.launch.jobs.stages import (
     STAGES,
     Ledger,
     Plan,

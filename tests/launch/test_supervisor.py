@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_prune.launch.supervisor import supervise
+from megatron_prune.launch.jobs.supervisor import supervise
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes in /proc")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.testing.ranks import free_port
-from megatron_prune.testing.tiny_runs import prepare
+from megatron_prune.testing.helpers.ranks import free_port
+from megatron_prune.testing.helpers.tiny_runs import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_efficientllm.sh"

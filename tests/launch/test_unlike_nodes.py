@@ -14,10 +14,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
-from megatron_prune.launch import alike, rendezvous
-from megatron_prune.launch.alike import Row, difference, fingerprints
-from megatron_prune.testing.ranks import free_port, watch_ranks
-from megatron_prune.testing.tiny_runs import TinyRun, prepare
+from megatron_prune.launch.assembly import alike
+from megatron_prune.launch.assembly.alike import Row, difference, fingerprints
+from megatron_prune.runtime import rendezvous
+from megatron_prune.testing.helpers.ranks import free_port, watch_ranks
+from megatron_prune.testing.helpers.tiny_runs import TinyRun, prepare
 
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -38,8 +39,8 @@ def nodes(tiny, tmp_path):
 
 def rank_of_its_own(rank, _world_size, folders, words, variables, port):
     """A fresh rank, as srun starts it: no process group, `variables[rank]` instead of what torchrun sets."""
-    from megatron_prune.launch.failures import leave
     from megatron_prune.pretrain import main
+    from megatron_prune.runtime.failures import leave
 
     dist.barrier()  # else one leaves while the other still connects
     dist.destroy_process_group()

@@ -13,10 +13,10 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 
 from megatron_prune.model.layout import Quanta
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case, run_case
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case, run_case
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
+from megatron_prune.testing.reference.oracle import OracleSettings
 
 CONFIG = tiny_config(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 SETTINGS = OracleSettings(lr=2e-3, target_params=2000, group_cost={"head": 1})

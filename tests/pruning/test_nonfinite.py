@@ -8,9 +8,9 @@ import torch
 from megatron_prune.errors import UserError
 from megatron_prune.optimizer.owned import adam_step
 from megatron_prune.resharding.verify import verify
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference.oracle import OracleSettings
 from tests.resharding.live_run import GQA, canonical, oracle_of, start
 
 POISONED, LAST = 3, 6

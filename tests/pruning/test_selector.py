@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
 from megatron_prune.pruning.selector import SelectorSettings, choose, least_parameters
 from megatron_prune.saliency.scores import UnitScores
-from megatron_prune.testing import oracle_scores
-from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits
+from megatron_prune.testing.reference import oracle_scores
+from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
 from tests.model.random_models import RULES, removals, shapes
 
 KINDS = (HEAD, FFN, STEM)

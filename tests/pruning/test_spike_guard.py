@@ -5,9 +5,9 @@ import math
 from megatron_prune.config import parse_command
 from megatron_prune.config.pruning import SpikeGuardConfig
 from megatron_prune.pruning.spike_guard import GuardState, SpikeGuard
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.training.state import RunState
 from tests.resharding.live_run import GQA, start
 

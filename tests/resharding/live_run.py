@@ -1,6 +1,6 @@
 """A small run on real ranks that a test can stop anywhere, and the oracle's run beside it.
 
-start       the Trainer of this rank, as `testing.sharded.run_case` builds it
+start       the Trainer of this rank, as `testing.helpers.sharded.run_case` builds it
 oracle_of   the dense oracle and the batches that mean the same
 canonical   weights and optimizer state put together from all ranks, live elements in canonical order
 script      groups that make units move between ranks: the lowest FFN channels, some heads, a stem channel
@@ -22,9 +22,9 @@ from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
 from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, agree, init_mesh
-from megatron_prune.testing.oracle import DenseOracle, OracleSettings
-from megatron_prune.testing.sharded import Case, RandomTokens, build_sharded, llama_shape, run_config
-from megatron_prune.testing.tiny_models import random_llama_weights, tiny_config
+from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded, llama_shape, run_config
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
+from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
 from megatron_prune.training.metrics import Reporter
 from megatron_prune.training.state import RunState
 from megatron_prune.training.trainer import Datasets, Trainer

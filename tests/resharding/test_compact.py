@@ -7,9 +7,9 @@ import torch
 
 from megatron_prune.model.architecture import FFN, HEAD
 from megatron_prune.optimizer.owned import adam_step, owned_shards
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference.oracle import OracleSettings
 from tests.resharding.live_run import GQA, QWEN2, SCRIPT, canonical, oracle_of, oracle_tensors, start
 
 LAST = 8

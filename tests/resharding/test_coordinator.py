@@ -10,9 +10,9 @@ from megatron_prune.model.architecture import FFN, Group
 from megatron_prune.pruning.selector import Decision
 from megatron_prune.resharding import coordinator as room
 from megatron_prune.resharding.verify import verify
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference.oracle import OracleSettings
 from tests.resharding.live_run import GQA, canonical, start
 
 RULES = OracleSettings(lr=5e-3)

@@ -5,11 +5,11 @@ import pytest
 from megatron_prune.model.architecture import FFN, Group
 from megatron_prune.resharding.compact import compact
 from megatron_prune.resharding.retire import retire
-from megatron_prune.testing.meters import PeakMemory
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
-from megatron_prune.testing.tiny_models import tiny_config
+from megatron_prune.testing.helpers.meters import PeakMemory
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.tiny_models import tiny_config
+from megatron_prune.testing.reference.oracle import OracleSettings
 from tests.resharding import live_run
 
 LAYERS = 8

@@ -8,11 +8,11 @@ from megatron_prune.resharding.compact import compact
 from megatron_prune.resharding.plan import plan_transfer
 from megatron_prune.resharding.retire import retire
 from megatron_prune.resharding.verify import verify
-from megatron_prune.testing.meters import Traffic
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits, shrink
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.meters import Traffic
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference.oracle import OracleSettings
+from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits, shrink
 from tests.resharding.live_run import GQA, QWEN2, canonical, start
 
 RULES = OracleSettings(lr=5e-3, weight_decay=0.1)

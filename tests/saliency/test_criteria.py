@@ -9,9 +9,9 @@ import torch
 
 from megatron_prune.errors import UserError
 from megatron_prune.saliency.criteria import STATISTICS, Elements, criterion, find_criterion, known_criteria
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.training.step import forward_backward
 from tests.resharding.live_run import GQA, MICRO_BATCH, SEQUENCE, oracle_of, start
 

@@ -16,9 +16,9 @@ from megatron_prune.resharding.retire import retire
 from megatron_prune.saliency.criteria import find_criterion
 from megatron_prune.saliency.hessian import DiagonalCache, Hessian, inverse_diagonals
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher, Moments
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.training import pruner
 from megatron_prune.training.state import RunState
 from megatron_prune.training.step import evaluate, forward_backward

@@ -21,11 +21,11 @@ from megatron_prune.saliency.criteria import find_criterion, known_criteria
 from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.reducer import score_elements
 from megatron_prune.saliency.scores import score_length
-from megatron_prune.testing import oracle_scores
-from megatron_prune.testing.meters import Traffic
-from megatron_prune.testing.oracle import DenseOracle, OracleSettings
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.helpers.meters import Traffic
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference import oracle_scores
+from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
 from megatron_prune.training.step import forward_backward
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, assembled, oracle_of, start
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_prune.model.architecture import Architecture, LlamaShape
 from megatron_prune.saliency.scores import UnitScores, score_length, smooth
-from megatron_prune.testing import oracle_scores
+from megatron_prune.testing.reference import oracle_scores
 from tests.model.random_models import groups, shapes
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_prune.errors import UserError
-from megatron_prune.testing.oracle import DenseOracle
-from megatron_prune.testing.tiny_models import random_batch, random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.helpers.tiny_models import random_batch, random_llama_weights, tiny_config, write_hf_folder
+from megatron_prune.testing.reference.oracle import DenseOracle
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_prune.errors import UserError
-from megatron_prune.testing.oracle import DenseOracle, OracleSettings
-from megatron_prune.testing.oracle_geometry import Geometry, LiveUnits, count
-from megatron_prune.testing.oracle_scores import UnitScores, candidates, choose, head_options, smooth
-from megatron_prune.testing.tiny_models import random_batch, random_llama_weights, tiny_config
+from megatron_prune.testing.helpers.tiny_models import random_batch, random_llama_weights, tiny_config
+from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
+from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits, count
+from megatron_prune.testing.reference.oracle_scores import UnitScores, candidates, choose, head_options, smooth
 
 
 def run(settings, steps, seed=0, **overrides):

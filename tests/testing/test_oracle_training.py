@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from megatron_prune.testing import oracle_model
-from megatron_prune.testing.oracle import DenseOracle, OracleSettings
-from megatron_prune.testing.oracle_geometry import output_projections
-from megatron_prune.testing.tiny_models import random_batch, random_llama_weights, tiny_config
+from megatron_prune.testing.helpers.tiny_models import random_batch, random_llama_weights, tiny_config
+from megatron_prune.testing.reference import oracle_model
+from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
+from megatron_prune.testing.reference.oracle_geometry import output_projections
 
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"

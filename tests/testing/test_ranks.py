@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prune.errors import UserError
-from megatron_prune.testing.ranks import RankError, run_ranks
+from megatron_prune.testing.helpers.ranks import RankError, run_ranks
 
 
 def sum_over_ranks(rank, world_size, scale):
@@ -164,7 +164,7 @@ def test_ranks_die_with_a_caller_that_is_killed(tmp_path):
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})\n"
         "from tests.testing.test_ranks import hang_on_first_rank\n"
-        "from megatron_prune.testing import ranks\n"
+        "from megatron_prune.testing.helpers import ranks\n"
         "ranks.PRELOADED = ('torch',)\n"
         "if __name__ == '__main__':\n"
         f"    ranks.run_ranks(hang_on_first_rank, 2, {str(tmp_path)!r}, timeout=100)\n"

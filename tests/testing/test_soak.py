@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_prune.pretrain import main
-from megatron_prune.testing.kills import MOMENTS, Kill
-from megatron_prune.testing.soak import VARIANTS, Soak
+from megatron_prune.testing.benchmarks.kills import MOMENTS, Kill
+from megatron_prune.testing.benchmarks.soak import VARIANTS, Soak
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 CHAINS = {

@@ -13,11 +13,11 @@ from megatron_prune.optimizer.owned import owned_shards
 from megatron_prune.resharding.plan import plan_transfer
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, close_mesh, init_mesh
-from megatron_prune.testing import costs
-from megatron_prune.testing.meters import Traffic
-from megatron_prune.testing.pieces import Setup, SteppedRun
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.benchmarks import costs
+from megatron_prune.testing.helpers.meters import Traffic
+from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
 from tools import bench
 
 FP32, INT64 = 4, 8

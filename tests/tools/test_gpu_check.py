@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from megatron_prune.testing.gpu_check.record import Context, read_rows
-from megatron_prune.testing.gpu_check.runner import STEPS, run_steps
+from megatron_prune.testing.benchmarks.gpu_check.record import Context, read_rows
+from megatron_prune.testing.benchmarks.gpu_check.runner import STEPS, run_steps
 from tests.commands import ROOT, run
 from tools import gpu_check
 

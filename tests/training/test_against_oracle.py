@@ -12,7 +12,7 @@ import statistics
 import pytest
 
 from megatron_prune.model.layout import Quanta
-from megatron_prune.testing.comparison import (
+from megatron_prune.testing.helpers.comparison import (
     ITERATIONS,
     MICRO_BATCH,
     MICRO_BATCHES,
@@ -22,7 +22,7 @@ from megatron_prune.testing.comparison import (
     oracle_run,
     oracle_settings,
 )
-from megatron_prune.testing.oracle_cases import (
+from megatron_prune.testing.helpers.oracle_cases import (
     COARSE,
     FACTORS,
     MODELS,
@@ -33,9 +33,9 @@ from megatron_prune.testing.oracle_cases import (
     is_possible,
     name_of,
 )
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.sharded import Case, run_case
-from megatron_prune.testing.tiny_models import random_llama_weights
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case, run_case
+from megatron_prune.testing.helpers.tiny_models import random_llama_weights
 
 
 def sharded_run(case, config, weights, settings, iterations, micro_batches=MICRO_BATCHES):

@@ -17,13 +17,13 @@ from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, init_mesh
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
-from megatron_prune.testing import oracle_second_order
-from megatron_prune.testing.meters import Stopwatch, Traffic
-from megatron_prune.testing.oracle import OracleSettings
-from megatron_prune.testing.pieces import Setup, SteppedRun
-from megatron_prune.testing.ranks import run_ranks
-from megatron_prune.testing.second_order_cost import FORWARD, KEEPING, time_second_order
-from megatron_prune.testing.sharded import Case
+from megatron_prune.testing.benchmarks.second_order_cost import FORWARD, KEEPING, time_second_order
+from megatron_prune.testing.helpers.meters import Stopwatch, Traffic
+from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.reference import oracle_second_order
+from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.training.step import forward_backward
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, canonical, oracle_of, start
 

@@ -6,5 +6,5 @@
     route        which groups leave on the way to the target, and when: widths, iterations, tokens, FLOPs
     traffic      bytes that a rank sends per iteration, by kind
 
-`launch.dry_run` puts them together and `launch.report` prints them.
+`launch.estimate.dry_run` puts them together and `launch.estimate.report` prints them.
 """

@@ -1,0 +1,157 @@
+"""Put a run together: mesh -> model -> data -> trainer, from checked inputs.
+
+build_model      this rank's ShardedModel, weights in place
+build_datasets   training and validation data, sized for the longest the run can take
+build_trainer    all of it, resumed where the checkpoint says
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core import tensor_parallel
+
+from megatron_prune.checkpoint import load_checkpoint
+from megatron_prune.config import Config
+from megatron_prune.data import datasets as data
+from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, wanted_samples
+from megatron_prune.launch.assembly.inputs import Inputs
+from megatron_prune.launch.assembly.saving import CheckpointSaver
+from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
+from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel
+from megatron_prune.pruning.history import HistoryWriter
+from megatron_prune.runtime.failures import agreed
+from megatron_prune.runtime.mesh import Mesh
+from megatron_prune.training.metrics import Reporter
+from megatron_prune.training.state import RunState
+from megatron_prune.training.stopping import StepAgreement
+from megatron_prune.training.trainer import Datasets, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def quanta(config: Config) -> Quanta:
+    """Rounding of stored widths."""
+    stored = config.pruning.quantum
+    return Quanta(stored.head, stored.ffn, stored.stem, config.model.make_vocab_size_divisible_by)
+
+
+def model_options(config: Config) -> ModelOptions:
+    """How the model computes."""
+    return ModelOptions(
+        seq_length=config.data.seq_length,
+        dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        sequence_parallel=config.parallel.splits_sequences,
+        recompute_granularity=config.model.recompute_granularity,
+        recompute_method=config.model.recompute_method,
+        recompute_num_layers=config.model.recompute_num_layers,
+        num_layers_in_first_pipeline_stage=config.parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=config.parallel.num_layers_in_last_pipeline_stage,
+    )
+
+
+def optimizer_options(config: Config) -> OptimizerOptions:
+    """How weights are stepped."""
+    optimizer, parallel = config.optimizer, config.parallel
+    return OptimizerOptions(
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        ddp_bucket_size=parallel.ddp_bucket_size,
+    )
+
+
+def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> ShardedModel:
+    """This rank's part of the model, with the source's weights or the checkpoint's weights and optimizer state."""
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    shape, options = inputs.architecture.shape, model_options(config)
+    if inputs.header is not None:
+        layout = inputs.header.layout(mesh.tp_size, quanta(config))
+    else:
+        layout = ShardLayout.pack(inputs.architecture, mesh.tp_size, quanta(config))
+    table = ParamTable.build(shape)
+    llama = build_llama(shape, layout, mesh, options)
+    if inputs.read is not None:
+        read = inputs.read
+        agreed(mesh, lambda: load_parameters(llama, table, layout, mesh, read))
+    model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
+    if inputs.header is not None:
+        checkpoint = config.checkpoint
+        restores = inputs.resumes and not checkpoint.finetune and not checkpoint.no_load_optim
+        assert checkpoint.load is not None
+        load_checkpoint(model, checkpoint.load, checkpoint.ckpt_step, load_optim=restores)
+    return model
+
+
+def build_datasets(config: Config, inputs: Inputs, train_samples: int | None = None) -> Datasets:
+    """megatron-core's data sets; the training set holds `train_samples` or more (None: for a run from its start)."""
+    if train_samples is None:
+        train_samples = wanted_samples(config, RunState(), None)
+    valid_samples = (
+        config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
+    )
+    build = partial(
+        data.build_datasets,
+        tokenizer=inputs.tokenizer,
+        seq_length=config.data.seq_length,
+        seed=config.training.seed,
+        cache_path=config.data.data_cache_path,
+        eod_mask_loss=config.data.eod_mask_loss,
+    )
+    if inputs.valid is not None:
+        train, _, _ = build(inputs.train, samples=(train_samples, 0, 0), split="1,0,0")
+        _, valid, _ = build(inputs.valid, samples=(0, valid_samples, 0), split="0,1,0")
+        return Datasets(train, valid)
+    train, valid, _ = build(inputs.train, samples=(train_samples, valid_samples, 0), split=config.data.split)
+    return Datasets(train, valid)
+
+
+def build_trainer(
+    config: Config,
+    inputs: Inputs,
+    mesh: Mesh,
+    signalled: Callable[[], bool] = lambda: False,
+    started: float | None = None,
+) -> Trainer:
+    """The trainer, at the point where the run starts or goes on.
+
+    Args:
+        signalled, started: see `StepAgreement`; None: it starts now.
+    """
+    model = build_model(config, inputs, mesh)
+    state = RunState()
+    if inputs.resumes and not config.checkpoint.finetune:
+        assert inputs.header is not None
+        state = RunState.from_state(_run_state(inputs.header.state), inputs.architecture)
+    directory = Path(config.checkpoint.save) if config.checkpoint.save else None
+    is_writer = mesh.rank == 0
+    reporter = agreed(mesh, lambda: Reporter(config, mesh.world_size, directory, is_writer, state.iteration))
+    history = agreed(mesh, lambda: HistoryWriter(directory, state.history) if directory and is_writer else None)
+    samples = wanted_samples(config, state, inputs.shuffle)
+    datasets = build_datasets(config, inputs, samples)
+    shuffle = shuffle_of(datasets.train, samples)
+    check_shuffle(config, shuffle, inputs.shuffle)
+    saver = None
+    if directory is not None:
+        saver = CheckpointSaver(config, inputs, model, datasets.train, directory, reporter, shuffle)
+    agreement = StepAgreement(config.training, mesh, signalled, time.monotonic() if started is None else started)
+    return Trainer(config, model, datasets, state, reporter, saver, history, agreement)
+
+
+def _run_state(values: dict[str, object]) -> dict[str, object]:
+    fields = RunState.__dataclass_fields__
+    return {name: value for name, value in values.items() if name in fields}

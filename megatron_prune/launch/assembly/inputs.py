@@ -1,0 +1,189 @@
+"""Everything a run reads, opened and checked before anything is built or written. No communication here.
+
+Inputs        where weights come from, the architecture to start with, tokenizer and data
+open_inputs   Config -> Inputs; raises UserError for whatever does not fit
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_prune.checkpoint import Header, read_header
+from megatron_prune.checkpoint.files import LATEST, steps
+from megatron_prune.config import Config
+from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
+from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.cluster import read_architecture
+from megatron_prune.huggingface.config import read_source
+from megatron_prune.huggingface.weights import FolderWeights, source_view
+from megatron_prune.launch.assembly.data_order import check_order
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.sources import RandomWeights
+from megatron_prune.pruning.selector import least_parameters
+from megatron_prune.saliency.criteria import find_criterion
+from megatron_prune.training.pruner import selector_settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from.
+
+    Args:
+        architecture: live units at the start.
+        header: the checkpoint to load, or None.
+        read: Hugging Face name -> source tensor, or None with a checkpoint.
+        source_facts: what the source's `config.json` says beyond the shape (special ids), for exports.
+        shuffle: how the checkpoint's data were shuffled (`data_order.shuffle_of`), where this run reads on in them.
+    """
+
+    architecture: Architecture
+    header: Header | None
+    read: Callable[[str], Tensor] | None
+    tokenizer: Tokenizer
+    train: Blend
+    valid: Blend | None
+    source_facts: dict[str, Any]
+    shuffle: dict[str, Any] | None
+
+    @property
+    def resumes(self) -> bool:
+        """True when the checkpoint is of a run that goes on here, not just weights to start from."""
+        return self.header is not None and "phase" in self.header.state
+
+
+def open_inputs(config: Config, writes: bool = True) -> Inputs:
+    """Open and check source, tokenizer, data and, if this run `writes`, its output folder.
+
+    Raises:
+        UserError: missing or damaged files, vocabularies that disagree, other data than the checkpoint's, a target that
+            cannot be reached, an output folder that already holds a run.
+    """
+    header = _header(config)
+    read: Callable[[str], Tensor] | None = None
+    if header is not None:
+        architecture, facts = header.architecture, dict(header.state.get("source") or {})
+    else:
+        assert config.model.hf_model is not None
+        architecture, facts = read_architecture(config.model.hf_model), read_source(config.model.hf_model)
+        if config.model.init == "random":
+            read = RandomWeights(architecture.shape, config.training.seed)
+        else:
+            weights = FolderWeights(config.model.hf_model)
+            weights.check(architecture)
+            read = source_view(weights, architecture)
+    tokenizer = build_tokenizer(*_tokenizer_place(config, header))
+    vocab_size = architecture.shape.vocab_size
+    assert config.data.data_path is not None
+    train = parse_blend(config.data.data_path, vocab_size)
+    shuffle = None
+    if header is not None and not config.checkpoint.finetune and header.state.get("consumed_samples"):
+        is_same = check_order(config, train, header.state.get("data_order"))
+        shuffle = header.state.get("data_shuffle") if is_same else None
+    valid = None
+    if config.data.valid_data_path:
+        valid = parse_blend(config.data.valid_data_path, vocab_size, "data.valid_data_path (--valid-data-path)")
+    for blend in filter(None, (train, valid)):
+        check_vocabulary(tokenizer, blend, vocab_size)
+    _check_context(config, architecture)
+    _check_target(config, architecture)
+    if writes:
+        _check_output(config)
+    return Inputs(architecture, header, read, tokenizer, train, valid, facts, shuffle)
+
+
+def _header(config: Config) -> Header | None:
+    """What to resume, or None to start from hf_model.
+
+    A command that names one folder as save and load can be given again and again: as long as nothing is saved there,
+    it starts from hf_model.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint.load is None:
+        return None
+    is_own = checkpoint.save is not None and Path(checkpoint.load).resolve() == Path(checkpoint.save).resolve()
+    if is_own and config.model.hf_model and checkpoint.ckpt_step is None and not _holds_checkpoint(checkpoint.load):
+        logger.info("%s: no checkpoint yet, starting from %s", checkpoint.load, config.model.hf_model)
+        return None
+    return read_header(checkpoint.load, checkpoint.ckpt_step)
+
+
+def _holds_checkpoint(folder: str) -> bool:
+    return (Path(folder) / LATEST).exists() or bool(steps(Path(folder)))
+
+
+def _tokenizer_place(config: Config, header: Header | None) -> tuple[str | None, str]:
+    """(type, path): as configured, else the one the checkpoint was trained with, else the source folder's."""
+    if config.data.tokenizer_model:
+        return config.data.tokenizer_type, config.data.tokenizer_model
+    recorded = header.state.get("tokenizer_model") if header is not None else None
+    is_moved = recorded is not None and not Path(str(recorded)).exists()
+    if header is not None and recorded and not (is_moved and config.model.hf_model):
+        return header.state.get("tokenizer_type"), str(header.state["tokenizer_model"])
+    if config.model.hf_model:
+        return config.data.tokenizer_type, config.model.hf_model
+    raise UserError("data.tokenizer_model (--tokenizer-model) is not set, and the checkpoint does not name one")
+
+
+def _check_context(config: Config, architecture: Architecture) -> None:
+    longest = architecture.shape.max_position_embeddings
+    if config.data.seq_length > longest:
+        raise UserError(f"data.seq_length: {config.data.seq_length} is beyond the model's {longest} positions")
+
+
+def _check_target(config: Config, architecture: Architecture) -> None:
+    pruning, target = config.pruning, config.pruning.target_params
+    if pruning.replay is not None:
+        raise UserError("pruning.replay (--prune-replay): replaying a recorded history is not built yet; leave it null")
+    if target is None:
+        return
+    find_criterion(pruning.metric)
+    widths = {
+        "min_heads": architecture.num_attention_heads,
+        "min_ffn": architecture.ffn_hidden_size,
+        "min_hidden": architecture.hidden_size,
+    }
+    for field, width in widths.items():
+        if getattr(pruning, field) > width:
+            raise UserError(f"pruning.{field}: {getattr(pruning, field)} is above the model's {width}")
+    for field, width in (("ffn", architecture.ffn_hidden_size), ("hidden", architecture.hidden_size)):
+        if getattr(pruning.round_widths, field) > width:
+            raise UserError(f"pruning.round_widths: {field} multiple is above the model's width of {width}")
+    if target >= architecture.parameters and config.checkpoint.load is None:
+        raise UserError(
+            f"pruning.target_params: {target} is not below the source's {architecture.parameters} parameters; "
+            "give a smaller target, or null to train without pruning"
+        )
+    least = least_parameters(architecture, selector_settings(config))
+    if target < least:
+        raise UserError(
+            f"pruning.target_params: {target} cannot be reached: at the floors of {', '.join(pruning.types)} "
+            f"{least} parameters are left; allow more types or raise the target"
+        )
+
+
+def _check_output(config: Config) -> None:
+    if config.checkpoint.save is None:
+        return
+    save, load, finetune = Path(config.checkpoint.save), config.checkpoint.load, config.checkpoint.finetune
+    is_own = load is not None and Path(load).resolve() == save.resolve()
+    if _holds_checkpoint(str(save)) and finetune:
+        raise UserError(
+            f"checkpoint.finetune begins a new run, and checkpoint.save ({save}) already holds one; give another "
+            f"folder, or resume that run with --load {save} --no-finetune"
+        )
+    if _holds_checkpoint(str(save)) and not is_own:
+        raise UserError(
+            f"checkpoint.save: {save} already holds a run's checkpoints; resume it with --load {save}, or give another "
+            "folder"
+        )
+    if save.exists() and not save.is_dir():
+        raise UserError(f"checkpoint.save: {save} is a file; give a folder")

@@ -1,0 +1,246 @@
+"""--dry-run: check everything that can be checked without starting, and say what the run will cost.
+
+    dry_run      check, estimate, write the report
+    look         open what the configuration names, as far as it is here
+    estimate     numbers of the run: memory, route to the target, time, traffic
+
+Needs no accelerator and no other process, so that a run of 64 ranks is checked on a laptop. The source's `config.json`
+must be there. Weights, tokenizer and data that are not there are reported and left to the launch, which checks them
+again; what is there and damaged, or does not fit, is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from megatron_prune.checkpoint import Header, read_header
+from megatron_prune.config import Config
+from megatron_prune.data.datasets import Blend, blend_words, check_documents, check_vocabulary, parse_blend
+from megatron_prune.data.indexed import IndexedData, bin_path, idx_path
+from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_prune.data.tokenizer_files import holds_tokenizer
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.cluster import read_architecture
+from megatron_prune.huggingface.weights import FolderWeights
+from megatron_prune.launch.assembly import inputs
+from megatron_prune.launch.assembly.build import model_options, quanta
+from megatron_prune.launch.estimate.memory import fullest_rank
+from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.report import Estimate, Finding, render
+from megatron_prune.launch.estimate.route import plan_phases, plan_plain, plan_route, removal_iters
+from megatron_prune.launch.estimate.traffic import compactions, pruning_traffic, training_traffic
+from megatron_prune.launch.jobs import after
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.llama import transformer_config
+from megatron_prune.runtime.mesh import Mesh
+from megatron_prune.saliency.criteria import find_criterion
+from megatron_prune.training.pruner import pruning_schedule
+
+NOT_HERE = "not here (checked at launch)"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def dry_run(config: Config, world_size: int) -> int:
+    """Check a valid `config` (see `config.validate`) for `world_size` processes and write the report to stdout.
+
+    Returns:
+        0, the exit status.
+
+    Raises:
+        UserError: something that is here does not fit, is damaged, or contradicts the configuration.
+    """
+    found = look(config)
+    text = render(config, found.findings, estimate(config, found.architecture, world_size))
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the run starts with, and a line on each thing it reads."""
+
+    architecture: Architecture
+    findings: tuple[Finding, ...]
+
+
+def look(config: Config) -> Found:
+    """Open and check what `config` names, as far as it is here.
+
+    Raises:
+        UserError: no `config.json`, damaged files, or anything that `launch.assembly.inputs` would refuse.
+    """
+    findings: list[Finding] = []
+    header, architecture = _source(config, findings)
+    tokenizer = _tokenizer(config, header, findings)
+    for field, text in (
+        ("data.data_path (--data-path)", config.data.data_path),
+        ("data.valid_data_path (--valid-data-path)", config.data.valid_data_path),
+    ):
+        if text is not None:
+            present = _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
+            _documents(config, present, field)
+    _tasks(config, findings)
+    inputs._check_context(config, architecture)
+    inputs._check_target(config, architecture)
+    _output(config, findings)
+    return Found(architecture, tuple(findings))
+
+
+def _output(config: Config, findings: list[Finding]) -> None:
+    """A dry run touches nothing: a folder that holds a run is told, not refused."""
+    try:
+        inputs._check_output(config)
+    except UserError as error:
+        if not Path(config.checkpoint.save or "").is_dir():
+            raise
+        findings.append(Finding("output", f"the launch will refuse: {error}"))
+
+
+def _source(config: Config, findings: list[Finding]) -> tuple[Header | None, Architecture]:
+    """The checkpoint, if one is named and here, and the architecture to start with."""
+    load, folder = config.checkpoint.load, config.model.hf_model
+    if load is not None and Path(load).exists():
+        header = read_header(load, config.checkpoint.ckpt_step)
+        findings.append(Finding(str(header.path), f"checkpoint of iteration {header.iteration}"))
+        return header, header.architecture
+    if load is not None:
+        findings.append(Finding(f"checkpoint in {load}", NOT_HERE))
+    if folder is None:
+        raise UserError(
+            f"checkpoint.load (--load): {load} does not exist, and without it the model is not known; name "
+            "model.hf_model (--hf-model) too"
+        )
+    architecture = read_architecture(folder)
+    findings.append(Finding(f"{folder}/config.json", f"{architecture.shape.model_type}, {_shape(architecture)}"))
+    if config.model.init == "random":
+        findings.append(Finding("weights", "drawn at random (model.init)"))
+    elif any(next(Path(folder).glob(pattern), None) for pattern in _WEIGHTS):
+        weights = FolderWeights(folder)
+        weights.check(architecture)
+        findings.append(Finding(f"weights in {folder}", f"complete, {weights.total_bytes / 1e9:,.3f} GB"))
+    else:
+        findings.append(Finding(f"weights in {folder}", NOT_HERE))
+    return None, architecture
+
+
+def _shape(architecture: Architecture) -> str:
+    shape = architecture.shape
+    tied = "tied" if shape.tie_word_embeddings else "untied"
+    return f"{shape.num_layers} layers, vocabulary {shape.vocab_size} ({tied}), head dimension {shape.kv_channels}"
+
+
+def _tokenizer(config: Config, header: Header | None, findings: list[Finding]) -> Tokenizer | None:
+    kind, place = inputs._tokenizer_place(config, header)
+    path = Path(place)
+    if path.is_file() or holds_tokenizer(path):
+        tokenizer = build_tokenizer(kind, place)
+        findings.append(Finding(f"tokenizer in {place}", f"{tokenizer.kind}, {tokenizer.vocab_size} ids"))
+        return tokenizer
+    findings.append(Finding(f"tokenizer in {place}", NOT_HERE))
+    return None
+
+
+def _data(
+    text: str, field: str, vocab_size: int, tokenizer: Tokenizer | None, findings: list[Finding]
+) -> list[IndexedData]:
+    """Check a blend whose data sets may be absent, but not halves of them."""
+    words = blend_words(text, field)
+    prefixes = words if len(words) == 1 else words[1::2]
+    absent = [p for p in prefixes if not bin_path(p).exists() and not idx_path(p).exists()]
+    if len(words) == 1 or len(words) % 2 or not absent:
+        pairs = [text] if not absent or len(words) > 1 else []
+    else:
+        pairs = [
+            f"{weight} {shlex.quote(prefix)}" for weight, prefix in zip(words[::2], prefixes) if prefix not in absent
+        ]
+        _check_weights(words[::2], field)
+    present: list[IndexedData] = []
+    for pair in pairs:
+        present += parse_blend(pair, vocab_size, field).data
+    if tokenizer is not None and present:
+        check_vocabulary(tokenizer, Blend(tuple(present), None), vocab_size)
+    sizes = {data.prefix: f"{data.sequences:,} documents, {data.tokens:,} tokens" for data in present}
+    findings += [Finding(f"data {prefix}", sizes.get(prefix, NOT_HERE)) for prefix in prefixes]
+    return present
+
+
+def _documents(config: Config, present: list[IndexedData], field: str) -> None:
+    """Every split that is read must hold documents, as `build_datasets` will ask. Raises UserError."""
+    is_valid, training = field.startswith("data.valid"), config.training
+    evaluates = bool(training.eval_interval)
+    has_own = config.data.valid_data_path is not None
+    split = "0,1,0" if is_valid else "1,0,0" if has_own else config.data.split
+    wanted = (0 if is_valid else 1, int(evaluates and (is_valid or not has_own)), 0)
+    check_documents(Blend(tuple(present), None), split, wanted, config.data.seq_length)
+
+
+def _tasks(config: Config, findings: list[Finding]) -> None:
+    tasks, folder = config.evaluation.eval_tasks, config.evaluation.eval_task_data
+    if tasks is not None:
+        is_here = folder is None or Path(folder).exists()
+        findings.append(Finding(f"tasks {tasks}", (after.check(config) or "by lm-eval") if is_here else NOT_HERE))
+
+
+def _check_weights(words: list[str], field: str) -> None:
+    for word in words:
+        try:
+            is_positive = 0 < float(word) < float("inf")
+        except ValueError:
+            is_positive = False
+        if not is_positive:
+            raise UserError(f'{field}: expected a weight above 0, got "{word}"; give "weight1 prefix1 weight2 prefix2"')
+
+
+# Numbers ----------------------------------------------------------------------------------------------------------
+
+
+def estimate(config: Config, architecture: Architecture, world_size: int) -> Estimate:
+    """Everything the report says about a run that starts with `architecture`.
+
+    Raises:
+        UserError: the layers do not split over the pipeline stages, or options of the model contradict each other.
+    """
+    placement = Placement.plan(config, world_size, architecture.shape.num_layers)
+    layout = ShardLayout.pack(architecture, placement.tp, quanta(config))
+    _check_model(config, layout, placement)
+    pruning = config.pruning
+    scores = pruning.target_params is not None and pruning.target_params < architecture.parameters
+    fisher = scores and pruning.fisher == "microbatch" and "fisher" in find_criterion(pruning.metric).needs
+    start = fullest_rank(config, layout, placement, fisher)
+    traffic = training_traffic(config, layout, placement, start.stage)
+    if not scores:
+        phases = plan_plain(config, architecture)
+        return Estimate(world_size, placement, layout, None, None, start, None, phases, traffic, [], None, 0)
+    route = plan_route(config, architecture)
+    iterations = removal_iters(pruning_schedule(config, architecture.shape.kv_channels), route.kinds)
+    target_layout = ShardLayout.pack(route.target, placement.tp, quanta(config))
+    on_top, compaction = pruning_traffic(config, layout, placement, start.stage, fisher)
+    return Estimate(
+        world_size=world_size,
+        placement=placement,
+        layout=layout,
+        target_layout=target_layout,
+        route=route,
+        memory=start,
+        target_memory=fullest_rank(config, target_layout, placement),
+        phases=plan_phases(config, route, iterations),
+        traffic=traffic,
+        pruning_traffic=on_top,
+        compaction=compaction,
+        compactions=compactions(config, layout, route, iterations),
+    )
+
+
+def _check_model(config: Config, layout: ShardLayout, placement: Placement) -> None:
+    """Let megatron-core judge the options; it asks the mesh for three facts only."""
+    mesh = SimpleNamespace(tp_size=placement.tp, pp_size=placement.pp, device=SimpleNamespace(kind="cpu"))
+    transformer_config(layout.architecture.shape, layout, cast(Mesh, mesh), model_options(config))

@@ -1,0 +1,156 @@
+"""Which layouts, models and rules are compared with the oracle.
+
+`PAIRWISE` covers every pair of values of the factors of `FACTORS` at least once (checked by a test); `everything` is
+the whole product, for the full run. `SPECIAL` adds what the factors leave out: criteria, Fisher estimates, other
+families, recomputation, uneven stages, coarse quanta.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_prune.model.layout import Quanta
+from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.tiny_models import tiny_config
+
+MODELS = {
+    "mha": tiny_config(intermediate_size=64),
+    "gqa-tied": tiny_config(intermediate_size=64, num_attention_heads=6, num_key_value_heads=3),
+    "gqa-untied": tiny_config(
+        intermediate_size=61, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=False, vocab_size=61
+    ),
+    "mqa": tiny_config(intermediate_size=64, num_attention_heads=4, num_key_value_heads=1),
+    "qwen2": tiny_config(intermediate_size=64, model_type="qwen2", num_attention_heads=6, num_key_value_heads=3),
+    "qwen3": tiny_config(intermediate_size=64, model_type="qwen3", num_attention_heads=6, num_key_value_heads=2),
+}
+KINDS = {"all": ("head", "ffn", "stem"), "head": ("head",), "ffn": ("ffn",), "stem": ("stem",)}
+
+FACTORS = {
+    "tp": (1, 2, 3),
+    "pp": (1, 2),
+    "dp": (1, 2),
+    "sequence_parallel": (False, True),
+    "distributed_optimizer": (False, True),
+    "overlap": (False, True),
+    "kinds": tuple(KINDS),
+    "model": ("mha", "gqa-tied", "gqa-untied", "mqa"),
+    "gqa": ("kv_group", "uniform", "cluster"),
+}
+
+# tp pp dp sp do ov kinds model gqa
+_ROWS = """
+1 1 1 - do -- head mqa        uniform
+2 1 2 sp -- ov stem gqa-untied cluster
+2 2 1 -- -- -- ffn  mha        kv_group
+1 2 2 -- do ov all  gqa-tied   cluster
+3 1 1 sp do -- all  gqa-tied   kv_group
+1 2 1 -- do -- stem gqa-untied uniform
+2 1 2 sp -- ov ffn  mqa        uniform
+2 1 2 sp do ov head mha        kv_group
+3 1 1 -- -- -- head mha        cluster
+2 2 1 sp -- -- all  gqa-tied   uniform
+1 1 2 -- do -- ffn  gqa-untied kv_group
+1 1 1 -- -- -- stem mha        kv_group
+3 1 1 -- do -- stem mqa        uniform
+1 2 1 -- do -- all  mqa        cluster
+3 1 1 sp -- -- ffn  gqa-tied   cluster
+1 2 1 -- -- -- head gqa-tied   cluster
+3 1 1 -- do -- head gqa-untied cluster
+1 1 1 -- -- -- all  gqa-untied uniform
+1 1 1 -- do -- all  mha        cluster
+1 1 1 -- do -- stem gqa-tied   kv_group
+"""
+
+
+def is_possible(factors: Mapping[str, Any]) -> bool:
+    """Whether a combination means something on at most four ranks."""
+    return not (
+        factors["tp"] * factors["pp"] * factors["dp"] > 4
+        or (factors["sequence_parallel"] and factors["tp"] == 1)
+        or (factors["overlap"] and factors["dp"] == 1)
+        or (factors["gqa"] == "uniform" and factors["model"] == "mha")
+        or (factors["gqa"] == "kv_group" and factors["model"] == "mqa")
+    )
+
+
+def _parse(line: str) -> dict[str, Any]:
+    tp, pp, dp, sp, do, ov, kinds, model, gqa = line.split()
+    values = (int(tp), int(pp), int(dp), sp == "sp", do == "do", ov == "ov", kinds, model, gqa)
+    return dict(zip(FACTORS, values, strict=True))
+
+
+PAIRWISE = [_parse(line) for line in _ROWS.strip().splitlines()]
+
+
+def everything() -> list[dict[str, Any]]:
+    """All possible combinations of the factors."""
+    product = (dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values()))
+    return [factors for factors in product if is_possible(factors)]
+
+
+OracleCase = tuple[Case, dict[str, Any], dict[str, Any]]  # case, HF config, fields of OracleSettings
+EXACT, COARSE = Quanta(vocab=8), Quanta(1, 4, 4, 8)
+
+
+def case_of(factors: Mapping[str, Any], quanta: Quanta = EXACT) -> OracleCase:
+    """(case, HF config, settings) of one combination; exact quanta compact after every removal, which takes time."""
+    layout = {name: factors[name] for name in list(FACTORS)[:6]}
+    return (
+        Case(**layout, quanta=quanta),
+        MODELS[factors["model"]],
+        {"types": KINDS[factors["kinds"]], "gqa": factors["gqa"]},
+    )
+
+
+def name_of(factors: Mapping[str, Any]) -> str:
+    """Test id."""
+    return f"{case_of(factors)[0].name}-{factors['kinds']}-{factors['model']}-{factors['gqa']}"
+
+
+SPECIAL: dict[str, OracleCase] = {
+    "fisher-adam": (Case(pp=2, dp=2, distributed_optimizer=True, quanta=COARSE), MODELS["mha"], {"fisher": "adam"}),
+    "two-per-step": (Case(tp=2, dp=2, distributed_optimizer=True), MODELS["gqa-tied"], {"ratio": (2, 1)}),
+    "qwen2": (Case(tp=2, pp=2, sequence_parallel=True, quanta=COARSE), MODELS["qwen2"], {"gqa": "cluster"}),
+    "qwen3": (
+        Case(tp=2, dp=2, recompute="full", quanta=COARSE),
+        MODELS["qwen3"],
+        {"criterion": "taylor_first", "head_score": "sum"},
+    ),
+    "coarse-quanta": (
+        Case(dp=2, distributed_optimizer=True, quanta=Quanta(1, 8, 8, 8)),
+        MODELS["mqa"],
+        {"gqa": "cluster", "normalize": "none"},
+    ),
+    "uneven-stages": (
+        Case(pp=2, first_stage_layers=1),
+        MODELS["gqa-untied"],
+        {"criterion": "obd", "fisher_unit": "token", "gqa": "cluster"},
+    ),
+    "recompute-core": (
+        Case(tp=2, recompute="selective", quanta=Quanta(2, 8, 4, 8)),
+        MODELS["mha"],
+        {"criterion": "magnitude"},
+    ),
+    "second-order": (
+        Case(tp=2, dp=2, distributed_optimizer=True, overlap=True, quanta=COARSE),
+        MODELS["gqa-untied"],
+        {"second_order": True, "gqa": "cluster"},
+    ),
+    "second-order-obc": (
+        Case(pp=2, dp=2, recompute="full"),
+        MODELS["gqa-tied"],
+        {"second_order": True, "criterion": "obc", "ratio": (2, 1), "damping": 0.05},
+    ),
+    "minitron": (
+        Case(tp=2, sequence_parallel=True, quanta=COARSE),
+        MODELS["qwen2"],
+        {"criterion": "minitron", "ratio": (2, 1)},
+    ),
+    "taylor-second": (
+        Case(tp=3, quanta=COARSE),
+        MODELS["gqa-untied"],
+        {"criterion": "taylor_second", "fisher": "batch"},
+    ),
+}

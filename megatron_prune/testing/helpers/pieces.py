@@ -1,0 +1,210 @@
+"""A small run whose pieces can be called, timed and counted one by one, as benchmarks do.
+
+Setup      model, layout and batch of such a run
+SteppedRun one rank of it: whole steps with and without pruning, and scoring, decision, retirement, compaction alone
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from megatron_prune.config import Config, GroupCost, OptimizerConfig, PruningConfig, TrainingConfig
+from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, STEM, Architecture, Group, LlamaShape
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.sources import RandomWeights
+from megatron_prune.pruning.selector import choose
+from megatron_prune.runtime.mesh import Mesh
+from megatron_prune.saliency.fisher import MicrobatchFisher
+from megatron_prune.saliency.reducer import ElementScores, score_elements
+from megatron_prune.saliency.scores import UnitScores, smooth
+from megatron_prune.testing.helpers.meters import Seconds
+from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded
+from megatron_prune.training.metrics import Reporter
+from megatron_prune.training.state import RunState
+from megatron_prune.training.step import forward_backward
+from megatron_prune.training.trainer import Datasets, Trainer
+
+Timer = Callable[[Callable[[], Any]], tuple[Any, Seconds]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What runs.
+
+    Args:
+        micro_batches: of the global batch, over all data-parallel ranks.
+    """
+
+    shape: LlamaShape
+    case: Case
+    seq_length: int
+    micro_batch_size: int
+    micro_batches: int
+
+    @property
+    def config(self) -> Config:
+        """Every pruning step removes one group, whatever its kind: the most that a ratio of 1:1 can cost."""
+        base, batch = Config(), self.micro_batches * self.micro_batch_size
+        return dataclasses.replace(
+            base,
+            data=dataclasses.replace(base.data, seq_length=self.seq_length),
+            training=TrainingConfig(self.micro_batch_size, batch, train_iters=10**6, bf16=self.case.bf16),
+            optimizer=OptimizerConfig(lr_decay_style="constant"),
+            pruning=PruningConfig(
+                target_params=1, ratio="1:1", group_cost=GroupCost(head=1), min_heads=self.shape.num_attention_heads - 2
+            ),
+        )
+
+
+class SteppedRun:
+    """One rank of a run on `mesh`. All ranks call the same methods in the same order.
+
+    Args:
+        weights: Hugging Face name -> tensor; random ones, the same on every layout, unless given.
+    """
+
+    def __init__(self, setup: Setup, mesh: Mesh, weights: Callable[[str], Tensor] | None = None) -> None:
+        self.setup, self.mesh, self.config = setup, mesh, setup.config
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        weights = weights or RandomWeights(setup.shape, 0)
+        self.model = build_sharded(setup.shape, weights, mesh, setup.case, setup.seq_length, self.config.optimizer)
+        data = Datasets(_Endless(RandomTokens(setup.shape.vocab_size, setup.seq_length, 64)), None)
+        reporter = Reporter(self.config, mesh.world_size, None, is_active=False)
+        self.trainer = Trainer(self.config, self.model, data, RunState(), reporter)
+        assert self.trainer.pruner is not None
+        self.pruner, self.coordinator = self.trainer.pruner, self.trainer.coordinator
+        self._random = np.random.default_rng(0)
+        self._smoothed: UnitScores | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """Live units now."""
+        return self.model.layout.architecture
+
+    @property
+    def is_compaction_due(self) -> bool:
+        """Whether the loop would compact now."""
+        return self.model.layout.is_due
+
+    # Whole steps, as the loop does them -------------------------------------------------------------------------------
+
+    def plain_step(self) -> None:
+        """One iteration without pruning."""
+        self.trainer.pruner = None
+        self.trainer.iterate()
+        self.trainer.pruner = self.pruner
+
+    def pruning_step(self) -> None:
+        """One iteration that scores and removes a group, but leaves a compaction to the caller (`compact`)."""
+        self.coordinator.compact_if_due = lambda force=False: False  # type: ignore[method-assign]
+        self.trainer.iterate()
+        del self.coordinator.compact_if_due
+
+    # Pieces -----------------------------------------------------------------------------------------------------------
+
+    def forward_backward(self) -> None:
+        """Gradients of one global batch."""
+        training = self.config.training
+        settings = (self.trainer.num_microbatches, training.micro_batch_size, self.setup.seq_length)
+        forward_backward(self.model, self.trainer.batches, *settings)
+
+    def watched_gradients(self) -> _TimedFisher:
+        """`forward_backward` with every micro-batch's squares accumulated."""
+        fisher = _TimedFisher(self.model, self.trainer.num_microbatches, 1.0)
+        fisher.arm()
+        self.forward_backward()
+        return fisher
+
+    def score(self, squares: dict[str, Tensor]) -> ElementScores:
+        """S of the output weights that this rank owns."""
+        return score_elements(self.model, self.pruner.criterion, self.config.pruning.fisher, squares)
+
+    def decide(self, sums: UnitScores) -> None:
+        """Smooth, choose on one rank, agree on all."""
+        self._smoothed = smooth(self._smoothed, sums, self.config.pruning.saliency_momentum)
+        is_first = self.mesh.rank == 0
+        self.coordinator.prepare(choose(self._smoothed, self.architecture, self.pruner.settings) if is_first else None)
+
+    def group(self, kind: str) -> Group:
+        """Any group of `kind` (of heads: a KV head's queries in every layer), the same on all ranks."""
+        a = self.architecture
+        if kind == HEAD:
+            picks = [self._random.choice(a.kv_heads(layer)) for layer in range(a.shape.num_layers)]
+            owned = [ids[ids // a.shape.heads_per_group == kv] for ids, kv in zip(a.heads, picks, strict=True)]
+            return Group(kind, tuple(tuple(int(unit) for unit in ids) for ids in owned))
+        live = a.ffn if kind == FFN else (a.stem,)
+        return Group(kind, tuple((int(self._random.choice(ids)),) for ids in live))
+
+    def retire(self, kind: str, count: int = 1) -> None:
+        """Remove `count` groups of `kind`."""
+        for _ in range(count):
+            self.coordinator.commit(self.group(kind))
+
+    def retire_quantum(self, kind: str) -> None:
+        """Remove as many groups of `kind` as the loop does before it compacts for them (one group of heads)."""
+        quanta, tp = self.setup.case.quanta, self.setup.case.tp
+        self.retire(kind, {HEAD: 1, FFN: quanta.ffn * tp, STEM: quanta.stem}[kind])
+
+    def compact(self) -> None:
+        """Compact now, whatever it frees."""
+        self.coordinator.compact_if_due(force=True)
+        self.trainer.scheduler.optimizer = self.model.optimizer
+
+    def time_pieces(self, timer: Timer) -> dict[str, Seconds]:
+        """Score, decide, and remove a group of each kind; the time of each piece, by name (a group's by its kind)."""
+        spent: dict[str, Seconds] = {}
+
+        def timed(piece: str, job: Callable[[], Any]) -> Any:
+            result, spent[piece] = timer(job)
+            return result
+
+        fisher = self.watched_gradients()
+        spent["squares"] = fisher.spent
+        squares = timed("fisher", fisher.reduce)
+        elements = timed("elements", lambda: self.score(squares))
+        sums = timed("sums", elements.reduce)
+        timed("decision", lambda: self.decide(sums))
+        for kind in GROUP_KINDS:
+            group, layout = self.group(kind), self.model.layout
+            timed(kind, lambda: self._remove(group, layout, elements))  # noqa: B023 - called at once
+        return spent
+
+    def _remove(self, group: Group, layout: ShardLayout, elements: ElementScores) -> None:
+        """Retire `group`, and forget its scores as the loop does before a next choice."""
+        self.coordinator.commit(group)
+        elements.drop(group, layout)
+
+
+class _TimedFisher(MicrobatchFisher):
+    """Adds up, in `spent`, the time of squaring gradients, which happens within the backward pass."""
+
+    spent = Seconds(0.0, 0.0)
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        device = self._model.mesh.device
+        device.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        super()._add(name, grad)
+        device.synchronize()
+        self.spent = Seconds(self.spent.wall + time.perf_counter() - wall, self.spent.cpu + time.process_time() - cpu)
+
+
+class _Endless:
+    """The same few samples again and again."""
+
+    def __init__(self, samples: RandomTokens) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.samples[index % len(self.samples)]

@@ -1,0 +1,275 @@
+"""The sharded system on small models, in the oracle's terms: same configuration, weights, tokens and settings.
+
+Case          parallel layout and options of one comparison
+RandomTokens  a data set whose samples are the oracle's micro-batches
+run_case      on one rank: build, train, prune; returns what the oracle returns, plus facts about the end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prune.config import (
+    Config,
+    ContinuedConfig,
+    GroupCost,
+    OptimizerConfig,
+    PruningConfig,
+    Quantum,
+    RoundWidths,
+    SecondOrder,
+    TrainingConfig,
+)
+from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
+from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel
+from megatron_prune.resharding.verify import verify
+from megatron_prune.runtime.device import DeviceRuntime, choose_device
+from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
+from megatron_prune.testing.reference.oracle import OracleSettings
+from megatron_prune.training.metrics import IterationReport, Reporter
+from megatron_prune.training.state import RunState
+from megatron_prune.training.trainer import Datasets, Trainer
+
+SHARED_GPU = "shared-gpu"  # all ranks on the first GPU, over gloo, since NCCL wants one each
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the sharded side of a comparison runs.
+
+    Args:
+        device: `cpu`, `cuda` or SHARED_GPU.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    bf16: bool = False
+    quanta: Quanta = field(default_factory=lambda: Quanta(vocab=8))
+    recompute: str | None = None
+    first_stage_layers: int | None = None
+    round_widths: tuple[int, int] = (1, 1)
+    device: str = "cpu"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks it needs."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def name(self) -> str:
+        """Short name for test ids."""
+        flags = {
+            "sp": self.sequence_parallel,
+            "do": self.distributed_optimizer,
+            "ov": self.overlap,
+            "bf16": self.bf16,
+            f"q{self.quanta.ffn}": self.quanta.ffn > 1,
+            f"{self.recompute}-recompute": self.recompute is not None,
+            "uneven": self.first_stage_layers is not None,
+        }
+        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}" + "".join(f"-{name}" for name, on in flags.items() if on)
+
+
+class RandomTokens:
+    """Samples of random tokens, by number, the same for every layout."""
+
+    def __init__(self, vocab_size: int, seq_length: int, length: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(length, seq_length + 1, generator=generator)
+        self._tokens = (uniform.square() * vocab_size).long()  # small ids are frequent: something to learn
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self._tokens[index]
+        return {"tokens": row[:-1], "labels": row[1:], "loss_mask": torch.ones(len(row) - 1)}
+
+    def micro_batches(self, iteration: int, count: int, size: int) -> list[tuple[Tensor, Tensor]]:
+        """The global batch of `iteration` (from 0) as the oracle takes it."""
+        rows = [self._tokens[(iteration * count + i) * size : (iteration * count + i + 1) * size] for i in range(count)]
+        return [(part[:, :-1], part[:, 1:]) for part in rows]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw: per iteration the loss and gradient norm, the removals, and the end of the run."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    removals: list[dict[str, Any]]
+    parameters: int
+    compactions: int
+    stored: dict[str, int]
+
+
+def llama_shape(config: Mapping[str, Any]) -> LlamaShape:
+    """The oracle's configuration as a LlamaShape."""
+    return LlamaShape(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config["num_key_value_heads"],
+        kv_channels=config["head_dim"],
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config["max_position_embeddings"],
+        norm_epsilon=config["rms_norm_eps"],
+        rotary_base=config["rope_theta"],
+        tie_word_embeddings=config["tie_word_embeddings"],
+        add_qkv_bias=config["model_type"] == "qwen2",
+        qk_layernorm=config["model_type"] == "qwen3",
+        model_type=config["model_type"],
+    )
+
+
+def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: int, seq_length: int) -> Config:
+    """The project's configuration that means the same as the oracle's settings."""
+    assert not callable(settings.lr)
+    base = Config()
+    return dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, seq_length=seq_length),
+        training=TrainingConfig(
+            micro_batch_size=micro_batch_size,
+            global_batch_size=micro_batches * micro_batch_size,
+            train_iters=10**6,
+            check_invariants=True,
+        ),
+        optimizer=OptimizerConfig(
+            lr=settings.lr,
+            lr_decay_style="constant",
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+        ),
+        continued=ContinuedConfig(continue_tokens=10**9, continue_lr_decay_style="constant"),
+        pruning=PruningConfig(
+            target_params=settings.target_params,
+            ratio=f"{settings.ratio[0]}:{settings.ratio[1]}",
+            first_prune_iter=settings.first_prune_iter,
+            types=tuple(settings.types),  # type: ignore[arg-type]
+            metric=settings.criterion,
+            fisher=settings.fisher,  # type: ignore[arg-type]
+            fisher_unit=settings.fisher_unit,  # type: ignore[arg-type]
+            head_score=settings.head_score,  # type: ignore[arg-type]
+            normalize=settings.normalize,  # type: ignore[arg-type]
+            saliency_momentum=settings.saliency_momentum,
+            second_order=SecondOrder(settings.second_order, settings.second_order_stem, settings.damping),
+            gqa=settings.gqa,  # type: ignore[arg-type]
+            group_cost=GroupCost(**{kind: int(cost) for kind, cost in settings.group_cost.items()}),
+            finish="exact" if settings.finish == "exact" else "first",
+            min_heads=settings.min_heads,
+            min_ffn=settings.min_ffn,
+            min_hidden=settings.min_hidden,
+            quantum=Quantum(),
+        ),
+    )
+
+
+def build_sharded(
+    shape: LlamaShape, read: Any, mesh: Mesh, case: Case, seq_length: int, optimizer: OptimizerConfig
+) -> ShardedModel:
+    """This rank's part of the model, filled through `read` (Hugging Face name -> tensor)."""
+    table, dtype = ParamTable.build(shape), torch.bfloat16 if case.bf16 else torch.float32
+    layout = ShardLayout.pack(Architecture.full(shape), case.tp, case.quanta)
+    options = ModelOptions(
+        seq_length,
+        dtype,
+        sequence_parallel=case.sequence_parallel,
+        recompute_granularity=case.recompute,
+        recompute_method="uniform" if case.recompute == "full" else None,
+        recompute_num_layers=1 if case.recompute == "full" else None,
+        num_layers_in_first_pipeline_stage=case.first_stage_layers,
+    )
+    model = build_llama(shape, layout, mesh, options)
+    load_parameters(model, table, layout, mesh, read)
+    adam = OptimizerOptions(
+        lr=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        use_distributed_optimizer=case.distributed_optimizer,
+        overlap_grad_reduce=case.overlap,
+        overlap_param_gather=case.overlap and case.distributed_optimizer,
+        ddp_bucket_size=3000 if case.overlap else None,
+    )
+    return ShardedModel.build(model, layout, table, mesh, adam, dtype)
+
+
+class _Recorder(Reporter):
+    """Keeps every report."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, 1, None, is_active=False)
+        self.reports: list[IterationReport] = []
+
+    def iteration(self, report: IterationReport, architecture: Architecture) -> None:
+        self.reports.append(report)
+
+
+def _device_of(case: Case) -> DeviceRuntime:
+    if case.device == SHARED_GPU:
+        return DeviceRuntime("cuda", "gloo", torch.device("cuda", 0))
+    return choose_device(case.device)
+
+
+def run_case(_rank: int, _world_size: int, case: Case, *job: Any, **more: Any) -> Outcome:
+    """`train_case` on this rank, on a mesh of its own (call it through `run_ranks`)."""
+    mesh = init_mesh(_device_of(case), case.tp, case.pp)
+    outcome = train_case(mesh, case, *job, **more)
+    close_mesh()
+    return outcome
+
+
+def train_case(
+    mesh: Mesh,
+    case: Case,
+    hf_config: dict[str, Any],
+    weights: dict[str, Tensor],
+    settings: OracleSettings,
+    iterations: int,
+    micro_batches: int = 4,
+    micro_batch_size: int = 2,
+    seq_length: int = 16,
+) -> Outcome:
+    """Train and prune on this rank of `mesh`, which has the layout of `case`, and return what happened."""
+    config = run_config(settings, micro_batches, micro_batch_size, seq_length)
+    rounded = dataclasses.replace(config.pruning, round_widths=RoundWidths(*case.round_widths))
+    config = dataclasses.replace(config, pruning=rounded)
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model = build_sharded(llama_shape(hf_config), weights.__getitem__, mesh, case, seq_length, config.optimizer)
+    tokens = RandomTokens(hf_config["vocab_size"], seq_length, iterations * micro_batches * micro_batch_size)
+    recorder, state = _Recorder(config), RunState()
+    trainer = Trainer(config, model, Datasets(tokens, None), state, recorder)
+    for _ in range(iterations):
+        trainer.iterate()
+    verify(model, thorough=True)
+    outcome = Outcome(
+        losses=[report.loss for report in recorder.reports],
+        grad_norms=[report.grad_norm for report in recorder.reports],
+        removals=[removal.to_json() for removal in state.history],
+        parameters=model.layout.architecture.parameters,
+        compactions=trainer.coordinator.compactions,
+        stored={kind: model.layout.width(kind) for kind in ("head", "kv_head", "ffn", "stem")},
+    )
+    return outcome

@@ -1,0 +1,329 @@
+"""The dense oracle: the whole method in plain torch, one process, no sharding, nothing hidden.
+
+    OracleSettings   optimizer, criterion, choice and schedule of a run (`oracle_settings`)
+    DenseOracle      weights, Adam moments and live units; `train_step` does one pruning-aware iteration
+    StepResult       loss, gradient norm and removals of an iteration
+    Removal          one removed group
+
+One iteration, in this order (EfficientLLM, arXiv 2502.06663): gradient of the mean loss over the micro-batches; if a
+group is due, element scores S at (w_t, g_t), g before clipping; clip and AdamW; then, as long as the schedule has
+credit, choose a group and cut it out of weights, moments and S. Everything is held physically small, so a removed unit
+cannot come back and needs no mask. The sharded system must give the same losses and the same removals.
+
+`iteration` counts finished iterations; the first train_step is iteration 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from megatron_prune.errors import UserError
+from megatron_prune.testing.reference import oracle_model, oracle_scores, oracle_second_order
+from megatron_prune.testing.reference.oracle_geometry import (
+    HEAD,
+    STEM,
+    Geometry,
+    LiveUnits,
+    count,
+    output_projections,
+    shrink,
+    weight_shapes,
+)
+from megatron_prune.testing.reference.oracle_scores import Units, UnitScores
+from megatron_prune.testing.reference.oracle_settings import OracleSettings
+
+MicroBatch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One removed group.
+
+    Args:
+        kind: `head`, `ffn` or `stem`.
+        units: original ids: one tuple per layer for heads and FFN channels, one tuple of one id for the stem.
+        scores: the three saliencies it was chosen by (only the kinds that had a candidate).
+        margin: relative gap between its score and the best alternative's; infinite without one.
+        parameters_after: parameters of the model once it is gone.
+        iteration: the iteration it was removed in, counted from 1.
+        layer_errors: mean squared output error of the layers (without, with the second-order update), if one was made.
+    """
+
+    kind: str
+    units: Units
+    scores: Mapping[str, float]
+    margin: float
+    parameters_after: int
+    iteration: int
+    layer_errors: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """S of the output projections by name, and the one to sum for stem channels where a criterion has two."""
+
+    columns: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss over the micro-batches, global gradient norm before clipping, and the groups removed afterwards."""
+
+    loss: float
+    grad_norm: float
+    removed: list[Removal]
+
+
+class DenseOracle:
+    """A Llama that trains and shrinks.
+
+    Args:
+        config: content of the SOURCE model's Hugging Face `config.json`.
+        weights: {Hugging Face name: tensor}; copied and converted to `dtype`. A tied `lm_head.weight` is ignored.
+        settings: the run.
+        dtype: torch.float32 or torch.float64, for weights, gradients, moments and scores alike.
+        live: units that `weights` hold; default all of the source model's.
+
+    Attributes:
+        weights, exp_avg, exp_avg_sq: {name: tensor}, physically small.
+        live: LiveUnits; iteration: finished iterations; credits: pruning steps left over.
+        smoothed: unit scores of the last choice; removals: all of them, in order.
+
+    Raises:
+        UserError: a weight is missing, unknown, or of another shape than the configuration says.
+    """
+
+    def __init__(
+        self,
+        config: Mapping,
+        weights: Mapping[str, Tensor],
+        settings: OracleSettings | None = None,
+        dtype: torch.dtype = torch.float32,
+        live: LiveUnits | None = None,
+    ) -> None:
+        self.geometry = Geometry.from_hf(config)
+        self.settings = settings or OracleSettings()
+        self.live = live or LiveUnits.full(self.geometry)
+        expected = weight_shapes(self.geometry, self.live)
+        given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if self.geometry.tied:
+            given.pop("lm_head.weight", None)
+        if given != expected:
+            wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+            raise UserError(f"weights: missing, unknown or of another shape than the config says: {', '.join(wrong)}")
+        self.weights = {name: weights[name].detach().to(dtype).clone() for name in expected}
+        self.exp_avg = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.iteration = 0
+        self.credits = 0.0
+        self.smoothed: UnitScores | None = None
+        self.removals: list[Removal] = []
+
+    # Evaluation ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits [B, S, vocab] of int64 tokens [B, S]."""
+        return oracle_model.logits(tokens, self.weights, self.geometry, self.live)
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor, labels: Tensor) -> float:
+        """Mean cross-entropy in nats per token; tokens and labels are int64 [B, S]."""
+        return self._loss(self.weights, tokens, labels).item()
+
+    def parameters(self) -> int:
+        """Parameters alive; a tied embedding counts once."""
+        return count(self.geometry, self.live)
+
+    def hf_state(self) -> dict[str, Tensor]:
+        """Copies of the weights under their Hugging Face names (without a tied `lm_head.weight`)."""
+        return {name: weight.clone() for name, weight in self.weights.items()}
+
+    def _loss(self, weights: Mapping[str, Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
+        logits = oracle_model.logits(tokens, weights, self.geometry, self.live)
+        return cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    # One iteration ---------------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """One pruning-aware iteration over the global batch, given as (tokens [B, S], labels [B, S]) of equal shapes.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite (the oracle has no policy for that).
+        """
+        self.iteration += 1
+        scheduled = self._is_scheduled()
+        due = scheduled and (self.credits + self.settings.ratio[0] >= 1 or self.settings.score_idle)
+        loss, gradient, squares = self.gradients(micro_batches)
+        scores = self._scores(micro_batches, gradient, squares) if due else None
+        inputs = self.inputs(micro_batches) if due and self.settings.second_order else None
+        grad_norm = self._optimizer_step(gradient)
+        removed = self._prune(scores, inputs) if scheduled else []
+        return StepResult(loss, grad_norm, removed)
+
+    def gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+        """Mean loss, its gradient, and the mean over micro-batches of the squares of their own gradients times the
+        Fisher scale (output projections only). The gradient of a micro-batch is that of its own mean loss."""
+        n = len(micro_batches)
+        rows, columns = micro_batches[0][0].shape
+        assert all(tokens.shape == (rows, columns) for tokens, _ in micro_batches), "micro-batches differ in shape"
+        scale = rows if self.settings.fisher_unit == "sequence" else rows * columns
+        total_loss = 0.0
+        gradient = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        squares = {name: torch.zeros_like(self.weights[name]) for name in output_projections(self.geometry)}
+        for tokens, labels in micro_batches:
+            leaves = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+            loss = self._loss(leaves, tokens, labels)
+            total_loss += loss.item() / n
+            for name, own in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+                gradient[name] += own / n
+                if name in squares:
+                    squares[name] += scale * own.square() / n
+        if not math.isfinite(total_loss):
+            raise FloatingPointError(f"iteration {self.iteration}: the loss is {total_loss}")
+        return total_loss, gradient, squares
+
+    def element_scores(self, gradient: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """S of every element of the output projections, from what `gradients` returned and the weights as they are."""
+        scores = {}
+        for name in output_projections(self.geometry):
+            fisher = {
+                "microbatch": squares[name],
+                "adam": self.exp_avg_sq[name],
+                "batch": gradient[name].square(),
+            }[self.settings.fisher]
+            scores[name] = oracle_scores.element_scores(
+                self.settings.criterion, self.weights[name], gradient[name], fisher
+            )
+        return scores
+
+    @torch.no_grad()
+    def inputs(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        """The input [tokens, features] of every linear layer over these micro-batches, by its weight's name."""
+        found: dict[str, list[Tensor]] = {}
+        for tokens, _ in micro_batches:
+            oracle_model.logits(
+                tokens,
+                self.weights,
+                self.geometry,
+                self.live,
+                lambda name, x: found.setdefault(name, []).append(x.flatten(0, 1)),
+            )
+        return {name: torch.cat(pieces) for name, pieces in found.items()}
+
+    def input_scores(self, inputs: Mapping[str, Tensor]) -> Scores:
+        """S from the layers' inputs, for the criteria that are made of them."""
+        names, criterion = output_projections(self.geometry), self.settings.criterion
+        columns = {
+            name: oracle_scores.input_scores(criterion, self.weights[name], inputs[name], self.settings.damping)
+            for name in names
+        }
+        if criterion != "minitron":
+            return Scores(columns)
+        entrances = {"o_proj": "q_proj", "down_proj": "gate_proj"}
+        rows = {}
+        for name in names:
+            own = name.split(".")[-2]
+            mean = inputs[name.replace(own, entrances[own])].double().abs().mean(dim=0)
+            rows[name] = mean[:, None].expand_as(self.weights[name])
+        return Scores(columns, rows)
+
+    def unit_scores(self, micro_batches: Sequence[MicroBatch]) -> UnitScores:
+        """Sums of S per live unit for these micro-batches, unsmoothed; changes nothing."""
+        _, gradient, squares = self.gradients(micro_batches)
+        return self._summed(self._scores(micro_batches, gradient, squares))
+
+    def _scores(
+        self, micro_batches: Sequence[MicroBatch], gradient: Mapping[str, Tensor], squares: Mapping[str, Tensor]
+    ) -> Scores:
+        if self.settings.criterion in oracle_scores.INPUT_CRITERIA:
+            return self.input_scores(self.inputs(micro_batches))
+        return Scores(self.element_scores(gradient, squares))
+
+    def _summed(self, scores: Scores) -> UnitScores:
+        return oracle_scores.unit_scores(scores.columns, self.geometry, self.live, scores.rows)
+
+    def _optimizer_step(self, gradient: Mapping[str, Tensor]) -> float:
+        """Clip by the global norm as Megatron does, then AdamW (decoupled decay, bias correction)."""
+        settings, step = self.settings, self.iteration
+        grad_norm = math.sqrt(sum(g.double().square().sum().item() for g in gradient.values()))
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"iteration {step}: the gradient norm is {grad_norm}")
+        clip = min(1.0, settings.clip_grad / (grad_norm + 1e-6)) if settings.clip_grad > 0 else 1.0
+        lr = settings.lr(step - 1) if callable(settings.lr) else settings.lr
+        beta1, beta2 = settings.betas
+        for name, weight in self.weights.items():
+            g, mean, square = gradient[name] * clip, self.exp_avg[name], self.exp_avg_sq[name]
+            if weight.dim() == 2:
+                weight.mul_(1 - lr * settings.weight_decay)
+            mean.mul_(beta1).add_(g, alpha=1 - beta1)
+            square.mul_(beta2).add_(g.square(), alpha=1 - beta2)
+            denominator = square.sqrt() / math.sqrt(1 - beta2**step) + settings.eps
+            weight.sub_(mean / denominator, alpha=lr / (1 - beta1**step))
+        return grad_norm
+
+    # Pruning ---------------------------------------------------------------------------------------------------------
+
+    def _above_target(self) -> bool:
+        return self.settings.target_params is not None and self.parameters() > self.settings.target_params
+
+    def _is_scheduled(self) -> bool:
+        since = self.iteration - self.settings.first_prune_iter
+        return since >= 0 and since % self.settings.ratio[1] == 0 and self._above_target()
+
+    def _prune(self, scores: Scores | None, inputs: dict[str, Tensor] | None) -> list[Removal]:
+        """Spend this iteration's credit. Later choices reuse S, summed again without the units that are gone."""
+        self.credits += self.settings.ratio[0]
+        before = self.smoothed
+        if scores is not None and self.credits < 1:  # score_idle
+            self.smoothed = self._smooth(before, scores)
+        removed: list[Removal] = []
+        while self.credits >= 1 and self._above_target():
+            assert scores is not None
+            self.smoothed = self._smooth(before, scores)
+            rules = self.settings.choice_rules
+            found = oracle_scores.candidates(self.smoothed, self.geometry, self.live, rules)
+            if not found:
+                break
+            best, margin = oracle_scores.choose(found, rules)
+            live, errors = self.live, self._compensate(best.kind, best.units, inputs)
+            columns = self.remove(best.kind, best.units, scores.columns)
+            scores = Scores(columns, shrink(self.geometry, scores.rows or {}, live, self.live))
+            inputs = inputs and oracle_second_order.without(inputs, self.geometry, live, self.live, best.kind)
+            self.credits -= self.settings.group_cost.get(best.kind, self.geometry.head_dim if best.kind == HEAD else 1)
+            saliencies = {candidate.kind: candidate.score for candidate in found}
+            removal = Removal(best.kind, best.units, saliencies, margin, self.parameters(), self.iteration, errors)
+            removed.append(removal)
+        self.removals += removed
+        return removed
+
+    def _compensate(self, kind: str, units: Units, inputs: Mapping[str, Tensor] | None) -> tuple[float, float] | None:
+        """Second-order update for a group that is about to leave, from the inputs of this iteration's batch."""
+        if inputs is None or (kind == STEM and not self.settings.second_order_stem):
+            return None
+        after = self.live.without(kind, units)
+        updated, errors = oracle_second_order.compensated(
+            self.weights, inputs, self.geometry, self.live, after, kind, self.settings.damping
+        )
+        self.weights.update(updated)
+        return errors
+
+    def _smooth(self, before: UnitScores | None, scores: Scores) -> UnitScores:
+        return oracle_scores.smooth(before, self._summed(scores), self.settings.saliency_momentum)
+
+    def remove(self, kind: str, units: Units, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Cut a group out of weights and both moments, and out of `scores` (S by name), whose rest is returned."""
+        before, self.live = self.live, self.live.without(kind, units)
+
+        def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return shrink(self.geometry, tensors, before, self.live)
+
+        self.weights, self.exp_avg, self.exp_avg_sq = cut(self.weights), cut(self.exp_avg), cut(self.exp_avg_sq)
+        return cut(scores or {})

@@ -1,0 +1,203 @@
+"""The oracle's decision: element scores, unit scores, candidates, choice. Pure functions on small tensors and floats.
+
+    element_scores   S of one weight, from gradient and Fisher (EfficientLLM Eq. 9, LLM-Pruner's param_*, OBD)
+    input_scores     S of one weight, from the inputs it multiplied (OBC, Wanda, FLAP, Minitron)
+    unit_scores      S summed per query head, FFN channel and stem channel
+    smooth           exponential moving average per unit
+    candidates       the least salient group of each kind, with its runner-up and its size
+    choose           the least of the three (Eq. 10), and the margin by which it won
+
+Scores are keyed by original ids. Ties go to the lowest id, between kinds to head, ffn, stem in this order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prune.testing.reference.oracle_geometry import FFN, HEAD, STEM, Geometry, LiveUnits, count
+
+KINDS = (HEAD, FFN, STEM)
+CRITERIA = ("taylor_first", "taylor_second", "taylor_mix", "obd", "magnitude")
+INPUT_CRITERIA = ("obc", "wanda", "flap", "minitron")
+FIRST_ORDER_OR_NONE = ("taylor_first", "magnitude")
+
+_OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+
+Units = tuple[tuple[int, ...], ...]
+
+
+def element_scores(criterion: str, weight: Tensor, gradient: Tensor, fisher: Tensor | None) -> Tensor:
+    """S >= 0 of every element. Removing w is delta = -w: the loss changes by -w g + w^2 F / 2, hence mix's signs."""
+    if criterion == "magnitude":
+        return weight.abs()
+    if criterion == "taylor_first":
+        return (weight * gradient).abs()
+    assert fisher is not None, f"{criterion} needs a Fisher estimate"
+    if criterion == "taylor_second":
+        return (weight.square() * fisher).abs()
+    if criterion == "obd":
+        return (weight.square() * fisher).abs() / 2
+    assert criterion == "taylor_mix", criterion
+    return (weight * gradient - weight.square() * fisher / 2).abs()
+
+
+def damped_hessian(x: Tensor, damping: float) -> Tensor:
+    """X^T X / tokens + damping x mean diagonal, fp64, of X [tokens, features]."""
+    gram = x.double().T @ x.double() / len(x)
+    return gram + (damping * gram.diagonal().mean().item() or 1.0) * torch.eye(len(gram), dtype=torch.float64)
+
+
+def input_scores(criterion: str, weight: Tensor, x: Tensor, damping: float) -> Tensor:
+    """S >= 0 of every element of W [out, in] whose input over the batch's tokens was X [tokens, in]; fp64.
+
+    Minitron's is the mean activation of the column; `unit_scores` is given another one for the stem.
+    """
+    w, inputs = weight.double(), x.double()
+    if criterion == "wanda":
+        return w.abs() * inputs.square().mean(dim=0).sqrt()
+    if criterion == "flap":
+        return w.square() * inputs.var(dim=0, correction=0)
+    if criterion == "minitron":
+        return inputs.abs().mean(dim=0).expand_as(w)
+    assert criterion == "obc", criterion
+    return w.square() / torch.linalg.inv(damped_hessian(x, damping)).diagonal()
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """Sums of S per unit, by original id: heads and FFN channels per layer (over their input columns of W_o and
+    W_down), stem channels (over their rows of W_o and W_down of all layers)."""
+
+    head: tuple[dict[int, float], ...]
+    ffn: tuple[dict[int, float], ...]
+    stem: dict[int, float]
+
+
+def unit_scores(
+    scores: Mapping[str, Tensor], geometry: Geometry, live: LiveUnits, stem_scores: Mapping[str, Tensor] | None = None
+) -> UnitScores:
+    """Sum S (`scores`: the output projections' names -> [C, H x D] and [C, F]) over the elements of every live unit;
+    for stem channels sum `stem_scores` where they are given."""
+    head, ffn = [], []
+    stem_sums = torch.zeros(())
+    for layer in range(geometry.num_layers):
+        attention = scores[f"model.layers.{layer}.self_attn.o_proj.weight"]
+        down = scores[f"model.layers.{layer}.mlp.down_proj.weight"]
+        head_sums = attention.reshape(len(live.stem), -1, geometry.head_dim).sum(dim=(0, 2))
+        head.append(dict(zip(live.heads[layer], head_sums.tolist(), strict=True)))
+        ffn.append(dict(zip(live.ffn[layer], down.sum(dim=0).tolist(), strict=True)))
+        if stem_scores:
+            attention, down = (stem_scores[f"model.layers.{layer}.{name}.weight"] for name in _OUTPUTS)
+        stem_sums = stem_sums + attention.sum(dim=1) + down.sum(dim=1)
+    return UnitScores(tuple(head), tuple(ffn), dict(zip(live.stem, stem_sums.tolist(), strict=True)))
+
+
+def smooth(previous: UnitScores | None, new: UnitScores, momentum: float) -> UnitScores:
+    """momentum x previous + (1 - momentum) x new for every unit of `new`; the first time it is `new`."""
+    if previous is None or momentum == 0:
+        return new
+
+    def blend(old: dict[int, float], fresh: dict[int, float]) -> dict[int, float]:
+        return {unit: momentum * old[unit] + (1 - momentum) * score for unit, score in fresh.items()}
+
+    return UnitScores(
+        head=tuple(map(blend, previous.head, new.head)),
+        ffn=tuple(map(blend, previous.ffn, new.ffn)),
+        stem=blend(previous.stem, new.stem),
+    )
+
+
+@dataclass(frozen=True)
+class ChoiceRules:
+    """What the choice depends on besides the scores; the fields of `OracleSettings` with the same names."""
+
+    head_score: str
+    normalize: str
+    gqa: str
+    types: tuple[str, ...]
+    min_widths: Mapping[str, int]
+    target_params: int
+    finish: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The least salient group of one kind. `runner_up` is its score with the second-best unit in the layer where that
+    costs least (infinite without one), on the same scale as `score`."""
+
+    kind: str
+    units: Units
+    score: float
+    runner_up: float
+    parameters_after: int
+
+
+def head_options(
+    layer_scores: Mapping[int, float], geometry: Geometry, rules: ChoiceRules
+) -> list[tuple[float, tuple]]:
+    """What one layer may lose as a head group, (score, query-head ids), least first.
+
+    cluster: any one query head. kv_group: a KV head with all its queries. uniform: the least query head of each KV
+    head together; the other options swap one of them for the second least of its cluster.
+    """
+    clusters: dict[int, list[int]] = {}
+    for head in sorted(layer_scores, key=lambda head: (layer_scores[head], head)):
+        clusters.setdefault(head // geometry.queries_per_kv, []).append(head)
+    sets: list[tuple[int, ...]]
+    if rules.gqa == "cluster":
+        sets = [(head,) for head in layer_scores]
+    elif rules.gqa == "kv_group":
+        sets = [tuple(sorted(heads)) for heads in clusters.values()]
+    else:
+        least = {kv_head: heads[0] for kv_head, heads in clusters.items()}
+        swaps = [least | {kv_head: heads[1]} for kv_head, heads in clusters.items() if len(heads) > 1]
+        sets = [tuple(sorted(pick.values())) for pick in (least, *swaps)]
+
+    def score(heads: tuple[int, ...]) -> float:
+        total = sum(layer_scores[head] for head in heads)
+        return total / (len(heads) * geometry.head_dim) if rules.head_score == "per_column" else total
+
+    return sorted((score(heads), heads) for heads in sets)
+
+
+def candidates(scores: UnitScores, geometry: Geometry, live: LiveUnits, rules: ChoiceRules) -> list[Candidate]:
+    """The least salient group of each kind that is switched on and above its floor, in the order head, ffn, stem."""
+    parameters = count(geometry, live)
+    found = []
+    for kind in KINDS:
+        if kind not in rules.types:
+            continue
+        if kind == HEAD:
+            options = [head_options(layer, geometry, rules) for layer in scores.head]
+        elif kind == FFN:
+            options = [sorted((score, (unit,)) for unit, score in layer.items()) for layer in scores.ffn]
+        else:
+            options = [sorted((score, (unit,)) for unit, score in scores.stem.items())]
+        units = tuple(layer[0][1] for layer in options)
+        if len(live.of(kind, 0)) - len(units[0]) < rules.min_widths[kind]:
+            continue
+        after = count(geometry, live.without(kind, units))
+        scale = parameters - after if rules.normalize == "per_parameter" else 1
+        least = sum(layer[0][0] for layer in options)
+        swap = min((layer[1][0] - layer[0][0] for layer in options if len(layer) > 1), default=math.inf)
+        found.append(Candidate(kind, units, least / scale, (least + swap) / scale, after))
+    return found
+
+
+def choose(found: Sequence[Candidate], rules: ChoiceRules) -> tuple[Candidate, float]:
+    """The candidate to remove, and its margin: the relative gap to the best alternative (0 = a tie).
+
+    `finish: exact`: groups that overshoot target x (1 - 0.5 %) are passed over while another one is left.
+    """
+    eligible = list(found)
+    if rules.finish == "exact":
+        eligible = [c for c in found if c.parameters_after >= rules.target_params * (1 - 0.005)] or eligible
+    best = min(eligible, key=lambda candidate: (candidate.score, KINDS.index(candidate.kind)))
+    rivals = [candidate.score for candidate in eligible if candidate is not best]
+    runner_up = min([best.runner_up, *rivals])
+    return best, (runner_up - best.score) / max(abs(best.score), 1e-30)

@@ -1,0 +1,96 @@
+"""What a run of the dense oracle does: one frozen value, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_prune.errors import UserError
+from megatron_prune.testing.reference import oracle_scores
+from megatron_prune.testing.reference.oracle_geometry import FFN, HEAD, STEM
+
+_CHOICES = {
+    "criterion": oracle_scores.CRITERIA + oracle_scores.INPUT_CRITERIA,
+    "fisher": ("microbatch", "adam", "batch"),
+    "fisher_unit": ("sequence", "token"),
+    "head_score": ("per_column", "sum"),
+    "normalize": ("none", "per_parameter"),
+    "gqa": ("cluster", "uniform", "kv_group"),
+    "finish": ("exact", "any"),
+}
+
+
+@dataclass(frozen=True)
+class OracleSettings:
+    """What a run does; the defaults of the pruning fields are the project's.
+
+    Args:
+        lr: learning rate of an iteration, from the number of iterations before it (0 for the first), or a constant.
+        betas, eps, weight_decay: AdamW; decay is decoupled and on tensors of two dims only.
+        clip_grad: largest global gradient norm; 0 switches clipping off.
+        criterion: `taylor_first`, `taylor_second`, `taylor_mix`, `obd`, `magnitude`, `obc`, `wanda`, `flap`,
+            `minitron`.
+        fisher: F = scale x mean over micro-batches of their own squared gradients (`microbatch`), exp_avg_sq before
+            this iteration's optimizer step (`adam`), or the square of the mean gradient (`batch`).
+        fisher_unit: scale of `microbatch`: the sequences (`sequence`) or tokens (`token`) of a micro-batch.
+        damping: of layer Hessians (`obc`, second order), relative to their mean diagonal.
+        second_order: update the weights that read a group before it leaves (EfficientLLM-B).
+        second_order_stem: also for stem channels.
+        head_score: a head's sum of S divided by its columns of W_o (`per_column`) or as it is (`sum`).
+        normalize: `per_parameter` divides a group's score by the parameters that leave with it.
+        saliency_momentum: m of the moving average of unit scores; 0 switches it off.
+        score_idle: score (and smooth) at scheduled iterations that have no credit to remove anything, too.
+        types: kinds of groups that may go.
+        min_heads, min_ffn, min_hidden: widths that are kept.
+        gqa: the unit of a head group, see `oracle_scores.head_options`.
+        ratio: pruning steps p and gradient steps g of "p:g".
+        first_prune_iter: iteration from which every g-th one is scheduled, itself included (0: g, 2 g, 3 g, ...).
+        group_cost: pruning steps that a group of each kind uses up; default head_dim, 1, 1.
+        target_params: pruning ends once parameters <= target; None never prunes.
+        finish: `exact` avoids groups that overshoot the target by more than 0.5 %; `any` does not care.
+    """
+
+    lr: Callable[[int], float] | float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    criterion: str = "taylor_mix"
+    fisher: str = "microbatch"
+    fisher_unit: str = "sequence"
+    damping: float = 0.01
+    second_order: bool = False
+    second_order_stem: bool = True
+    head_score: str = "per_column"
+    normalize: str = "per_parameter"
+    saliency_momentum: float = 0.9
+    score_idle: bool = False
+    types: tuple[str, ...] = oracle_scores.KINDS
+    min_heads: int = 1
+    min_ffn: int = 1
+    min_hidden: int = 1
+    gqa: str = "kv_group"
+    ratio: tuple[int, int] = (1, 1)
+    first_prune_iter: int = 0
+    group_cost: Mapping[str, float] = field(default_factory=dict)
+    target_params: int | None = None
+    finish: str = "exact"
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+
+    @property
+    def choice_rules(self) -> oracle_scores.ChoiceRules:
+        """The part that the choice of a group depends on; only where there is a target."""
+        assert self.target_params is not None
+        return oracle_scores.ChoiceRules(
+            head_score=self.head_score,
+            normalize=self.normalize,
+            gqa=self.gqa,
+            types=tuple(self.types),
+            min_widths={HEAD: max(1, self.min_heads), FFN: max(1, self.min_ffn), STEM: max(1, self.min_hidden)},
+            target_params=self.target_params,
+            finish=self.finish,
+        )
