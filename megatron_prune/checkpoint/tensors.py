@@ -54,8 +54,9 @@ def sources(model: ShardedModel, facts: Facts) -> list[Source]:
     """The rectangles that this rank writes. Model weights must be in step on all ranks (`force_param_sync`)."""
     layout, mesh = model.layout, model.mesh
     rows = [entry for entry in named_rows(model.module, model.table) if not _is_copy(entry[0], entry[2], model)]
-    writers = spread([parameter.numel() for _, parameter, _ in rows], mesh.dp_size)
-    mine = {name for (name, _, _), writer in zip(rows, writers, strict=True) if writer == mesh.dp_rank}
+    replicas = mesh.over("replicas")
+    writers = spread([parameter.numel() for _, parameter, _ in rows], replicas.size)
+    mine = {name for (name, _, _), writer in zip(rows, writers, strict=True) if writer == replicas.rank}
     found: list[Source] = []
     for name, parameter, row in rows:
         if name in mine:

@@ -25,10 +25,10 @@ class WeightEditor:
     """Reads and changes local weights of `model`, which must be in step over DP (`force_param_sync`)."""
 
     def __init__(self, model: ShardedModel) -> None:
-        self._mesh = model.mesh
+        self._owners = model.mesh.over("owners")
         self._weights = {name: parameter for name, parameter, _ in named_rows(model.module, model.table)}
         self._shards = {shard.name: shard for shard in owned_shards(model)}
-        self._is_split = model.options.use_distributed_optimizer and model.mesh.dp_size > 1
+        self._is_split = model.options.use_distributed_optimizer and self._owners.size > 1
 
     @torch.no_grad()
     def columns(self, name: str, positions: np.ndarray) -> Tensor:
@@ -43,7 +43,7 @@ class WeightEditor:
             here = torch.from_numpy(positions[at] - span.start).to(weight.device)
             found[rows, torch.from_numpy(at).to(weight.device)] = block.index_select(1, here).double()
         if self._is_split:
-            dist.all_reduce(found, group=self._mesh.dp)  # every element has one owner: an exact sum
+            dist.all_reduce(found, group=self._owners.group)  # every element has one owner: an exact sum
         return found
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class WeightEditor:
             block.copy_(torch.addmm(block.double(), left[rows], right[:, span]))
             rounded[rows, span] = block.to(weight.dtype)
         if self._is_split:
-            dist.all_reduce(rounded, group=self._mesh.dp)
+            dist.all_reduce(rounded, group=self._owners.group)
         weight.data.copy_(rounded)
 
     def _main_blocks(self, name: str) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -128,7 +128,7 @@ def adam_step(model: ShardedModel) -> int:
     steps = [int(group["step"]) for group in inner.optimizer.param_groups if "step" in group]
     steps += [int(state["step"]) for state in inner.optimizer.state.values() if "step" in state]
     latest = torch.tensor([max(steps, default=0)], dtype=torch.int64, device=model.mesh.device.device)
-    dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=model.mesh.world)
+    dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=model.mesh.over("world").group)
     return int(latest)
 
 

@@ -104,7 +104,7 @@ class SecondOrderUpdate:
                 logger.warning("%s: its inputs are not finite; removed without a second-order update", name)
                 continue
             errors += self._apply(name, solution, group, editor)
-        all_reduce_sum(errors, model.mesh.mp)
+        all_reduce_sum(errors, model.mesh.over("model"))
         return LayerErrors(*errors.tolist())
 
     def _apply(self, name: str, solution: Tensor, group: Group, editor: WeightEditor) -> Tensor:
@@ -129,7 +129,7 @@ class SecondOrderUpdate:
         gone = own.new_zeros(len(own), len(wanted))
         at = np.searchsorted(wanted, row.element_ids(1, layout, mesh.tp_rank)[local])
         gone[:, torch.from_numpy(at).to(own.device)] = own
-        return all_reduce_sum(gone, mesh.tp)
+        return all_reduce_sum(gone, mesh.over("tp"))
 
     def _live_columns(self, name: str, group: Group) -> np.ndarray:
         """Positions of the group's columns among the live columns of weight `name`."""

@@ -111,9 +111,9 @@ def move(tensor: Tensor, plan: TransferPlan, mesh: Mesh) -> Tensor:
     }
     works = []
     if outgoing or incoming:
-        to_global = dist.get_process_group_ranks(mesh.tp)
-        operations = [dist.P2POp(dist.isend, t, to_global[rank], mesh.tp) for rank, t in outgoing.items()]
-        operations += [dist.P2POp(dist.irecv, t, to_global[rank], mesh.tp) for rank, t in incoming.items()]
+        tp = mesh.over("tp")
+        operations = [dist.P2POp(dist.isend, t, tp.global_rank(rank), tp.group) for rank, t in outgoing.items()]
+        operations += [dist.P2POp(dist.irecv, t, tp.global_rank(rank), tp.group) for rank, t in incoming.items()]
         works = dist.batch_isend_irecv(operations)
     result = _select(kept, shard, *plan.local[shard], plan.new_shape[shard])
     for work in works:
@@ -162,11 +162,11 @@ def _move_state(
     for size in shape:
         numel *= size
     source = old.tensors.pop(key) if old is not None else None
-    if model.options.use_distributed_optimizer and mesh.dp_size > 1:
+    if model.options.use_distributed_optimizer and mesh.over("owners").size > 1:
         full = torch.zeros(numel, dtype=torch.float32, device=mesh.device.device)
         if source is not None and old is not None:
             full[old.start : old.end] = source
-        all_reduce_sum(full, mesh.dp)
+        all_reduce_sum(full, mesh.over("owners"))
     else:
         assert source is not None
         full = source

@@ -22,11 +22,11 @@ def live_parameters(model: ShardedModel) -> int:
     for shard in owned_shards(model):
         is_tied_copy = shard.name not in {row.name for row in model.table.rows}
         is_tp_copy = not shard.row.is_sharded and mesh.tp_rank != 0
-        is_dp_copy = not model.options.use_distributed_optimizer and mesh.dp_rank != 0
+        is_dp_copy = not model.options.use_distributed_optimizer and mesh.over("replicas").rank != 0
         if not (is_tied_copy or is_tp_copy or is_dp_copy):
             total += _live_elements(shard, model)
     count = torch.tensor([total], dtype=torch.int64, device=mesh.device.device)
-    return int(all_reduce_sum(count, mesh.world))
+    return int(all_reduce_sum(count, mesh.over("world")))
 
 
 def _live_elements(shard: OwnedShard, model: ShardedModel) -> int:
@@ -54,7 +54,7 @@ def verify(model: ShardedModel, thorough: bool = False) -> None:
         return
     dirty = [f"weight {name}" for name in _dirty_weights(model)] + _dirty_state(model)
     found = torch.tensor([len(dirty)], dtype=torch.int64, device=model.mesh.device.device)
-    total = int(all_reduce_sum(found, model.mesh.world))
+    total = int(all_reduce_sum(found, model.mesh.over("world")))
     if total:
         raise AssertionError(f"{total} tensors have non-zero elements in empty slots, on this rank: {dirty}")
 

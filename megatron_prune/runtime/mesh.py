@@ -1,8 +1,22 @@
 """The device mesh: megatron-core's process groups, as one frozen value that is passed to whoever communicates.
 
-    Mesh          groups, sizes and coordinates of this rank on the axes tp, pp, dp
+    Mesh          this rank's place on the axes tp, pp, dp, and `over`, the ranks it communicates with for a purpose
+    Ranks         one set of ranks that communicate: its group, its size, this rank's number in it
     init_mesh     torch.distributed + megatron-core's parallel state -> Mesh
     close_mesh    tear both down again
+
+Code says *why* it communicates, `mesh.over("tokens")`, and only this module knows which of megatron-core's groups that
+is: several axes are the same ranks today and differ once context parallelism (cp) or replicated optimizer shards come.
+
+    axis        ranks       split over them
+    tp          tp          the units of a layer
+    pp          pp          the layers
+    model       tp x pp     one copy of the weights
+    samples     dp          the sequences of a global batch: who reads which
+    tokens      dp x cp     its tokens: losses, gradients and activations of each rank are of other ones
+    replicas    dp x cp     nothing, all hold the same weights: work on them can be dealt out
+    owners      dp x cp     the state of a distributed optimizer, range by range
+    world       all         the run
 
 A run without torchrun is a mesh of one rank.
 """
@@ -10,9 +24,10 @@ A run without torchrun is a mesh of one rank.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +36,26 @@ from megatron_prune.errors import UserError
 from megatron_prune.runtime.device import DeviceRuntime
 
 Groups = Any  # torch.distributed.ProcessGroup; its type is private in some builds
+Axis = Literal["tp", "pp", "model", "samples", "tokens", "replicas", "owners", "world"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that communicate with each other, this one among them.
+
+    Args:
+        group: to hand to torch.distributed.
+        size: how many they are.
+        rank: this rank's number among them.
+    """
+
+    group: Groups
+    size: int
+    rank: int
+
+    def global_rank(self, rank: int) -> int:
+        """Global rank of the one numbered `rank` here."""
+        return dist.get_global_rank(self.group, rank)
 
 
 @dataclass(frozen=True)
@@ -28,58 +63,51 @@ class Mesh:
     """Process groups and coordinates of this rank.
 
     Args:
-        tp, pp, dp: groups of the tensor-, pipeline- and data-parallel axis.
-        mp: all ranks that together hold one copy of the model (tp x pp).
-        world: all ranks, as a group of its own.
+        axes: what `over` answers (see the table above).
         device: what the tensors live on.
     """
 
-    tp: Groups
-    pp: Groups
-    dp: Groups
-    mp: Groups
-    world: Groups
+    axes: Mapping[Axis, Ranks]
     device: DeviceRuntime
+
+    def over(self, axis: Axis) -> Ranks:
+        """The ranks that this one communicates with along `axis` (see the table above), itself among them."""
+        return self.axes[axis]
 
     @property
     def rank(self) -> int:
         """Global rank."""
-        return dist.get_rank()
+        return self.over("world").rank
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return dist.get_world_size()
+        return self.over("world").size
 
     @property
     def tp_size(self) -> int:
         """Tensor-parallel size."""
-        return dist.get_world_size(self.tp)
+        return self.over("tp").size
 
     @property
     def tp_rank(self) -> int:
         """Position on the tensor-parallel axis."""
-        return dist.get_rank(self.tp)
+        return self.over("tp").rank
 
     @property
     def pp_size(self) -> int:
         """Pipeline-parallel size."""
-        return dist.get_world_size(self.pp)
+        return self.over("pp").size
 
     @property
     def pp_rank(self) -> int:
         """Pipeline stage."""
-        return dist.get_rank(self.pp)
+        return self.over("pp").rank
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel size."""
-        return dist.get_world_size(self.dp)
-
-    @property
-    def dp_rank(self) -> int:
-        """Position on the data-parallel axis."""
-        return dist.get_rank(self.dp)
+        """Data-parallel size: how many ranks share the sequences of a global batch."""
+        return self.over("samples").size
 
     @property
     def is_first_stage(self) -> bool:
@@ -124,14 +152,19 @@ def init_mesh(device: DeviceRuntime, tp: int, pp: int, timeout_minutes: float = 
         create_gloo_process_groups=False,  # only megatron-core's own optimizer checkpoints want them
         distributed_timeout_minutes=timeout_minutes,  # of the groups it makes; the default is its own
     )
-    return Mesh(
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        mp=parallel_state.get_model_parallel_group(),
-        world=dist.group.WORLD,
-        device=device,
-    )
+    with_context = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    groups: dict[Axis, Groups] = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "model": parallel_state.get_model_parallel_group(),
+        "samples": parallel_state.get_data_parallel_group(),
+        "tokens": with_context,
+        "replicas": with_context,
+        "owners": parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
+        "world": dist.group.WORLD,
+    }
+    axes = {axis: Ranks(group, dist.get_world_size(group), dist.get_rank(group)) for axis, group in groups.items()}
+    return Mesh(axes, device)
 
 
 def _join(device: DeviceRuntime, timeout_minutes: float, store: Any) -> None:
@@ -160,20 +193,20 @@ def close_mesh() -> None:
 def agree(mesh: Mesh, value: Any) -> list[Any]:
     """All ranks' `value`s (small picklable objects), in rank order."""
     gathered: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(gathered, value, group=mesh.world)
+    dist.all_gather_object(gathered, value, group=mesh.over("world").group)
     return gathered
 
 
 def broadcast_object(mesh: Mesh, value: Any, source: int = 0) -> Any:
     """`value` of rank `source` (a small picklable object), on every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=source, group=mesh.world, device=mesh.device.device)
+    dist.broadcast_object_list(box, src=source, group=mesh.over("world").group, device=mesh.device.device)
     return box[0]
 
 
-def all_reduce_sum(tensor: torch.Tensor, *groups: Groups) -> torch.Tensor:
-    """`tensor` summed in place over each group in turn; groups of one rank cost nothing."""
-    for group in groups:
-        if dist.get_world_size(group) > 1:
-            dist.all_reduce(tensor, group=group)
+def all_reduce_sum(tensor: torch.Tensor, *over: Ranks) -> torch.Tensor:
+    """`tensor` summed in place over each set of ranks in turn; one rank alone costs nothing."""
+    for ranks in over:
+        if ranks.size > 1:
+            dist.all_reduce(tensor, group=ranks.group)
     return tensor

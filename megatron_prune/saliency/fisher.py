@@ -7,6 +7,9 @@ token's, hence the scale (`fisher_unit: sequence` multiplies by b as LLM-Pruner'
 
     MicrobatchFisher   arm() before the forward pass of an iteration that prunes, reduce() after it
 
+Ranks that hold parts of one sequence (context parallelism, refused today) would have to add up their parts of a
+micro-batch's gradient before it is squared.
+
 Memory: one fp32 buffer per output projection, only while armed.
 """
 
@@ -54,31 +57,31 @@ class MicrobatchFisher:
             handle.remove()
         sums, self._sums, self._handles = self._sums, {}, []
         shards = [shard for shard in owned_shards(self._model) if shard.row.is_output]
-        mesh, factor = self._model.mesh, self._scale / (self._count * self._model.mesh.dp_size)
-        if mesh.dp_size == 1:
+        tokens = self._model.mesh.over("tokens")
+        factor = self._scale / (self._count * tokens.size)
+        if tokens.size == 1:
             return {shard.name: sums[shard.name].view(-1).mul_(factor) for shard in shards}
         if not self._model.options.use_distributed_optimizer:
             for value in sums.values():
-                dist.all_reduce(value, group=mesh.dp)
+                dist.all_reduce(value, group=tokens.group)
             return {shard.name: sums[shard.name].view(-1).mul_(factor) for shard in shards}
         return self._reduce_scatter(sums, shards, factor)
 
     def _reduce_scatter(self, sums: dict[str, Tensor], shards: list[OwnedShard], factor: float) -> dict[str, Tensor]:
-        """One reduce-scatter: each DP rank receives just the ranges that its optimizer owns."""
-        mesh = self._model.mesh
-        spans: list[dict[str, tuple[int, int]]] = [{} for _ in range(mesh.dp_size)]
+        """One reduce-scatter: each rank receives just the ranges that its optimizer owns."""
+        owners, device = self._model.mesh.over("owners"), self._model.mesh.device.device
+        spans: list[dict[str, tuple[int, int]]] = [{} for _ in range(owners.size)]
         mine = {shard.name: (shard.start, shard.end) for shard in shards}
-        dist.all_gather_object(spans, mine, group=mesh.dp)
+        dist.all_gather_object(spans, mine, group=owners.group)
         longest = max(sum(end - start for start, end in span.values()) for span in spans)
-        device = mesh.device.device
-        sent = torch.zeros(mesh.dp_size, longest, dtype=torch.float32, device=device)
+        sent = torch.zeros(owners.size, longest, dtype=torch.float32, device=device)
         for row, span in zip(sent, spans, strict=True):
             at = 0
             for name, (start, end) in span.items():
                 row[at : at + end - start] = sums[name].view(-1)[start:end]
                 at += end - start
         received = torch.empty(longest, dtype=torch.float32, device=device)
-        dist.reduce_scatter_tensor(received, sent.view(-1), group=mesh.dp)
+        dist.reduce_scatter_tensor(received, sent.view(-1), group=owners.group)
         received.mul_(factor)
         lengths = [end - start for start, end in mine.values()]
         return dict(zip(mine, received[: sum(lengths)].split(lengths), strict=True)) if mine else {}

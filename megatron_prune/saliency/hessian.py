@@ -96,7 +96,7 @@ def solve_on_owners(
         solve: runs on the layer's owner; returns an fp64 tensor of `shape(name)`.
     """
     mesh = model.mesh
-    team = mesh.tp_size * mesh.dp_size
+    team = mesh.tp_size * mesh.over("replicas").size
     for start in range(0, len(names), team):
         batch = names[start : start + team]
         solutions = {name: torch.empty(shape(name), dtype=torch.float64, device=mesh.device.device) for name in batch}
@@ -105,7 +105,7 @@ def solve_on_owners(
             partial = _reduced_gram(kept, name, mesh, *_owner(number, mesh))
             gram = partial if partial is not None else gram
         for number, name in enumerate(batch):
-            if _owner(number, mesh) == (mesh.tp_rank, mesh.dp_rank):
+            if _owner(number, mesh) == (mesh.tp_rank, mesh.over("replicas").rank):
                 assert gram is not None
                 solutions[name].copy_(solve(name, Hessian.of_gram(gram, damping)))
         gram = None
@@ -114,11 +114,11 @@ def solve_on_owners(
 
 
 def _owner(number: int, mesh: Mesh) -> tuple[int, int]:
-    """(TP rank, DP rank) that owns the number-th layer of a round."""
+    """(TP rank, number among its replicas) of the owner of the number-th layer of a round."""
     return number % mesh.tp_size, number // mesh.tp_size
 
 
-def _reduced_gram(kept: KeptInputs, name: str, mesh: Mesh, tp_rank: int, dp_rank: int) -> Tensor | None:
+def _reduced_gram(kept: KeptInputs, name: str, mesh: Mesh, tp_rank: int, replica: int) -> Tensor | None:
     """X^T X / tokens on its owner, None elsewhere."""
     x = kept.gather(name)
     if mesh.tp_rank != tp_rank:
@@ -127,20 +127,22 @@ def _reduced_gram(kept: KeptInputs, name: str, mesh: Mesh, tp_rank: int, dp_rank
     for chunk in x.split(CHUNK):
         own = chunk.float()
         gram += own.T @ own
-    gram /= len(x) * mesh.dp_size
-    if mesh.dp_size == 1:
+    tokens = mesh.over("tokens")
+    gram /= len(x) * tokens.size
+    if tokens.size == 1:
         return gram
     travelling = gram.float()
-    dist.reduce(travelling, dist.get_global_rank(mesh.dp, dp_rank), group=mesh.dp)
-    return travelling.double() if mesh.dp_rank == dp_rank else None
+    dist.reduce(travelling, tokens.global_rank(replica), group=tokens.group)
+    return travelling.double() if tokens.rank == replica else None
 
 
-def _broadcast(solution: Tensor, mesh: Mesh, tp_rank: int, dp_rank: int) -> Tensor:
-    """The owner's solution on all ranks: over DP beside the owner first, then over TP."""
-    if mesh.dp_size > 1 and mesh.tp_rank == tp_rank:
-        dist.broadcast(solution, dist.get_global_rank(mesh.dp, dp_rank), group=mesh.dp)
-    if mesh.tp_size > 1:
-        dist.broadcast(solution, dist.get_global_rank(mesh.tp, tp_rank), group=mesh.tp)
+def _broadcast(solution: Tensor, mesh: Mesh, tp_rank: int, replica: int) -> Tensor:
+    """The owner's solution on all ranks: over its replicas first, then over TP."""
+    replicas, tp = mesh.over("replicas"), mesh.over("tp")
+    if replicas.size > 1 and tp.rank == tp_rank:
+        dist.broadcast(solution, replicas.global_rank(replica), group=replicas.group)
+    if tp.size > 1:
+        dist.broadcast(solution, tp.global_rank(tp_rank), group=tp.group)
     return solution
 
 
@@ -193,7 +195,7 @@ class DiagonalCache:
         for name, found in diagonals.items():
             values[model.table.row(name).layer, cls._places(model, name)] = found.cpu().numpy()
         total = torch.from_numpy(values).to(model.mesh.device.device)
-        return cls(all_reduce_sum(total, model.mesh.pp).cpu().numpy(), removals)
+        return cls(all_reduce_sum(total, model.mesh.over("pp")).cpu().numpy(), removals)
 
     @property
     def is_finite(self) -> bool:

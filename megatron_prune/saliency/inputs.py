@@ -16,6 +16,7 @@ the model's dtype (no copy: autograd holds the same tensor until the backward pa
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,7 @@ def _all_gather(x: Tensor, mesh: Mesh) -> list[Tensor]:
     if mesh.tp_size == 1:
         return [x]
     parts = [torch.empty_like(x) for _ in range(mesh.tp_size)]
-    dist.all_gather(parts, x.contiguous(), group=mesh.tp)
+    dist.all_gather(parts, x.contiguous(), group=mesh.over("tp").group)
     return parts
 
 
@@ -189,10 +190,9 @@ class InputWatcher:
         if not names:
             return {}
         mesh = self._model.mesh
-        groups = [mesh.dp, *([mesh.tp] if stem and splits_sequences(self._model) else [])]
-        flat = all_reduce_sum(torch.cat([self._sums[name].view(-1) for name in names]), *groups)
-        ranks = [dist.get_world_size(group) for group in groups]
-        tokens = self._tokens[names[0]] * int(np.prod(ranks))
+        axes = [mesh.over("tokens"), *([mesh.over("tp")] if stem and splits_sequences(self._model) else [])]
+        flat = all_reduce_sum(torch.cat([self._sums[name].view(-1) for name in names]), *axes)
+        tokens = self._tokens[names[0]] * math.prod(axis.size for axis in axes)
         sizes = [self._sums[name].numel() for name in names]
         parts = zip(names, flat.split(sizes), strict=True)
         return {name: Moments.of_sums(part.view(3, -1), tokens) for name, part in parts}

@@ -80,8 +80,8 @@ class ElementScores:
             units = column_sums.view(len(slots), dim.size).sum(dim=1)
             at = torch.from_numpy(places).to(vector.device)
             vector[at] += units[torch.from_numpy(live).to(vector.device)]
-        groups = [mesh.mp, mesh.dp] if self.model.options.use_distributed_optimizer else [mesh.mp]
-        all_reduce_sum(vector, *groups)
+        axes = [mesh.over("model"), *([mesh.over("owners")] if self.model.options.use_distributed_optimizer else [])]
+        all_reduce_sum(vector, *axes)
         return UnitScores.from_vector(architecture, vector.cpu().numpy())
 
 

@@ -108,7 +108,8 @@ class OneShot:
     def _score(self, pruner: Pruner) -> None:
         """Gradients of the calibration batch, seen by `pruner` as in training."""
         mesh, training = self.model.mesh, self.config.training
-        batches = BatchStream(self.dataset, training.micro_batch_size, mesh.dp_rank, mesh.dp_size)
+        samples = mesh.over("samples")
+        batches = BatchStream(self.dataset, training.micro_batch_size, samples.rank, samples.size)
         pruner.begin(self.num_microbatches)
         forward_backward(
             self.model,

@@ -61,8 +61,9 @@ def evaluate(
 def validation_loss(model: ShardedModel, dataset: Dataset, config: Config) -> tuple[float, float]:
     """(mean loss over the first `eval_iters` global batches of `dataset`, tokens per second)."""
     mesh, training = model.mesh, config.training
-    batches = BatchStream(dataset, training.micro_batch_size, mesh.dp_rank, mesh.dp_size)
-    count = training.global_batch_size // (training.micro_batch_size * mesh.dp_size)
+    samples = mesh.over("samples")
+    batches = BatchStream(dataset, training.micro_batch_size, samples.rank, samples.size)
+    count = training.global_batch_size // (training.micro_batch_size * samples.size)
     mesh.device.synchronize()
     start = time.perf_counter()
     losses = [
@@ -100,12 +101,12 @@ def _masked_mean(mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor
 
 
 def _mean_loss(losses: list[dict[str, Tensor]], mesh: Mesh) -> float:
-    """Mean over micro-batches and data-parallel ranks, known on every rank (only the last stage computed it)."""
+    """Mean over micro-batches and all ranks' tokens, known on every rank (only the last stage computed it)."""
     total = torch.zeros(1, dtype=torch.float32, device=mesh.device.device)
     if mesh.is_last_stage:
         total += torch.stack([entry["loss"] for entry in losses]).mean()
-    all_reduce_sum(total, mesh.pp, mesh.dp)
-    return float(total) / mesh.dp_size
+    all_reduce_sum(total, mesh.over("pp"), mesh.over("tokens"))
+    return float(total) / mesh.over("tokens").size
 
 
 def most(values: list[int], mesh: Mesh) -> list[int]:
@@ -113,5 +114,5 @@ def most(values: list[int], mesh: Mesh) -> list[int]:
     if mesh.world_size == 1:
         return values
     seen = torch.tensor(values, device=mesh.device.device)
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=mesh.world)
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=mesh.over("world").group)
     return [int(value) for value in seen.tolist()]

@@ -297,8 +297,8 @@ class Trainer:
             self.coordinator.last_checkpoint = self.saver.complete
 
     def _stream(self, dataset: Any, consumed: int) -> BatchStream:
-        mesh = self.model.mesh
-        return BatchStream(dataset, self.config.training.micro_batch_size, mesh.dp_rank, mesh.dp_size, consumed)
+        samples = self.model.mesh.over("samples")
+        return BatchStream(dataset, self.config.training.micro_batch_size, samples.rank, samples.size, consumed)
 
     def _validation_loss(self) -> tuple[float, float]:
         if self.datasets.valid is None:

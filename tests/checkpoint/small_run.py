@@ -88,7 +88,7 @@ def train(model: ShardedModel, step: int) -> float:
     """One optimizer step on the global batch of `step`; its loss, the same on all ranks."""
     mesh = model.mesh
     tokens = torch.randint(0, SHAPE.vocab_size, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(step))
-    mine = iter(tokens[mesh.dp_rank :: mesh.dp_size].split(1))
+    mine = iter(tokens[mesh.over("samples").rank :: mesh.dp_size].split(1))
 
     def forward(batches: Any, module: torch.nn.Module) -> Any:
         batch = next(batches)

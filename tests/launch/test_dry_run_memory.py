@@ -91,7 +91,7 @@ def measure(mesh, config, architecture):
     load_parameters(llama, table, layout, mesh, RandomWeights(shape, 0, 0.1))
     model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
     steps(model, config, mesh)
-    return mesh.pp_rank, mesh.dp_rank, count_state(model), count_saved(model, config, mesh)
+    return mesh.pp_rank, mesh.over("owners").rank, count_state(model), count_saved(model, config, mesh)
 
 
 def steps(model, config, mesh):
@@ -101,7 +101,7 @@ def steps(model, config, mesh):
     training = config.training
     count = training.global_batch_size // (training.micro_batch_size * mesh.dp_size)
     data = RandomTokens(model.table.shape.vocab_size, config.data.seq_length, 2 * training.global_batch_size)
-    batches = BatchStream(data, training.micro_batch_size, mesh.dp_rank, mesh.dp_size)
+    batches = BatchStream(data, training.micro_batch_size, mesh.over("samples").rank, mesh.dp_size)
     for _ in range(2):
         forward_backward(model, batches, count, training.micro_batch_size, config.data.seq_length)
         assert clip_and_step(model)[0]

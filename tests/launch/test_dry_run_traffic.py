@@ -108,7 +108,7 @@ def measure(mesh, config, counter):
     model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
     count = training.global_batch_size // (training.micro_batch_size * mesh.dp_size)
     data = RandomTokens(SHAPE.vocab_size, config.data.seq_length, training.global_batch_size)
-    batches = BatchStream(data, training.micro_batch_size, mesh.dp_rank, mesh.dp_size)
+    batches = BatchStream(data, training.micro_batch_size, mesh.over("samples").rank, mesh.dp_size)
     fisher = MicrobatchFisher(model, count, 1.0)
     fisher.arm()
     counter.take()
@@ -120,7 +120,7 @@ def measure(mesh, config, counter):
     assert clip_and_step(model)[0]
     update = counter.take()
     step = {ranks: step.get(ranks, 0) + update.get(ranks, 0) for ranks in {*step, *update}}
-    groups = tuple(dist.get_process_group_ranks(mesh.tp)), tuple(dist.get_process_group_ranks(mesh.dp))
+    groups = [tuple(dist.get_process_group_ranks(mesh.over(axis).group)) for axis in ("tp", "tokens")]
     return [tuple(sent.get(group, 0) for group in groups) for sent in (step, scoring)]
 
 

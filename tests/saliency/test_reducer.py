@@ -39,7 +39,9 @@ ESTIMATES = [("microbatch", "sequence"), ("microbatch", "token"), ("adam", "sequ
 def whole(model, squares):
     """Fisher values of the ranges that all ranks own, as canonical tensors."""
     owners, mesh, found = {shard.name: shard for shard in owned_shards(model)}, model.mesh, []
-    if model.options.use_distributed_optimizer or mesh.dp_rank == 0:  # else all data-parallel ranks own the same
+    if (
+        model.options.use_distributed_optimizer or mesh.over("replicas").rank == 0
+    ):  # else all data-parallel ranks own the same
         for name, values in squares.items():
             shard = owners[name]
             for piece in pieces(shard.row, model.layout, mesh.tp_rank, shard.start, shard.end):

@@ -53,12 +53,12 @@ class Stopwatch:
         device = self.mesh.device
         gc.collect()  # what earlier calls left behind is not this one's cost
         device.synchronize()
-        dist.barrier(group=self.mesh.world)
+        dist.barrier(group=self.mesh.over("world").group)
         wall, cpu = time.perf_counter(), time.process_time()
         result = job()
         device.synchronize()
         spent = torch.tensor([time.perf_counter() - wall, time.process_time() - cpu], device=device.device)
-        dist.all_reduce(spent, op=dist.ReduceOp.MAX, group=self.mesh.world)
+        dist.all_reduce(spent, op=dist.ReduceOp.MAX, group=self.mesh.over("world").group)
         return result, Seconds(*(float(s) for s in spent))
 
 

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from megatron_prune.errors import UserError
 from megatron_prune.model.layout import Quanta
 from megatron_prune.runtime.device import choose_device
-from megatron_prune.runtime.mesh import Mesh, agree, broadcast_object, close_mesh, init_mesh
+from megatron_prune.runtime.mesh import Axis, Mesh, Ranks, agree, broadcast_object, close_mesh, init_mesh
 from megatron_prune.testing.benchmarks.gpu_check.record import Row
 from megatron_prune.testing.benchmarks.gpu_check.smoke import FP32_ERROR
 from megatron_prune.testing.helpers.comparison import MICRO_BATCH, SEQUENCE, hold_together, oracle_run, oracle_settings
@@ -56,10 +55,10 @@ def _rows(device: str, tp: int, pp: int) -> Iterator[Row]:
     yield Row("layout", mesh.describe())
     yield from _hosts(mesh)
     size = 1 << 28 if mesh.device.kind == "cuda" else 1 << 22
-    groups = {"all ranks": mesh.world, "tensor-parallel": mesh.tp, "data-parallel": mesh.dp}
-    for name, group in groups.items():
-        if dist.get_world_size(group) > 1:
-            yield _bandwidth(mesh, name, group, size)
+    axes: dict[str, Axis] = {"all ranks": "world", "tensor-parallel": "tp", "data-parallel": "tokens"}
+    for name, axis in axes.items():
+        if mesh.over(axis).size > 1:
+            yield _bandwidth(mesh, name, mesh.over(axis), size)
     case = Case(
         tp,
         pp,
@@ -84,22 +83,21 @@ def _hosts(mesh: Mesh) -> Iterator[Row]:
     yield Row(f"{nodes} hosts", text, "all alike", alike)
 
 
-def _bandwidth(mesh: Mesh, name: str, group: Any, size: int) -> Row:
+def _bandwidth(mesh: Mesh, name: str, ranks: Ranks, size: int) -> Row:
     """Bus bandwidth of an all-reduce, 2 (n - 1) / n bytes per byte, of the slowest rank; the sum is checked."""
-    ranks = dist.get_world_size(group)
     x = torch.ones(size // 4, device=mesh.device.device)
-    dist.all_reduce(x, group=group)
-    is_right = bool((x == ranks).all())
+    dist.all_reduce(x, group=ranks.group)
+    is_right = bool((x == ranks.size).all())
     mesh.device.synchronize()
-    dist.barrier(group=mesh.world)
+    dist.barrier(group=mesh.over("world").group)
     started = time.perf_counter()
     for _ in range(REPEATS):
-        dist.all_reduce(x, group=group)
+        dist.all_reduce(x, group=ranks.group)
     mesh.device.synchronize()
     spent = max(agree(mesh, time.perf_counter() - started)) / REPEATS
     right = all(agree(mesh, is_right))
-    speed = 2 * (ranks - 1) / ranks * size / spent / GIGA
-    text = f"{speed:.2f} GB/s ({size >> 20} MiB, {ranks} ranks){'' if right else '; the SUM IS WRONG'}"
+    speed = 2 * (ranks.size - 1) / ranks.size * size / spent / GIGA
+    text = f"{speed:.2f} GB/s ({size >> 20} MiB, {ranks.size} ranks){'' if right else '; the SUM IS WRONG'}"
     return Row(f"all-reduce, {name}", text, "the sum is right", right, speed)
 
 
