@@ -97,13 +97,13 @@ def _fit(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: flo
 
 
 def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float) -> None:
+    from megatron_prune.checkpoint.record import STOPPED
     from megatron_prune.errors import PeerLostError, TrainingStoppedError
     from megatron_prune.launch.assembly import outputs
     from megatron_prune.launch.assembly.alike import insist_alike, insist_shared
     from megatron_prune.launch.assembly.build import build_trainer
     from megatron_prune.launch.assembly.inputs import open_inputs
     from megatron_prune.runtime.failures import agreed, lost_contact
-    from megatron_prune.training.stopping import STOPPED
 
     insist_shared(mesh, config.checkpoint.save)
     inputs = agreed(mesh, lambda: open_inputs(config))
@@ -129,14 +129,16 @@ def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], starte
 
 
 def _begin(config: Config, directory: Path | None) -> None:
+    from megatron_prune.checkpoint.record import clear_status
     from megatron_prune.launch.assembly import outputs
 
     if directory is not None:
-        outputs.clear_run_status(directory)
+        clear_status(directory)
         outputs.write_config(config, directory)
 
 
 def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
+    from megatron_prune.checkpoint.record import write_status
     from megatron_prune.launch.assembly import outputs
 
     trainer.reporter.close()
@@ -144,7 +146,7 @@ def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
         trainer.history.close()
         try:
             outputs.write_summary(trainer.config, trainer.state, trainer.architecture, directory)
-            outputs.write_run_status(directory, status, trainer.state.iteration)
+            write_status(directory, status, trainer.state.iteration)
         except OSError as error:
             logging.getLogger(__name__).error("%s: %s", error.filename or directory, error.strerror)
 

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_prune.checkpoint import AsyncSaver, save_checkpoint
-from megatron_prune.checkpoint.header import read_header, stored_bytes
+from megatron_prune.checkpoint import AsyncSaver, RunRecord, save_checkpoint
 from megatron_prune.model.architecture import FFN, HEAD, STEM, LlamaShape
 from megatron_prune.resharding.retire import retire
 from megatron_prune.runtime.device import choose_device
@@ -93,7 +92,7 @@ def measure(rank: int, _world_size: int, setup: Setup, is_pruned: bool, pairs: i
     path = save_checkpoint(run.model, saves, 1, STATE)
     assert path is not None
     sizes = [file.stat().st_size for file in sorted(path.glob(f"__{rank}_*.distcp"))]
-    total = stored_bytes(read_header(path))
+    total = RunRecord.read(path).stored_bytes
     content = memoryview(torch.randint(0, 255, (max(sizes),), dtype=torch.uint8).numpy())
     times: dict[str, list[float]] = {name: [] for name in ("save", "raw", "step", "stall", "publish", "beside")}
 

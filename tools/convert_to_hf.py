@@ -100,7 +100,7 @@ def convert(arguments: argparse.Namespace) -> bool:
         raise UserError("--verify needs transformers: install megatron-prune[hf]")
     reader = CheckpointReader(arguments.load, arguments.ckpt_step)
     tokenizer_type, tokenizer = choose_tokenizer(arguments, reader)
-    dtype, others = (arguments.dtype, {}) if arguments.dtype else dtypes_of(reader.meta, reader.header.facts.dtype)
+    dtype, others = (arguments.dtype, {}) if arguments.dtype else dtypes_of(reader.meta, reader.record.facts.dtype)
     with tqdm(total=len(reader.names), unit="tensor", desc="exporting", disable=not sys.stderr.isatty()) as bar:
 
         def read(hf_name: str) -> Any:
@@ -124,7 +124,7 @@ def convert(arguments: argparse.Namespace) -> bool:
         )
     a = reader.architecture
     print(
-        f"{done.folder}: {done.class_name}, iteration {reader.header.iteration}, {a.parameters:,} parameters "
+        f"{done.folder}: {done.class_name}, iteration {reader.record.iteration}, {a.parameters:,} parameters "
         f"({a.num_attention_heads} heads, ffn {a.ffn_hidden_size}, hidden {a.hidden_size}), "
         f"{done.stored_parameters:,} stored in {dtype_name(done.dtype)} in {len(done.files)} "
         f"file{'s' if len(done.files) > 1 else ''}"

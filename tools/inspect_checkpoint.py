@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from megatron_prune.checkpoint import CheckpointReader
-from megatron_prune.checkpoint.header import stored_bytes
 from megatron_prune.errors import UserError, one_line
+from megatron_prune.huggingface.provenance import config_of
 from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, Architecture
 from megatron_prune.model.param_axes import ParamTable
 
@@ -43,17 +42,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def describe(reader: CheckpointReader) -> dict[str, Any]:
-    """Everything the header tells, as a plain JSON object."""
-    header, a = reader.header, reader.architecture
-    source, layout = Architecture.full(a.shape), header.saved_layout
+    """Everything the record tells, as a plain JSON object."""
+    record, a = reader.record, reader.architecture
+    source, layout = Architecture.full(a.shape), record.saved_layout
     return {
-        "path": str(header.path),
-        "iteration": header.iteration,
-        "bytes": stored_bytes(header),
-        "dtype": header.facts.dtype,
-        "optimizer_state": list(header.facts.optimizer),
-        "adam_step": header.facts.adam_step,
-        "saved_on": dict(zip(("tensor", "pipeline", "data"), header.facts.mesh, strict=True)),
+        "path": str(record.path),
+        "iteration": record.iteration,
+        "bytes": record.stored_bytes,
+        "dtype": record.facts.dtype,
+        "optimizer_state": list(record.facts.optimizer),
+        "adam_step": record.facts.adam_step,
+        "saved_on": dict(zip(("tensor", "pipeline", "data"), record.facts.mesh, strict=True)),
         "parameters": a.parameters,
         "source_parameters": source.parameters,
         "widths": {
@@ -78,8 +77,8 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
         },
         "kv_cache_elements_per_token": a.kv_cache_channels,
         "source_kv_cache_elements_per_token": source.kv_cache_channels,
-        "trained": _trained(header.state),
-        "removals": _removals(header.state.get("history") or []),
+        "trained": _trained(record.state),
+        "removals": _removals(record.history),
     }
 
 
@@ -91,7 +90,7 @@ def _queries_per_kv_head(architecture: Architecture, layer: int) -> list[int]:
 def _trained(state: dict[str, Any]) -> dict[str, Any]:
     """What the model has seen, out of the run's state and its configuration."""
     found: dict[str, Any] = {key: state[key] for key in _FROM_STATE if key in state}
-    config = yaml.safe_load(state.get("config") or "") or {}
+    config = config_of(state)
     for section, keys in _FROM_CONFIG.items():
         values = config.get(section) or {}
         found |= {key: values[key] for key in keys if values.get(key) is not None}
@@ -110,7 +109,7 @@ def _removals(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def problems(reader: CheckpointReader) -> Iterator[str]:
-    """What contradicts the header, one line each (sums were checked when the reader was opened)."""
+    """What contradicts the record, one line each (sums were checked when the reader was opened)."""
     a = reader.architecture
     shapes = ParamTable.build(a.shape).hf_shapes(a)
     if set(reader.names) != set(shapes):
@@ -119,7 +118,7 @@ def problems(reader: CheckpointReader) -> Iterator[str]:
     count = 0
     for name, shape in shapes.items():
         tensors = {"weight": reader.read(name)}
-        tensors |= {kind: reader.read_optimizer(kind, name) for kind in reader.header.facts.optimizer}
+        tensors |= {kind: reader.read_optimizer(kind, name) for kind in reader.record.facts.optimizer}
         count += tensors["weight"].numel()
         for kind, tensor in tensors.items():
             if tuple(tensor.shape) != shape:
@@ -130,7 +129,7 @@ def problems(reader: CheckpointReader) -> Iterator[str]:
                 yield f"{name} ({kind}): holds negative values"
     if count != a.parameters:
         yield f"{count} weights are stored, the architecture counts {a.parameters}"
-    history = reader.header.state.get("history") or []
+    history = reader.record.history
     if history and history[-1].get("parameters", a.parameters) != a.parameters:
         yield f"the last removal left {history[-1]['parameters']} parameters, the architecture counts {a.parameters}"
 

@@ -1,14 +1,14 @@
 """Checkpoints: live units only, in canonical order, so that any layout loads what any layout saved.
 
     save_checkpoint, save_weights, AsyncSaver   write (`save`)
-    read_header                                 what to build the model with, before there is one (`header`)
+    RunRecord                                   what to build the model with, before there is one (`record`)
     load_checkpoint                             fill the model (`load`)
     CheckpointReader                            one tensor at a time, in a single process (`reader`)
 
 Below them: `pieces` (where a rank's tensors lie in the canonical ones: pure), `tensors` (what a rank saves and loads),
 `storage` (megatron-core's torch_dist format), `streams` (memory and files on the way there), `files` (names, checksums,
-publishing, keeping), `lease` (one writer per folder), `guarded` (reading without running what is read), `crc`, `rng`.
-Importing the package imports none of them: launchers read `files` without torch.
+publishing, keeping), `lease` (one writer per folder), `guarded` and `plain` (reading without running what is read),
+`crc`, `rng`. Importing the package imports none of them: launchers read `files`, `lease` and `record` without torch.
 """
 
 from importlib import import_module
@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint.files import CheckpointSaveError, Retention
-    from megatron_prune.checkpoint.header import Header, read_header
     from megatron_prune.checkpoint.load import load_checkpoint
     from megatron_prune.checkpoint.reader import CheckpointReader
+    from megatron_prune.checkpoint.record import Progress, RunRecord
     from megatron_prune.checkpoint.save import AsyncSaver, save_checkpoint, save_weights
 
 __all__ = [
     "AsyncSaver",
     "CheckpointReader",
     "CheckpointSaveError",
-    "Header",
+    "Progress",
     "Retention",
+    "RunRecord",
     "load_checkpoint",
-    "read_header",
     "save_checkpoint",
     "save_weights",
 ]
@@ -36,10 +36,10 @@ _MODULES = {
     "AsyncSaver": "save",
     "CheckpointReader": "reader",
     "CheckpointSaveError": "files",
-    "Header": "header",
+    "Progress": "record",
     "Retention": "files",
+    "RunRecord": "record",
     "load_checkpoint": "load",
-    "read_header": "header",
     "save_checkpoint": "save",
     "save_weights": "save",
 }

@@ -4,6 +4,7 @@
     DIR/iter_0000100.tmp-1a2b3c4d/           one being written (or left by a run that died); readers never look at it
     DIR/latest_checkpointed_iteration.txt    number of the newest complete one
 
+    holds_checkpoint  whether there is something to resume from
     resolve           directory and step -> folder, or a UserError that says what is there
     Digest, digest    size and CRC-32 of a file
     check_present     whether all files that ranks wrote are here
@@ -19,6 +20,7 @@ new. Nothing here communicates: one rank calls what changes the folder, and only
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -63,6 +65,11 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in map(_STEP_FOLDER.fullmatch, names) if match)
 
 
+def holds_checkpoint(directory: Path) -> bool:
+    """Whether a run has saved in `directory`, also where a crash struck between two renames."""
+    return (directory / LATEST).exists() or bool(steps(directory))
+
+
 def step_folder(directory: Path, iteration: int) -> Path:
     """The folder of `iteration`; the one it was about to replace, should a crash have struck between two renames."""
     folder = directory / step_name(iteration)
@@ -80,7 +87,7 @@ def resolve(directory: Path, step: int | None = None) -> tuple[int, Path]:
     Raises:
         UserError: there is none; the message says which are there.
     """
-    own = _STEP_FOLDER.fullmatch(directory.name)
+    own = _STEP_FOLDER.fullmatch(directory.name.removesuffix(_REPLACED))
     if own and directory.is_dir():
         if step not in (None, int(own[1])):
             raise UserError(f"{directory} is the checkpoint of iteration {int(own[1])}, not {step}: name its parent")
@@ -297,7 +304,9 @@ def publish(folder: Path, directory: Path, iteration: int, goes_back: bool = Fal
         OSError: among them FolderBusyError: another process holds the folder, or has saved a newer iteration.
     """
     refuse_others(directory)
-    newest = _newest(directory)
+    newest = None
+    with contextlib.suppress(OSError, ValueError):  # it names none: nothing to guard
+        newest = latest_number(directory)
     if newest is not None and newest > iteration and not goes_back:
         raise FolderBusyError(errno.EEXIST, f"it holds iteration {newest}, which is newer: another run saved it there")
     _sync_folder(folder)
@@ -307,24 +316,20 @@ def publish(folder: Path, directory: Path, iteration: int, goes_back: bool = Fal
         final.rename(replaced)
     folder.rename(final)
     _sync_folder(directory)
-    temporary = directory / f"{LATEST}.tmp"
-    try:
-        _write(temporary, f"{iteration}\n".encode())
-        temporary.replace(directory / LATEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(directory / LATEST, f"{iteration}\n".encode())
     _sync_folder(directory)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
-def _newest(directory: Path) -> int | None:
-    """The iteration that `latest` names, if it names one."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Write and flush `path` at once: a reader finds either the old content or the new. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        text = (directory / LATEST).read_bytes()
-    except OSError:
-        return None
-    return int(text) if re.fullmatch(rb"\d{1,18}\n?", text) else None
+        _write(temporary, content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:

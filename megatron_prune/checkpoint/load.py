@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint.files import damages, read_manifest, refuse_damaged, resolve
-from megatron_prune.checkpoint.header import Header, read_header
 from megatron_prune.checkpoint.pieces import spread
+from megatron_prune.checkpoint.record import RunRecord
 from megatron_prune.checkpoint.rng import restore_rng
 from megatron_prune.checkpoint.tensors import load_moments, load_weights
 from megatron_prune.errors import UserError
@@ -24,7 +24,7 @@ from megatron_prune.runtime.mesh import Mesh, agree, broadcast_object
 def load_checkpoint(
     model: ShardedModel, directory: str | Path, step: int | None = None, *, load_optim: bool = True
 ) -> dict[str, Any]:
-    """Load into `model`, which must have been built with the checkpoint's architecture (see `read_header`); collective.
+    """Load into `model`, which must have been built with the checkpoint's architecture (see `RunRecord`); collective.
 
     Every file is verified first, a share by each rank. Bit for bit what was saved when the layout is the saved one;
     random generators are restored when the mesh is the same.
@@ -40,27 +40,27 @@ def load_checkpoint(
         UserError: on all ranks: no such checkpoint, a damaged file (the newest good checkpoint is named), or another
             architecture.
     """
-    header = verified_header(model.mesh, directory, step)
-    if header.architecture != model.layout.architecture:
-        raise UserError(f"{header.path}: the model was built with another architecture than the one stored there")
-    load_weights(model, header.path, header.facts)
+    record = verified_record(model.mesh, directory, step)
+    if record.architecture != model.layout.architecture:
+        raise UserError(f"{record.path}: the model was built with another architecture than the one stored there")
+    load_weights(model, record.path, record.facts)
     if load_optim:
-        load_moments(model, header.path, header.facts)
+        load_moments(model, record.path, record.facts)
         mesh = model.mesh
-        if header.facts.mesh == (mesh.tp_size, mesh.pp_size, mesh.dp_size) and len(header.rng) == mesh.world_size:
-            restore_rng(header.rng[mesh.rank])
-    return header.state
+        if record.facts.mesh == (mesh.tp_size, mesh.pp_size, mesh.dp_size) and len(record.rng) == mesh.world_size:
+            restore_rng(record.rng[mesh.rank])
+    return record.state
 
 
-def verified_header(mesh: Mesh, directory: str | Path, step: int | None) -> Header:
-    """The header, after all files have been verified by all ranks together. Raises UserError on all ranks."""
+def verified_record(mesh: Mesh, directory: str | Path, step: int | None) -> RunRecord:
+    """The record, after all files have been verified by all ranks together. Raises UserError on all ranks."""
     directory = Path(directory)
     iteration, folder = _on_first_rank(mesh, lambda: resolve(directory, step))
     complaints = damages(folder, _share(mesh, folder))
     found = next((c for reported in agree(mesh, complaints) for c in reported), None)
     if found is not None:
         _on_first_rank(mesh, lambda: refuse_damaged(folder.parent, iteration, [found]))
-    return read_header(folder)
+    return RunRecord.read(folder)
 
 
 def _share(mesh: Mesh, folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Read a checkpoint in one process, without torch.distributed: conversion, inspection, evaluation.
 
-CheckpointReader   header, names, and one canonical tensor at a time
+CheckpointReader   record, names, and one canonical tensor at a time
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed import checkpoint
 
 from megatron_prune.checkpoint.files import damages, refuse_damaged
 from megatron_prune.checkpoint.guarded import GuardedReader
-from megatron_prune.checkpoint.header import Header, read_header
+from megatron_prune.checkpoint.record import RunRecord
 from megatron_prune.checkpoint.storage import one_line_each, quiet
 from megatron_prune.checkpoint.tensors import MAIN, optimizer_key, weight_key
 from megatron_prune.model.architecture import Architecture
@@ -29,35 +29,35 @@ class CheckpointReader:
     Args:
         directory: the folder that was saved to, or one `iter_...` folder in it.
         step: iteration; None: the newest complete one.
-        verify: sum up all files first (about a second per gigabyte); False: only the header's.
+        verify: sum up all files first (about a second per gigabyte); False: only the record's.
 
     Raises:
         UserError: there is no such checkpoint, or a file is damaged; names the newest good one.
     """
 
     def __init__(self, directory: str | Path, step: int | None = None, *, verify: bool = True) -> None:
-        self.header: Header = read_header(directory, step)
+        self.record = RunRecord.read(directory, step)
         if verify:
-            refuse_damaged(self.path.parent, self.header.iteration, damages(self.path))
+            refuse_damaged(self.path.parent, self.record.iteration, damages(self.path))
 
     @property
     def path(self) -> Path:
         """The checkpoint's folder."""
-        return self.header.path
+        return self.record.path
 
     @property
     def architecture(self) -> Architecture:
         """Live units of the stored model."""
-        return self.header.architecture
+        return self.record.architecture
 
     @property
     def meta(self) -> dict[str, Any]:
         """The run's state (configuration text, tokens, history, ...) and `iteration`."""
-        return {**self.header.state, "iteration": self.header.iteration}
+        return {**self.record.state, "iteration": self.record.iteration}
 
     @cached_property
     def _reader(self) -> GuardedReader:
-        refuse_damaged(self.path.parent, self.header.iteration, damages(self.path, [".metadata"]))
+        refuse_damaged(self.path.parent, self.record.iteration, damages(self.path, [".metadata"]))
         return GuardedReader(self.path)
 
     @cached_property
@@ -85,7 +85,7 @@ class CheckpointReader:
         Raises:
             UserError: there is no such tensor.
         """
-        if kind == MAIN and MAIN not in self.header.facts.optimizer:
+        if kind == MAIN and MAIN not in self.record.facts.optimizer:
             return self.read(hf_name).float()
         return self._read(optimizer_key(kind, hf_name))
 

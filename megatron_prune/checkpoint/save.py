@@ -43,9 +43,9 @@ from megatron_prune.checkpoint.files import (
     write_files,
     write_manifest,
 )
-from megatron_prune.checkpoint.header import Facts, header_files
 from megatron_prune.checkpoint.lease import Lease, Process, acquire
 from megatron_prune.checkpoint.pieces import spread
+from megatron_prune.checkpoint.record import Facts, record_files
 from megatron_prune.checkpoint.rng import capture_rng
 from megatron_prune.checkpoint.storage import SaveTask, Source, plan_save
 from megatron_prune.checkpoint.streams import Scratch
@@ -220,7 +220,7 @@ def save_checkpoint(
     """Save `model`, its optimizer, random generators and `state` as DIR/iter_... (collective).
 
     Args:
-        state: the run's own, plain values, arrays and tensors (see `header`); rank 0's is stored.
+        state: the run's own, plain values, arrays and tensors (see `record`); rank 0's is stored.
         retain: which older checkpoints stay.
         saver: write in the background; the checkpoint appears with a later `saver.finalize`.
         goes_back: an older iteration than the folder's newest may take its place.
@@ -236,7 +236,7 @@ def save_checkpoint(
         saver.finalize(blocking=True)
     model.force_param_sync()
     facts, rng = facts_of(model), agree(model.mesh, capture_rng())
-    files = header_files(iteration, model.layout, facts, state, rng)
+    files = record_files(iteration, model.layout, facts, state, rng)
     parts = sources(model, facts)
     staging = saver.staging if saver is not None else None
     if staging is not None:
@@ -277,7 +277,7 @@ def save_weights(
         if writer == mesh.rank
     ]
     facts = Facts(str(dtype).removeprefix("torch."), (), 0, 1, 1, 1)
-    files = header_files(iteration, ShardLayout.pack(architecture, 1, Quanta()), facts, state, [])
+    files = record_files(iteration, ShardLayout.pack(architecture, 1, Quanta()), facts, state, [])
     with hold(mesh, Path(directory), "--save"):
         save = _start(mesh, directory, iteration, parts, files, KEEP_ALL)
         save.write()

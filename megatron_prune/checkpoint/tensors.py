@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.header import Facts
 from megatron_prune.checkpoint.pieces import Piece, pieces, spread
+from megatron_prune.checkpoint.record import Facts
 from megatron_prune.checkpoint.storage import Source, irregular, read_into
 from megatron_prune.model.llama import named_rows
 from megatron_prune.model.param_axes import ParamAxes

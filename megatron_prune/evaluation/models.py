@@ -153,12 +153,12 @@ def export_checkpoint(
         reader.read,
         reader.architecture,
         save,
-        dtype=reader.header.facts.dtype,
+        dtype=reader.record.facts.dtype,
         tokenizer_model=path,
         tokenizer_type=kind,
         source=source_of(reader.meta),
     )
-    return f"{reader.path.parent.name} at {reader.header.iteration}", reader.meta
+    return f"{reader.path.parent.name} at {reader.record.iteration}", reader.meta
 
 
 def load_model(candidate: Candidate, device: str, dtype: str | None = None, trust_remote_code: bool = False) -> Any:

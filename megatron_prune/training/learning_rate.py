@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_prune.checkpoint.record import CONTINUED
 from megatron_prune.config import Config
 from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.training.state import CONTINUED, RunState
+from megatron_prune.training.state import RunState
 
 
 def build_scheduler(config: Config, model: ShardedModel, state: RunState) -> OptimizerParamScheduler:

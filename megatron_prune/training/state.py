@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint.record import COUNT, NUMBER, PRUNING, STATE_FIELDS, TABLE, Progress, check_fields
+from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.spike_guard import GuardState
 from megatron_prune.saliency.hessian import DiagonalCache
 from megatron_prune.saliency.scores import UnitScores
 
-PRUNING, CONTINUED = "pruning", "continued"
+_OWN_FIELDS = {
+    **dict.fromkeys(("iteration", "skipped_iterations", "nonfinite_in_a_row"), COUNT),
+    "credits": NUMBER,
+    **dict.fromkeys(("smoothed", "diagonals", "guard"), TABLE),
+}
 
 
 @dataclass
@@ -46,6 +53,11 @@ class RunState:
     nonfinite_in_a_row: int = 0
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def progress(self) -> Progress:
+        """How far the run is, which says what is left of it."""
+        return Progress(self.iteration, self.phase, self.phase_start)
+
     def to_state(self) -> dict[str, Any]:
         """Plain values and arrays for a checkpoint."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -70,13 +82,33 @@ class RunState:
         }
 
     @classmethod
-    def from_state(cls, values: dict[str, Any], architecture: Architecture) -> RunState:
-        """Inverse of `to_state`; `architecture` is the checkpoint's."""
-        values = dict(values)
-        values["history"] = [Removal.from_json(removal) for removal in values["history"]]
-        values["guard"] = GuardState.from_state(values.get("guard"))
-        if values["smoothed"] is not None:
-            values["smoothed"] = UnitScores.from_state(architecture, values["smoothed"])
-        if values.get("diagonals") is not None:
-            values["diagonals"] = DiagonalCache(**values["diagonals"])
-        return cls(**values)
+    def from_state(cls, values: dict[str, Any], architecture: Architecture, file: Path = Path("state")) -> RunState:
+        """Inverse of `to_state`, for checkpoints of other versions as well: a field that is absent is as in a new run
+        (`diagonals` and `guard` came later), one that is not known is ignored, within `diagonals` and `guard` too.
+
+        Args:
+            values: may hold other fields of the checkpoint's state besides. architecture: the checkpoint's.
+            file: what to name in errors.
+
+        Raises:
+            UserError: a field is not what a run stores; names file and field.
+        """
+        check_fields(values, STATE_FIELDS | _OWN_FIELDS, file)
+        read = {
+            "history": lambda removals: [Removal.from_json(removal) for removal in removals],
+            "smoothed": lambda scores: UnitScores.from_state(architecture, scores),
+            "diagonals": lambda cache: DiagonalCache(**_known(DiagonalCache, cache)),
+            "guard": lambda memory: GuardState.from_state(_known(GuardState, memory)),
+        }
+        found = {name: value for name, value in _known(cls, values).items() if value is not None}
+        for name in read.keys() & found.keys():
+            try:
+                found[name] = read[name](found[name])
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{file}: {name}: not what a run stores ({type(error).__name__}: {error})") from error
+        return cls(**found)
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Of `values` those that are fields of the dataclass `kind`."""
+    return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}

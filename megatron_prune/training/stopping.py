@@ -17,8 +17,6 @@ from megatron_prune.config import TrainingConfig
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.training.step import most
 
-FINISHED, STOPPED = "finished", "stopped"  # at its end; by something that went wrong
-
 
 class Stop(IntEnum):
     """Reasons to stop after a step; the larger one is named where several hold."""

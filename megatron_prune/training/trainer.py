@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_prune.checkpoint.record import CONTINUED, FINISHED, PRUNING
 from megatron_prune.config import Config
 from megatron_prune.data.batches import BatchStream
 from megatron_prune.errors import TrainingStoppedError, UserError
@@ -27,9 +28,9 @@ from megatron_prune.training.clock import PartClock
 from megatron_prune.training.learning_rate import build_scheduler, current_lr
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.pruner import Pruner
-from megatron_prune.training.state import CONTINUED, PRUNING, RunState
+from megatron_prune.training.state import RunState
 from megatron_prune.training.step import forward_backward, most, read_batch, validation_loss
-from megatron_prune.training.stopping import FINISHED, StepAgreement, Stop
+from megatron_prune.training.stopping import StepAgreement, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Trainer:
             self._enter_continued()
         self.clock.collect()  # what came before the first iteration is none of its parts
         self.reporter.begin(self.architecture)
-        while not self._is_finished():
+        while not self.state.progress.is_finished(self.config):
             self.iterate()
             if self._due(self.config.training.eval_interval):
                 with self.clock.part("evaluate"):
@@ -210,18 +211,6 @@ class Trainer:
         if self.config.training.eval_interval and "pruned" not in state.stages:
             self._measure("pruned")
 
-    def _is_finished(self) -> bool:
-        state = self.state
-        if state.phase == CONTINUED:
-            done = state.iteration - state.phase_start >= self.config.continue_iters
-            return done or self.config.training.exit_at_target
-        return state.iteration >= self.config.training.train_iters
-
-    def _total_iterations(self) -> int:
-        if self.state.phase == CONTINUED:
-            return self.state.phase_start + self.config.continue_iters
-        return self.config.training.train_iters
-
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % int(interval or 1) == 0
 
@@ -269,7 +258,7 @@ class Trainer:
         state = self.state
         report = IterationReport(
             iteration=state.iteration,
-            total_iterations=self._total_iterations(),
+            total_iterations=state.progress.end(self.config),
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
             loss=loss,

@@ -1,4 +1,4 @@
-"""A small run on real ranks, as far as checkpoints need one: build (fresh or from a header), train, remove groups."""
+"""A small run on real ranks, as far as checkpoints need one: build (fresh or from a record), train, remove groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_prune.checkpoint import CheckpointReader, Header
+from megatron_prune.checkpoint import CheckpointReader, RunRecord
 from megatron_prune.model.architecture import Architecture, Group, LlamaShape
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
@@ -72,13 +72,13 @@ def options_of(kind: Kind) -> ModelOptions:
     return ModelOptions(SEQ, kind.dtype, sequence_parallel=kind.sp, **stages)
 
 
-def build(kind: Kind, shape: LlamaShape = SHAPE, header: Header | None = None) -> ShardedModel:
-    """A model with random weights, the same on every layout; with `header`, of its architecture and without weights."""
+def build(kind: Kind, shape: LlamaShape = SHAPE, record: RunRecord | None = None) -> ShardedModel:
+    """A model with random weights, the same on every layout; with `record`, of its architecture and without weights."""
     mesh, quanta = mesh_of(kind), Quanta(vocab=8)
-    layout = header.layout(kind.tp, quanta) if header else ShardLayout.pack(Architecture.full(shape), kind.tp, quanta)
+    layout = record.layout(kind.tp, quanta) if record else ShardLayout.pack(Architecture.full(shape), kind.tp, quanta)
     table = ParamTable.build(shape)
     module = build_llama(shape, layout, mesh, options_of(kind))
-    if header is None:
+    if record is None:
         load_parameters(module, table, layout, mesh, RandomWeights(shape, seed=3, std=0.2))
     options = OptimizerOptions(lr=3e-3, use_distributed_optimizer=kind.distributed)
     return ShardedModel.build(module, layout, table, mesh, options, kind.dtype)
@@ -162,7 +162,7 @@ def tensors(folder: str | Path, step: int | None = None) -> dict[str, torch.Tens
     """Everything a checkpoint holds, by key."""
     reader = CheckpointReader(folder, step)
     found = {f"model/{name}": reader.read(name) for name in reader.names}
-    for kind in reader.header.facts.optimizer:
+    for kind in reader.record.facts.optimizer:
         found |= {f"{kind}/{name}": reader.read_optimizer(kind, name) for name in reader.names}
     return found
 

@@ -11,8 +11,8 @@ from megatron_prune.checkpoint import (
     CheckpointReader,
     CheckpointSaveError,
     Retention,
+    RunRecord,
     load_checkpoint,
-    read_header,
     save,
     save_checkpoint,
 )
@@ -73,6 +73,12 @@ def save_fail_and_load_damaged(rank, world, folder):
     dist.barrier()
     copies = sorted(folder.parent.glob("damaged_*"))
     found["damaged"] = {copy.name: message(load_checkpoint, model, copy) for copy in copies}
+    dist.barrier()
+    if rank == 0:
+        shutil.copytree(folder, folder.parent / "renamed")
+        (folder.parent / "renamed" / "iter_0000003").rename(folder.parent / "renamed" / "iter_0000003.replaced")
+    dist.barrier()
+    found["between two renames"] = message(load_checkpoint, model, folder.parent / "renamed")
     return found
 
 
@@ -106,6 +112,10 @@ def test_a_failed_save_is_raised_on_all_ranks_and_leaves_no_trace(story):
         assert "iteration 3" in text and words in text and "\n" not in text
     assert ranks[0]["names after"] == ranks[0]["names"] == ["iter_0000001", "iter_0000002", LATEST]
     assert ranks[0]["names at last"] == ["iter_0000002", "iter_0000003", LATEST]
+
+
+def test_what_a_crash_left_between_two_renames_is_loaded(story):
+    assert [rank["between two renames"] for rank in story[1]] == [None, None]
 
 
 def test_a_state_that_cannot_be_stored_is_named(story):
@@ -148,7 +158,7 @@ def test_a_damaged_older_checkpoint_is_not_offered(story, tmp_path):
     flip(tmp_path / "copy" / "iter_0000003" / "common.pt")
     flip(tmp_path / "copy" / "iter_0000002" / "__1_0.distcp")
     with pytest.raises(UserError, match=r"common\.pt.*there is no other good checkpoint"):
-        read_header(tmp_path / "copy")
+        RunRecord.read(tmp_path / "copy")
 
 
 def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint(story, tmp_path):
@@ -157,5 +167,5 @@ def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint(story, tmp_
         run_ranks(die_while_publishing, 1, str(tmp_path / "copy"))
     assert any(".tmp-" in path.name for path in (tmp_path / "copy").iterdir())
     reader = CheckpointReader(tmp_path / "copy")
-    assert reader.header.iteration == 3
+    assert reader.record.iteration == 3
     assert reader.meta["tokens"] == STATE["tokens"]

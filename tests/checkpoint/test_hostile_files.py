@@ -155,9 +155,9 @@ def test_the_payload_does_what_it_says(folder, tmp_path):
 
 
 def load_it(rank, world, folder):
-    from megatron_prune.checkpoint import load_checkpoint, read_header
+    from megatron_prune.checkpoint import RunRecord, load_checkpoint
 
-    model = build(Kind(tp=2), SHAPE, read_header(folder))
+    model = build(Kind(tp=2), SHAPE, RunRecord.read(folder))
     try:
         load_checkpoint(model, folder, load_optim=False)
     except UserError as error:
@@ -362,4 +362,4 @@ def test_mutated_json_is_read_or_refused_in_one_line(good, tmp_path_factory, nam
     if name != MANIFEST:
         sign(folder / ITERATION)
     is_read_or_refused(lambda: inspect_checkpoint.describe(CheckpointReader(folder)))
-    is_read_or_refused(lambda: CheckpointReader(folder).header.layout(1, Quanta()))
+    is_read_or_refused(lambda: CheckpointReader(folder).record.layout(1, Quanta()))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_prune.checkpoint import CheckpointReader, load_checkpoint, read_header, save_checkpoint, save_weights
+from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint, save_checkpoint, save_weights
 from megatron_prune.model.llama import take
 from megatron_prune.model.param_axes import ParamTable, live_ids, positions
 from megatron_prune.model.sources import RandomWeights
@@ -51,8 +51,8 @@ def resume_all(kinds, folder):
     """Load on each layout in turn, save again at once, go on."""
     found = {}
     for name, kind in kinds.items():
-        header = read_header(folder)
-        model = build(kind, header=header)
+        record = RunRecord.read(folder)
+        model = build(kind, record=record)
         state = load_checkpoint(model, folder)
         fingerprint = model.layout.fingerprint()
         save_checkpoint(model, f"{folder}/again_{name}", 3, state)
@@ -131,13 +131,13 @@ def save_untrained_and_bf16(rank, world, folder):
     model = build(Kind(tp=2, bf16=True, distributed=True), UNTIED)
     prune_a_little(model)
     save_checkpoint(model, f"{folder}/bf16", 3, STATE)
-    fp32 = build(Kind(pp=2), UNTIED, read_header(f"{folder}/bf16"))
+    fp32 = build(Kind(pp=2), UNTIED, RunRecord.read(f"{folder}/bf16"))
     load_checkpoint(fp32, f"{folder}/bf16")
     save_checkpoint(fp32, f"{folder}/fp32", 3, STATE)
-    again = build(Kind(bf16=True), UNTIED, read_header(f"{folder}/fp32"))
+    again = build(Kind(bf16=True), UNTIED, RunRecord.read(f"{folder}/fp32"))
     load_checkpoint(again, f"{folder}/fp32")
     save_checkpoint(again, f"{folder}/bf16_again", 3, STATE)
-    without = build(Kind(bf16=True), UNTIED, read_header(f"{folder}/bf16"))
+    without = build(Kind(bf16=True), UNTIED, RunRecord.read(f"{folder}/bf16"))
     load_checkpoint(without, f"{folder}/bf16", load_optim=False)
     save_checkpoint(without, f"{folder}/no_optimizer", 3, STATE)
     fresh = build(Kind(pp=2), UNTIED)
@@ -170,7 +170,7 @@ def test_what_is_stored_is_the_live_part_of_the_source(precisions):
     expected = live_part(UNTIED, reader.architecture)
     assert reader.architecture.hidden_size == UNTIED.hidden_size - 2
     assert same({name: reader.read(name) for name in reader.names}, expected)
-    assert reader.header.facts.optimizer == ()
+    assert reader.record.facts.optimizer == ()
 
 
 def test_a_checkpoint_of_weights_alone_is_like_one_of_a_new_run(precisions):
@@ -185,14 +185,14 @@ def test_precision_survives_going_from_bf16_to_fp32_and_back(precisions):
     for name in names:
         assert torch.equal(fp32[f"model/{name}"], bf16[f"main/{name}"])
         assert torch.equal(fp32[f"exp_avg_sq/{name}"], bf16[f"exp_avg_sq/{name}"])
-    assert "main" not in CheckpointReader(precisions / "fp32").header.facts.optimizer
+    assert "main" not in CheckpointReader(precisions / "fp32").record.facts.optimizer
     assert same(tensors(precisions / "bf16_again"), bf16)
 
 
 def test_the_optimizer_may_be_left_out(precisions):
     reader = CheckpointReader(precisions / "no_optimizer")
-    assert reader.header.facts.optimizer == ("main",)
-    assert reader.header.facts.adam_step == 0
+    assert reader.record.facts.optimizer == ("main",)
+    assert reader.record.facts.adam_step == 0
     bf16 = tensors(precisions / "bf16")
     expected = {key: value for key, value in bf16.items() if not key.startswith("exp_avg")}
     assert same(tensors(precisions / "no_optimizer"), expected)

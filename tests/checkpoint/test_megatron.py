@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from megatron_prune.checkpoint import CheckpointReader, load_checkpoint, read_header
+from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint
 from megatron_prune.model.architecture import LlamaShape
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import Kind, build, mesh_of
@@ -117,7 +117,7 @@ def import_it(rank, world, load, save, more):
 
 
 def logits_here(rank, world, save, shape, tokens):
-    model = build(Kind(), shape, read_header(save))
+    model = build(Kind(), shape, RunRecord.read(save))
     load_checkpoint(model, save)
     with torch.no_grad():
         logits = model.module(tokens, torch.arange(SEQ).unsqueeze(0), None)

@@ -10,11 +10,11 @@ from megatron_prune.checkpoint import (
     AsyncSaver,
     CheckpointReader,
     CheckpointSaveError,
+    RunRecord,
     load_checkpoint,
-    read_header,
     save_checkpoint,
 )
-from megatron_prune.checkpoint.header import decode, encode
+from megatron_prune.checkpoint.plain import decode, encode
 from megatron_prune.checkpoint.storage import SaveTask
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import STATE, Kind, build, same, tensors, train
@@ -61,7 +61,7 @@ def save_beside_training(rank, world, folder):
     save_checkpoint(model, f"{folder}/beside", 3, STATE, saver=saver)
     while saver.is_busy:
         saver.finalize(blocking=False)
-    again = build(Kind(distributed=True), header=read_header(f"{folder}/beside", 1))
+    again = build(Kind(distributed=True), record=RunRecord.read(f"{folder}/beside", 1))
     load_checkpoint(again, f"{folder}/beside", 1)
     return drawn == draw(), losses == [train(again, 1)], failed
 
@@ -113,13 +113,13 @@ def test_a_save_that_fails_beside_the_training_is_raised_on_all_ranks(beside):
     ]
 
 
-def test_the_header_is_readable_without_a_model(beside):
-    header = read_header(beside[0] / "at_once")
-    assert header.iteration == 1
-    assert header.state["lr_scheduler"] == STATE["lr_scheduler"]
-    assert header.state["smoothing"]["head"].dtype == np.float32
-    assert header.facts.mesh == (1, 1, 2)
-    assert (header.path / "config.yaml").read_text() == STATE["config"]
+def test_the_record_is_readable_without_a_model(beside):
+    record = RunRecord.read(beside[0] / "at_once")
+    assert record.iteration == 1
+    assert record.state["lr_scheduler"] == STATE["lr_scheduler"]
+    assert record.state["smoothing"]["head"].dtype == np.float32
+    assert record.facts.mesh == (1, 1, 2)
+    assert (record.path / "config.yaml").read_text() == STATE["config"]
 
 
 def test_megatron_core_reads_the_folder_as_its_own(beside):

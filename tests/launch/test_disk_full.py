@@ -46,7 +46,7 @@ def test_a_full_disk_is_said_and_survived(tiny, small_disk, policy):
     # TensorBoard's writer thread dies in its own way; nothing else does.
     assert output.count("Traceback") == output.count("Exception in thread") <= 1, output
     assert ("Traceback" in output) == ("event_file_writer.py" in output), output
-    good = CheckpointReader(save).header.iteration
+    good = CheckpointReader(save).record.iteration
     assert good >= 2 and f"iteration {good} is safe" in output
     assert "No space left on device" in output
     assert not any(".tmp" in name for name in names(save))

@@ -133,6 +133,8 @@ def test_flops_are_summed_over_the_widths_that_are_trained():
     assert pruning.tokens == pruning.iterations * 128 and pruning.iterations == iterations[-1]
     assert continued.iterations == 100
     assert continued.flops == pytest.approx(12_800 * training_flops_per_token(route.target, 32))
+    stops = dataclasses.replace(config, training=dataclasses.replace(config.training, exit_at_target=True))
+    assert [phase.iterations for phase in plan_phases(stops, route, iterations)] == [pruning.iterations, 0]
 
 
 def test_plain_training_has_one_phase():

@@ -142,8 +142,8 @@ def test_the_pruned_weights_are_the_sources(pruned):
     stem, channels = (ids.tolist() for ids in (reader.architecture.stem, reader.architecture.ffn[2]))
     name = "model.layers.2.mlp.up_proj.weight"
     assert torch.equal(reader.read(name), WEIGHTS[name][channels][:, stem])
-    layout = reader.header.saved_layout
-    assert reader.header.facts.optimizer == () and layout.fingerprint() == layout.compacted().fingerprint()
+    layout = reader.record.saved_layout
+    assert reader.record.facts.optimizer == () and layout.fingerprint() == layout.compacted().fingerprint()
 
 
 def test_it_is_exported_and_trained_on(pruned):

@@ -78,7 +78,7 @@ def test_finetuning_takes_the_weights_only(tiny, half, tmp_path):
     output = run([*arguments, "--finetune", "--exit-interval", 2])
     assert " iteration        1/" in output and "consumed samples:            2 " in output
     reader = CheckpointReader(tmp_path / "new")
-    assert reader.header.facts.adam_step == 2 and reader.meta["consumed_samples"] == 4
+    assert reader.record.facts.adam_step == 2 and reader.meta["consumed_samples"] == 4
     before = CheckpointReader(half).architecture.parameters
     assert reader.architecture.parameters <= before < 17568
     assert [line["iteration"] for line in reader.meta["history"]] in ([1], [1, 1], [1, 2], [1, 1, 2], [1, 1, 2, 2])
@@ -89,7 +89,7 @@ def test_finetuning_takes_the_weights_only(tiny, half, tmp_path):
 def test_the_optimizer_may_be_left_behind(tiny, whole, half):
     output = run(tiny.arguments(half, "--no-load-optim"))
     assert " iteration        7/" in output
-    assert CheckpointReader(half).header.facts.adam_step == LAST - 6
+    assert CheckpointReader(half).record.facts.adam_step == LAST - 6
     assert Traces.read(half) != whole
 
 

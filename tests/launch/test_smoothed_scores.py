@@ -37,7 +37,7 @@ def test_smoothed_scores_follow_their_units_through_a_checkpoint(workshop, tmp_p
     halves = ["--save", two, "--tensor-model-parallel-size", 2, "--exit-interval", HALF, "--prune-quantum", "ffn=4"]
     assert run_ranks(train, 2, [*base, *source, *halves]) == [0, 0]
     saved = CheckpointReader(two)
-    assert saved.meta["iteration"] == HALF and saved.header.saved_layout.empty_slots("ffn")
+    assert saved.meta["iteration"] == HALF and saved.record.saved_layout.empty_slots("ffn")
     assert run_ranks(train, 1, [*base, "--load", two, "--save", two]) == [0]
     histories = [
         [json.loads(line) for line in (run / "pruning_history.jsonl").read_text().splitlines()] for run in (one, two)

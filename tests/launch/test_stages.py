@@ -6,17 +6,15 @@ import json
 import pytest
 
 from megatron_prune.checkpoint import files
+from megatron_prune.checkpoint.record import Progress, read_status
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.launch.jobs.stages import (
     STAGES,
     Ledger,
     Plan,
-    Progress,
     make_plan,
     parse_stages,
-    read_progress,
-    read_run_status,
     wants_requeue,
 )
 
@@ -47,16 +45,16 @@ def test_what_training_recovers_the_stages_find_too(tmp_path):
 
     def save(iteration):
         folder = files.begin(tmp_path, iteration)
-        state = {"iteration": iteration, "state": {"phase": "pruning", "phase_start": 0}}
+        state = {"format": 1, "iteration": iteration, "state": {"phase": "pruning", "phase_start": 0}}
         files.write_manifest(folder, files.write_files(folder, {"run_state.json": json.dumps(state).encode()}))
         return files.publish(folder, tmp_path, iteration)
 
     save(5)
     (tmp_path / files.LATEST).unlink()
-    assert read_progress(tmp_path) == Progress(5)
+    assert Progress.read(tmp_path) == Progress(5)
     folder = save(10)
     folder.rename(folder.with_name(folder.name + ".replaced"))
-    assert read_progress(tmp_path) == Progress(10)
+    assert Progress.read(tmp_path) == Progress(10)
 
 
 def test_names():
@@ -147,8 +145,8 @@ def test_requeue(config, status, signalled, progress, wanted):
 
 
 def test_ledger_and_progress_on_disk(tmp_path):
-    assert Ledger.read(tmp_path) == Ledger() and read_progress(tmp_path) == NOTHING
-    assert read_run_status(tmp_path) is None
+    assert Ledger.read(tmp_path) == Ledger() and Progress.read(tmp_path) == NOTHING
+    assert read_status(tmp_path) is None
     written = Ledger("preempted").with_done("export", 40)
     written.write(tmp_path)
     assert Ledger.read(tmp_path) == Ledger("preempted"), "what is gone is not done"
@@ -158,9 +156,9 @@ def test_ledger_and_progress_on_disk(tmp_path):
     assert Ledger.read(tmp_path) == Ledger()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("65\n")
     with pytest.raises(UserError, match="no checkpoint of iteration 65"):
-        read_progress(tmp_path)
-    (tmp_path / "iter_0000065").mkdir()
-    (tmp_path / "iter_0000065" / "architecture.json").touch()
-    state = {"iteration": 65, "state": {"phase": "continued", "phase_start": 60}}
-    (tmp_path / "iter_0000065" / "run_state.json").write_text(json.dumps(state))
-    assert read_progress(tmp_path) == CONTINUED
+        Progress.read(tmp_path)
+    folder = tmp_path / "iter_0000065"
+    folder.mkdir()
+    state = {"format": 1, "iteration": 65, "state": {"phase": "continued", "phase_start": 60}}
+    files.write_manifest(folder, files.write_files(folder, {"run_state.json": json.dumps(state).encode()}))
+    assert Progress.read(tmp_path) == CONTINUED

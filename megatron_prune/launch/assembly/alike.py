@@ -72,10 +72,10 @@ def rows(config: Config, inputs: Inputs) -> list[Row]:
 
 
 def _source(config: Config, inputs: Inputs) -> Row:
-    if inputs.header is not None:
-        folder = inputs.header.path
+    if inputs.record is not None:
+        folder = inputs.record.path
         files = fingerprints(path for path in sorted(folder.iterdir()) if path.is_file())
-        return Row("checkpoint.load (--load)", {"iteration": str(inputs.header.iteration), **files})
+        return Row("checkpoint.load (--load)", {"iteration": str(inputs.record.iteration), **files})
     source = Path(str(config.model.hf_model))
     paths = {source / "config.json"}
     if config.model.init != "random":

@@ -17,6 +17,7 @@ import torch
 from megatron.core import tensor_parallel
 
 from megatron_prune.checkpoint import load_checkpoint
+from megatron_prune.checkpoint.record import COMMON_FILE
 from megatron_prune.config import Config
 from megatron_prune.data import datasets as data
 from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, wanted_samples
@@ -79,8 +80,8 @@ def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> ShardedModel:
     """This rank's part of the model, with the source's weights or the checkpoint's weights and optimizer state."""
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     shape, options = inputs.architecture.shape, model_options(config)
-    if inputs.header is not None:
-        layout = inputs.header.layout(mesh.tp_size, quanta(config))
+    if inputs.record is not None:
+        layout = inputs.record.layout(mesh.tp_size, quanta(config))
     else:
         layout = ShardLayout.pack(inputs.architecture, mesh.tp_size, quanta(config))
     table = ParamTable.build(shape)
@@ -89,11 +90,9 @@ def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> ShardedModel:
         read = inputs.read
         agreed(mesh, lambda: load_parameters(llama, table, layout, mesh, read))
     model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
-    if inputs.header is not None:
-        checkpoint = config.checkpoint
-        restores = inputs.resumes and not checkpoint.finetune and not checkpoint.no_load_optim
-        assert checkpoint.load is not None
-        load_checkpoint(model, checkpoint.load, checkpoint.ckpt_step, load_optim=restores)
+    if inputs.record is not None:
+        restores = inputs.resumes and not config.checkpoint.no_load_optim
+        load_checkpoint(model, inputs.record.path, load_optim=restores)
     return model
 
 
@@ -134,9 +133,8 @@ def build_trainer(
     """
     model = build_model(config, inputs, mesh)
     state = RunState()
-    if inputs.resumes and not config.checkpoint.finetune:
-        assert inputs.header is not None
-        state = RunState.from_state(_run_state(inputs.header.state), inputs.architecture)
+    if inputs.record is not None and inputs.resumes:
+        state = RunState.from_state(inputs.record.state, inputs.architecture, inputs.record.path / COMMON_FILE)
     directory = Path(config.checkpoint.save) if config.checkpoint.save else None
     is_writer = mesh.rank == 0
     reporter = agreed(mesh, lambda: Reporter(config, mesh.world_size, directory, is_writer, state.iteration))
@@ -150,8 +148,3 @@ def build_trainer(
         saver = CheckpointSaver(config, inputs, model, datasets.train, directory, reporter, shuffle)
     agreement = StepAgreement(config.training, mesh, signalled, time.monotonic() if started is None else started)
     return Trainer(config, model, datasets, state, reporter, saver, history, agreement)
-
-
-def _run_state(values: dict[str, object]) -> dict[str, object]:
-    fields = RunState.__dataclass_fields__
-    return {name: value for name, value in values.items() if name in fields}

@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.checkpoint.record import Progress
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend
 from megatron_prune.errors import UserError
-from megatron_prune.training.state import CONTINUED, RunState
+from megatron_prune.training.state import RunState
 
 _COMPARED = 4096  # entries of each shuffle; two shuffles that differ do so from the start
 
@@ -78,12 +79,10 @@ def wanted_samples(config: Config, state: RunState, stored: dict[str, Any] | Non
         state: where the run stands. stored: `shuffle_of` in the checkpoint; None: data in another order, or a new run.
     """
     batch = config.training.global_batch_size
-    iterations = config.training.train_iters + (config.continue_iters if config.pruning.enabled else 0)
     if stored is None:
-        return iterations * batch
-    if state.phase == CONTINUED:
-        iterations = state.phase_start + config.continue_iters
-    return max(stored["samples"], state.consumed_samples + (iterations - state.iteration) * batch)
+        return Progress().longest(config) * batch
+    left = state.progress.longest(config) - state.iteration
+    return max(stored["samples"], state.consumed_samples + left * batch)
 
 
 def shuffle_of(dataset: Any, samples: int) -> dict[str, Any]:

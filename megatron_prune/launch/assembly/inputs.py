@@ -14,14 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_prune.checkpoint import Header, read_header
-from megatron_prune.checkpoint.files import LATEST, steps
+from megatron_prune.checkpoint import RunRecord
+from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.config import read_source
+from megatron_prune.huggingface.provenance import source_of, tokenizer_of
 from megatron_prune.huggingface.weights import FolderWeights, source_view
 from megatron_prune.launch.assembly.data_order import check_order
 from megatron_prune.model.architecture import Architecture
@@ -39,25 +40,22 @@ class Inputs:
 
     Args:
         architecture: live units at the start.
-        header: the checkpoint to load, or None.
+        record: the checkpoint to load, or None.
         read: Hugging Face name -> source tensor, or None with a checkpoint.
+        resumes: whether this run is that checkpoint's and goes on, rather than taking its weights to start from.
         source_facts: what the source's `config.json` says beyond the shape (special ids), for exports.
         shuffle: how the checkpoint's data were shuffled (`data_order.shuffle_of`), where this run reads on in them.
     """
 
     architecture: Architecture
-    header: Header | None
+    record: RunRecord | None
+    resumes: bool
     read: Callable[[str], Tensor] | None
     tokenizer: Tokenizer
     train: Blend
     valid: Blend | None
     source_facts: dict[str, Any]
     shuffle: dict[str, Any] | None
-
-    @property
-    def resumes(self) -> bool:
-        """True when the checkpoint is of a run that goes on here, not just weights to start from."""
-        return self.header is not None and "phase" in self.header.state
 
 
 def open_inputs(config: Config, writes: bool = True) -> Inputs:
@@ -67,10 +65,10 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
         UserError: missing or damaged files, vocabularies that disagree, other data than the checkpoint's, a target that
             cannot be reached, an output folder that already holds a run.
     """
-    header = _header(config)
+    record = _record(config)
     read: Callable[[str], Tensor] | None = None
-    if header is not None:
-        architecture, facts = header.architecture, dict(header.state.get("source") or {})
+    if record is not None:
+        architecture, facts = record.architecture, source_of(record.state)
     else:
         assert config.model.hf_model is not None
         architecture, facts = read_architecture(config.model.hf_model), read_source(config.model.hf_model)
@@ -80,14 +78,14 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
             weights = FolderWeights(config.model.hf_model)
             weights.check(architecture)
             read = source_view(weights, architecture)
-    tokenizer = build_tokenizer(*_tokenizer_place(config, header))
+    tokenizer = build_tokenizer(*_tokenizer_place(config, record))
     vocab_size = architecture.shape.vocab_size
     assert config.data.data_path is not None
     train = parse_blend(config.data.data_path, vocab_size)
-    shuffle = None
-    if header is not None and not config.checkpoint.finetune and header.state.get("consumed_samples"):
-        is_same = check_order(config, train, header.state.get("data_order"))
-        shuffle = header.state.get("data_shuffle") if is_same else None
+    resumes, shuffle = record is not None and record.is_run and not config.checkpoint.finetune, None
+    if record is not None and resumes and record.state.get("consumed_samples"):
+        is_same = check_order(config, train, record.state.get("data_order"))
+        shuffle = record.state.get("data_shuffle") if is_same else None
     valid = None
     if config.data.valid_data_path:
         valid = parse_blend(config.data.valid_data_path, vocab_size, "data.valid_data_path (--valid-data-path)")
@@ -97,10 +95,10 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
     _check_target(config, architecture)
     if writes:
         _check_output(config)
-    return Inputs(architecture, header, read, tokenizer, train, valid, facts, shuffle)
+    return Inputs(architecture, record, resumes, read, tokenizer, train, valid, facts, shuffle)
 
 
-def _header(config: Config) -> Header | None:
+def _record(config: Config) -> RunRecord | None:
     """What to resume, or None to start from hf_model.
 
     A command that names one folder as save and load can be given again and again: as long as nothing is saved there,
@@ -109,25 +107,26 @@ def _header(config: Config) -> Header | None:
     checkpoint = config.checkpoint
     if checkpoint.load is None:
         return None
-    is_own = checkpoint.save is not None and Path(checkpoint.load).resolve() == Path(checkpoint.save).resolve()
-    if is_own and config.model.hf_model and checkpoint.ckpt_step is None and not _holds_checkpoint(checkpoint.load):
+    may_start = config.model.hf_model is not None and checkpoint.ckpt_step is None and _loads_its_own(config)
+    if may_start and not holds_checkpoint(Path(checkpoint.load)):
         logger.info("%s: no checkpoint yet, starting from %s", checkpoint.load, config.model.hf_model)
         return None
-    return read_header(checkpoint.load, checkpoint.ckpt_step)
+    return RunRecord.read(checkpoint.load, checkpoint.ckpt_step)
 
 
-def _holds_checkpoint(folder: str) -> bool:
-    return (Path(folder) / LATEST).exists() or bool(steps(Path(folder)))
+def _loads_its_own(config: Config) -> bool:
+    """Whether the folder that is loaded from is the one that is saved to."""
+    load, save = config.checkpoint.load, config.checkpoint.save
+    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
 
 
-def _tokenizer_place(config: Config, header: Header | None) -> tuple[str | None, str]:
+def _tokenizer_place(config: Config, record: RunRecord | None) -> tuple[str | None, str]:
     """(type, path): as configured, else the one the checkpoint was trained with, else the source folder's."""
     if config.data.tokenizer_model:
         return config.data.tokenizer_type, config.data.tokenizer_model
-    recorded = header.state.get("tokenizer_model") if header is not None else None
-    is_moved = recorded is not None and not Path(str(recorded)).exists()
-    if header is not None and recorded and not (is_moved and config.model.hf_model):
-        return header.state.get("tokenizer_type"), str(header.state["tokenizer_model"])
+    recorded = tokenizer_of(record.state) if record is not None else None
+    if recorded is not None and (Path(recorded[1]).exists() or not config.model.hf_model):
+        return recorded
     if config.model.hf_model:
         return config.data.tokenizer_type, config.model.hf_model
     raise UserError("data.tokenizer_model (--tokenizer-model) is not set, and the checkpoint does not name one")
@@ -173,14 +172,13 @@ def _check_target(config: Config, architecture: Architecture) -> None:
 def _check_output(config: Config) -> None:
     if config.checkpoint.save is None:
         return
-    save, load, finetune = Path(config.checkpoint.save), config.checkpoint.load, config.checkpoint.finetune
-    is_own = load is not None and Path(load).resolve() == save.resolve()
-    if _holds_checkpoint(str(save)) and finetune:
+    save, is_taken = Path(config.checkpoint.save), holds_checkpoint(Path(config.checkpoint.save))
+    if is_taken and config.checkpoint.finetune:
         raise UserError(
             f"checkpoint.finetune begins a new run, and checkpoint.save ({save}) already holds one; give another "
             f"folder, or resume that run with --load {save} --no-finetune"
         )
-    if _holds_checkpoint(str(save)) and not is_own:
+    if is_taken and not _loads_its_own(config):
         raise UserError(
             f"checkpoint.save: {save} already holds a run's checkpoints; resume it with --load {save}, or give another "
             "folder"

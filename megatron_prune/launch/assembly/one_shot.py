@@ -194,7 +194,7 @@ def prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architectu
 
 def _prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architecture], None]) -> Pruned:
     assert config.checkpoint.save is not None
-    before = [] if run.inputs.header is None else list(run.inputs.header.state.get("history") or [])
+    before = [] if run.inputs.record is None else run.inputs.record.history
     state = RunState(history=[Removal.from_json(removal) for removal in before])
     one_shot = OneShot(config, run.model, run.datasets.train, on_removal=on_removal)
     _measure("source", config, run, state)

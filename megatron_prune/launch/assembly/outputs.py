@@ -1,6 +1,6 @@
-"""What a run leaves in its folder besides checkpoints: config.yaml, summary.json, figures, run_status.json.
+"""What a run leaves in its folder besides checkpoints: config.yaml, summary.json, figures.
 
-One rank writes. `run_status.json` is there only when the run ended by itself, and says how (see `write_run_status`).
+One rank writes. How the run ended is `checkpoint.record.write_status`'s.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from pathlib import Path
 
 from megatron_prune.config import Config, dump
@@ -18,8 +17,6 @@ from megatron_prune.runtime.folders import probe_folder
 from megatron_prune.training.state import RunState
 
 logger = logging.getLogger(__name__)
-
-RUN_STATUS = "run_status.json"
 
 
 def check_places(config: Config) -> None:
@@ -42,26 +39,6 @@ def write_config(config: Config, directory: Path) -> None:
     """The effective configuration, as config.yaml."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(dump(config))
-
-
-def clear_run_status(directory: Path) -> None:
-    """Remove what a run before left, so that a crash of this one is not taken for its end."""
-    (directory / RUN_STATUS).unlink(missing_ok=True)
-
-
-def write_run_status(directory: Path, status: str, iteration: int) -> None:
-    """How the run ended, for launchers; replaced in one piece, so a reader never sees half of it.
-
-    Args:
-        status: `finished`; `preempted`, `time_limit`, `exit_interval`: stopped as asked, and --load goes on from
-            `iteration`, which is saved; `stopped`: ended by an error of its own, see the log.
-    """
-    temporary = directory / f"{RUN_STATUS}.tmp"
-    with temporary.open("w") as file:
-        file.write(json.dumps({"status": status, "iteration": iteration}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / RUN_STATUS)
 
 
 def write_summary(config: Config, state: RunState, architecture: Architecture, directory: Path) -> None:

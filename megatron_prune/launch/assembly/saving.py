@@ -54,7 +54,7 @@ class CheckpointSaver:
             "data_shuffle": shuffle,
         }
         self.blend, self.train = inputs.train, train
-        self.complete = inputs.header.iteration if inputs.header and _is_in(inputs.header.path, directory) else None
+        self.complete = inputs.record.iteration if inputs.record and _is_in(inputs.record.path, directory) else None
 
     @property
     def is_writing(self) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from megatron_prune.checkpoint import Header, read_header
+from megatron_prune.checkpoint import RunRecord
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend, blend_words, check_documents, check_vocabulary, parse_blend
 from megatron_prune.data.indexed import IndexedData, bin_path, idx_path
@@ -79,8 +79,8 @@ def look(config: Config) -> Found:
         UserError: no `config.json`, damaged files, or anything that `launch.assembly.inputs` would refuse.
     """
     findings: list[Finding] = []
-    header, architecture = _source(config, findings)
-    tokenizer = _tokenizer(config, header, findings)
+    record, architecture = _source(config, findings)
+    tokenizer = _tokenizer(config, record, findings)
     for field, text in (
         ("data.data_path (--data-path)", config.data.data_path),
         ("data.valid_data_path (--valid-data-path)", config.data.valid_data_path),
@@ -105,13 +105,13 @@ def _output(config: Config, findings: list[Finding]) -> None:
         findings.append(Finding("output", f"the launch will refuse: {error}"))
 
 
-def _source(config: Config, findings: list[Finding]) -> tuple[Header | None, Architecture]:
+def _source(config: Config, findings: list[Finding]) -> tuple[RunRecord | None, Architecture]:
     """The checkpoint, if one is named and here, and the architecture to start with."""
     load, folder = config.checkpoint.load, config.model.hf_model
     if load is not None and Path(load).exists():
-        header = read_header(load, config.checkpoint.ckpt_step)
-        findings.append(Finding(str(header.path), f"checkpoint of iteration {header.iteration}"))
-        return header, header.architecture
+        record = RunRecord.read(load, config.checkpoint.ckpt_step)
+        findings.append(Finding(str(record.path), f"checkpoint of iteration {record.iteration}"))
+        return record, record.architecture
     if load is not None:
         findings.append(Finding(f"checkpoint in {load}", NOT_HERE))
     if folder is None:
@@ -138,8 +138,8 @@ def _shape(architecture: Architecture) -> str:
     return f"{shape.num_layers} layers, vocabulary {shape.vocab_size} ({tied}), head dimension {shape.kv_channels}"
 
 
-def _tokenizer(config: Config, header: Header | None, findings: list[Finding]) -> Tokenizer | None:
-    kind, place = inputs._tokenizer_place(config, header)
+def _tokenizer(config: Config, record: RunRecord | None, findings: list[Finding]) -> Tokenizer | None:
+    kind, place = inputs._tokenizer_place(config, record)
     path = Path(place)
     if path.is_file() or holds_tokenizer(path):
         tokenizer = build_tokenizer(kind, place)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_prune.checkpoint.record import CONTINUED, PRUNING, Progress
 from megatron_prune.config import Config
 from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, STEM, Architecture
 from megatron_prune.pruning.schedule import PruningSchedule
@@ -230,16 +231,15 @@ def plan_phases(config: Config, route: Route, iterations: np.ndarray) -> tuple[P
     durations = np.diff(iterations, prepend=0)
     total = int(iterations[-1])
     pruning = Phase(total, total * tokens, float(np.dot(durations, per_token)) * tokens)
-    continued = config.continue_iters * tokens
-    return pruning, Phase(
-        config.continue_iters, continued, continued * training_flops_per_token(route.target, seq_length)
-    )
+    left = Progress(phase=CONTINUED).end(config)
+    return pruning, Phase(left, left * tokens, left * tokens * training_flops_per_token(route.target, seq_length))
 
 
 def plan_plain(config: Config, architecture: Architecture) -> tuple[Phase, Phase]:
     """(training, continued training) without removals; when the target is reached already, only the latter."""
     per_token = training_flops_per_token(architecture, config.data.seq_length)
-    counts = (0, config.continue_iters) if config.pruning.enabled else (config.training.train_iters, 0)
+    end = Progress(phase=CONTINUED if config.pruning.enabled else PRUNING).end(config)
+    counts = (0, end) if config.pruning.enabled else (end, 0)
     training, continued = (
         Phase(count, count * config.tokens_per_iteration, count * config.tokens_per_iteration * per_token)
         for count in counts

@@ -26,13 +26,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_prune.checkpoint.files import steps
+from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.checkpoint.lease import acquire, live_owner
+from megatron_prune.checkpoint.record import FINISHED, PREEMPTED, STOPPED, Progress, clear_status, read_status
 from megatron_prune.config import Config, dump, load_config
 from megatron_prune.errors import UserError
 from megatron_prune.launch.assembly.watch import Watch, announce, launchers
 from megatron_prune.launch.jobs import after, stages
-from megatron_prune.launch.jobs.stages import Ledger, Plan, make_plan, read_progress, read_run_status
+from megatron_prune.launch.jobs.stages import Ledger, Plan, make_plan
 from megatron_prune.launch.jobs.supervisor import supervise
 from megatron_prune.runtime.agreement import consult, own_facts
 from megatron_prune.runtime.places import Rank, Torchrun, find_place, rank_settings, speaks
@@ -192,7 +193,7 @@ def _should_requeue(request: Request) -> int:
     config = request.read()
     save = Path(str(config.checkpoint.save))
     signalled = bool(os.environ.get("JOB_SIGNALLED"))
-    ledger, progress = Ledger.read(save), read_progress(save)
+    ledger, progress = Ledger.read(save), Progress.read(save)
     wanted = stages.wants_requeue(request.stages, config, progress, ledger, signalled)
     logger.info("job %s at iteration %s: %s", ledger.status, progress.iteration, "requeue" if wanted else "no requeue")
     return 0 if wanted else 1
@@ -229,7 +230,7 @@ def _node(request: Request, place: Torchrun, script: Path) -> int:
         return 128 + outcome.told
     ledger = Ledger.read(save)
     if ledger.status == stages.RUNNING and place.node_rank == 0 and live_owner(save) is None:
-        ledger.with_status(stages.PREEMPTED).write(save)
+        ledger.with_status(PREEMPTED).write(save)
     return 1 if ledger.status == stages.FAILED else 0
 
 
@@ -293,7 +294,7 @@ class _Rank:
                 return self._run()
             except ToldToLeave as told:
                 logger.info("told to leave; the same command goes on from here")
-                self._note(stages.PREEMPTED)
+                self._note(PREEMPTED)
                 return 0 if self.has_trained else told.status
 
     def _run(self) -> int:
@@ -319,7 +320,7 @@ class _Rank:
         if self.rank != 0:
             return 0
         if self._plan().train is not None:
-            status = read_run_status(self.save) or "stopped"
+            status = read_status(self.save) or STOPPED
             self._note(status)
             logger.info("training stopped (%s); the same command goes on from here", status)
             return 0
@@ -355,7 +356,7 @@ class _Rank:
         )
 
     def _plan(self) -> Plan:
-        return make_plan(self.request.stages, self.config, read_progress(self.save), Ledger.read(self.save))
+        return make_plan(self.request.stages, self.config, Progress.read(self.save), Ledger.read(self.save))
 
     def _note(self, status: str) -> None:
         """Rank 0 writes down how the job stands."""
@@ -367,16 +368,16 @@ class _Rank:
         """Put aside what is of no use to anyone: the last status, and the history of a run that never saved."""
         if self.rank != 0:
             return
-        (self.save / stages.RUN_STATUS_FILE).unlink(missing_ok=True)
+        clear_status(self.save)
         history = self.save / "pruning_history.jsonl"
-        if history.exists() and not steps(self.save):
+        if history.exists() and not holds_checkpoint(self.save):
             logger.info("%s: of a run that left no checkpoint; set aside, training starts anew", history)
             history.replace(history.with_name(history.name + ".unsaved"))
 
     # After training ---------------------------------------------------------------------------------------------------
 
     def _after(self, todo: Sequence[str]) -> int:
-        iteration = read_progress(self.save).iteration
+        iteration = Progress.read(self.save).iteration
         assert iteration is not None
         for stage in todo:
             job = (after.export if stage == stages.EXPORT else after.evaluate)(self.config, self.root / "tools")
@@ -394,6 +395,6 @@ class _Rank:
                 logger.info("stage %s: %s, %s", stage, "incomplete" if job.words else "skipped", job.left_out)
                 self.ledger.skipped[stage] = job.left_out
             self.ledger.write(self.save)
-        self._note(stages.FINISHED)
+        self._note(FINISHED)
         logger.info("done: stages %s; everything is in %s", ", ".join(self.request.stages), self.save)
         return 0

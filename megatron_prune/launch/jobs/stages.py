@@ -6,9 +6,8 @@
     evaluate   source and exported model side by side, SAVE/evaluation (`after` has both stages' commands)
 
     parse_stages    `prune,continue` -> stages in order
-    Progress        what the newest checkpoint says about training
     Ledger          SAVE/launch_status.json: how the job stands, and which checkpoint was exported and evaluated
-    make_plan       stages, progress, ledger -> Plan: how to train (or not), what to do afterwards
+    make_plan       stages, progress (`checkpoint.record`), ledger -> Plan: how to train (or not), what to do afterwards
     wants_requeue   whether a job that has ended should be started again
 
 Training is one process group and one run, whichever stages are asked for: `prune` alone stops it at the target
@@ -25,16 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.files import LATEST, resolve, steps
+from megatron_prune.checkpoint.files import replace_file
+from megatron_prune.checkpoint.record import PREEMPTED, TIME_LIMIT, Progress
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 
 PRUNE, CONTINUE, EXPORT, EVALUATE = STAGES = ("prune", "continue", "export", "evaluate")
 ALL = "all"
-LEDGER_FILE, RUN_STATUS_FILE = "launch_status.json", "run_status.json"
+LEDGER_FILE = "launch_status.json"
 EXPORTED, EVALUATION = "hf", "evaluation"
 _FOLDERS = {EXPORT: EXPORTED, EVALUATE: EVALUATION}
-RUNNING, FINISHED, FAILED, PREEMPTED, TIME_LIMIT = "running", "finished", "failed", "preempted", "time_limit"
+RUNNING, FAILED = "running", "failed"  # beside a run's own, with which training ends
 
 
 def parse_stages(text: str) -> tuple[str, ...]:
@@ -44,50 +44,6 @@ def parse_stages(text: str) -> tuple[str, ...]:
     if unknown:
         raise UserError(f'--stage: unknown stage "{unknown[0]}"; there are {", ".join(STAGES)} and {ALL}')
     return STAGES if ALL in words else tuple(stage for stage in STAGES if stage in words)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Training so far.
-
-    Args:
-        iteration: of the newest complete checkpoint; None: there is none yet.
-        phase: `pruning` (also of plain training) or `continued`. phase_start: iteration at which it began.
-    """
-
-    iteration: int | None = None
-    phase: str = "pruning"
-    phase_start: int = 0
-
-    def is_pruned(self, config: Config) -> bool:
-        """Whether the pruning phase is over: the target reached, or its limit of iterations."""
-        return self.iteration is not None and (
-            self.phase == "continued" or self.iteration >= config.training.train_iters
-        )
-
-    def is_finished(self, config: Config) -> bool:
-        """Whether no training is left."""
-        if self.iteration is None:
-            return False
-        if self.phase == "continued":
-            return self.iteration - self.phase_start >= config.continue_iters
-        return self.iteration >= config.training.train_iters
-
-
-def read_progress(save: Path) -> Progress:
-    """What the newest complete checkpoint in `save` says: the one that training would go on from, also where a crash
-    struck between two renames. Reads two small files and no tensors.
-    """
-    if not (save / LATEST).exists() and not steps(save):
-        return Progress()
-    _, folder = resolve(save)
-    path = folder / "run_state.json"
-    try:
-        run = json.loads(path.read_text())
-        state = run["state"]
-        return Progress(run["iteration"], state.get("phase", "pruning"), state.get("phase_start", 0))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); see tools/inspect_checkpoint.py --load {save}") from error
 
 
 @dataclass(frozen=True)
@@ -120,9 +76,7 @@ class Ledger:
     def write(self, save: Path) -> None:
         """Replace the ledger in `save` at once."""
         save.mkdir(parents=True, exist_ok=True)
-        temporary = save / f"{LEDGER_FILE}.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        temporary.replace(save / LEDGER_FILE)
+        replace_file(save / LEDGER_FILE, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
     def with_status(self, status: str) -> Ledger:
         """The same with another status."""
@@ -131,14 +85,6 @@ class Ledger:
     def with_done(self, stage: str, iteration: int) -> Ledger:
         """The same with `stage` done for the checkpoint of `iteration`."""
         return dataclasses.replace(self, done={**self.done, stage: iteration})
-
-
-def read_run_status(save: Path) -> str | None:
-    """The status that the training process left behind, or None."""
-    try:
-        return str(json.loads((save / RUN_STATUS_FILE).read_text())["status"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class Traces:
 
         reader, digest = CheckpointReader(save), hashlib.sha256()
         for name in reader.names:
-            kinds = [reader.read_optimizer(kind, name) for kind in reader.header.facts.optimizer]
+            kinds = [reader.read_optimizer(kind, name) for kind in reader.record.facts.optimizer]
             for tensor in (reader.read(name), *kinds):
                 digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         stages = json.loads((save / "summary.json").read_text())

@@ -31,8 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.checkpoint import CheckpointReader
-from megatron_prune.checkpoint.files import LATEST
+from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.checkpoint.lease import is_lease, live_owner
+from megatron_prune.checkpoint.record import read_status
 from megatron_prune.runtime.agreement import code_version
 from megatron_prune.testing.benchmarks.kills import Kill, Traces, victim
 from megatron_prune.testing.helpers.ranks import Fate, watch_ranks
@@ -122,7 +123,7 @@ class Soak:
 
     def uninterrupted(self) -> Traces:
         """Traces of a run that nobody disturbs; it runs at the first call."""
-        if not (self.reference / "run_status.json").exists():
+        if read_status(self.reference) is None:
             shutil.rmtree(self.reference, ignore_errors=True)
             fates, _ = self._run(self.reference, ("--save-interval", 100), None)
             if [fate.exit_code for fate in fates] != [0, 0]:
@@ -192,9 +193,9 @@ class Soak:
 
     def iteration(self) -> int | None:
         """Of the last checkpoint, which is read whole; None before the first."""
-        if not (self.save / LATEST).exists():
+        if not holds_checkpoint(self.save):
             return None
-        return CheckpointReader(self.save).header.iteration
+        return CheckpointReader(self.save).record.iteration
 
     def close_chain(self) -> None:
         """After a finished attempt: compare with the uninterrupted run and begin a new chain."""

@@ -1,0 +1,395 @@
+"""A run as its folder tells it: where it goes on, how far and how long it is, what it was trained with, how it ended.
+
+The only reader and writer of run state. Launchers import it, and read `Progress`, without torch or numpy.
+
+    Progress       how far the newest checkpoint is; how long its run is, and whether it is finished
+    RunRecord      all of a checkpoint except its tensors; `read` verifies it, no torch.distributed needed
+    record_files   what `RunRecord.read` reads, as bytes
+    STATE_FIELDS   the run's state, field by field
+    write_status, read_status, clear_status    run_status.json: how the last process of the run ended
+
+Which checkpoint is the one to go on from, after whatever crash, is `files.resolve`. In each `iter_...` folder, beside
+megatron-core's own files (`.metadata`, `metadata.json`, `*.distcp`):
+
+    architecture.json   widths and live units, for people and machines
+    layout.json         which unit sat in which slot, empty slots included: the same layout resumes bit for bit
+    run_state.json      facts needed to load, the scalars of the run's state
+    config.yaml         the effective configuration, when the state has one
+    common.pt           the whole of the run's state, and random generators per rank
+    checksums.json      sizes and CRC-32 of all these
+
+The run's state is any nesting of dicts, lists, tuples, numbers, strings, None, numpy arrays and tensors. Fields in
+`STATE_FIELDS` are of the type given there wherever they are present, and none must be: converted weights have few, and
+versions before 0.1.0 fewer. Fields that are not known are kept and ignored. A change that this does not cover needs
+another `FORMAT`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_prune import __version__
+from megatron_prune.checkpoint.files import (
+    MANIFEST,
+    damages,
+    holds_checkpoint,
+    read_manifest,
+    refuse_damaged,
+    replace_file,
+    resolve,
+)
+from megatron_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prune.config import Config
+    from megatron_prune.model.architecture import Architecture
+    from megatron_prune.model.layout import Quanta, ShardLayout
+
+FORMAT = 1
+RUN_FILE, COMMON_FILE, CONFIG_FILE, STATUS_FILE = "run_state.json", "common.pt", "config.yaml", "run_status.json"
+SMALL_FILES = ("architecture.json", "layout.json", RUN_FILE, COMMON_FILE, "metadata.json")
+PRUNING, CONTINUED = "pruning", "continued"
+FINISHED, STOPPED, PREEMPTED, TIME_LIMIT = "finished", "stopped", "preempted", "time_limit"
+
+
+# How far, how long ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, and by a configuration how far it has to go.
+
+    Args:
+        iteration: finished iterations; None: nothing is saved yet.
+        phase: `pruning` until the target is reached (also plain training), then `continued`.
+        phase_start: iteration after which the phase began.
+    """
+
+    iteration: int | None = None
+    phase: str = PRUNING
+    phase_start: int = 0
+
+    @classmethod
+    def read(cls, save: Path) -> Progress:
+        """Of the newest complete checkpoint in `save`, the one that training would go on from, also where a crash
+        struck between two renames. Reads two small files and no tensors.
+
+        Raises:
+            UserError: there is something, and no checkpoint that can be read.
+        """
+        if not holds_checkpoint(save):
+            return cls()
+        iteration, folder = resolve(save)
+        refuse_damaged(save, iteration, damages(folder, [RUN_FILE]))
+        run = _run_file(folder, iteration)
+        check_fields(run, {"state": TABLE}, folder / RUN_FILE, required=True)
+        check_fields(run["state"], STATE_FIELDS, folder / RUN_FILE)
+        return cls.of(iteration, run["state"])
+
+    @classmethod
+    def of(cls, iteration: int, state: Mapping[str, Any]) -> Progress:
+        """From a run's state."""
+        return cls(iteration, state.get("phase") or PRUNING, state.get("phase_start") or 0)
+
+    def end(self, config: Config) -> int:
+        """The iteration that ends the run; while it prunes, the one that ends pruning if the target is not reached."""
+        if self.phase == CONTINUED:
+            return self.phase_start if config.training.exit_at_target else self.longest(config)
+        return config.training.train_iters
+
+    def longest(self, config: Config) -> int:
+        """Iterations of the run if it reaches its target as late as it may and does not stop there."""
+        if self.phase == CONTINUED:
+            return self.phase_start + config.continue_iters
+        return config.training.train_iters + (config.continue_iters if config.pruning.enabled else 0)
+
+    def is_pruned(self, config: Config) -> bool:
+        """Whether the pruning phase is over: the target reached, or its limit of iterations."""
+        return self.phase == CONTINUED or self.is_finished(config)
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether no training is left."""
+        return self.iteration is not None and self.iteration >= self.end(config)
+
+
+# Fields ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FieldType:
+    """What a stored value must be, for people and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _instance(kind: type, words: str) -> FieldType:
+    return FieldType(words, lambda value: isinstance(value, kind))
+
+
+def one_of(*words: str) -> FieldType:
+    """One of these words."""
+    return FieldType(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
+
+
+COUNT = FieldType("a whole number", lambda value: type(value) is int and 0 <= value < 1 << 62)
+NUMBER = FieldType("a number", lambda value: type(value) in (int, float) and -1e300 < value < 1e300)
+TEXT, LIST, TABLE = _instance(str, "text"), _instance(list, "a list"), _instance(dict, "a table")
+TABLES = FieldType("a list of tables", lambda value: LIST.fits(value) and all(map(TABLE.fits, value)))
+TABLE_OF_TABLES = FieldType("a table of tables", lambda value: TABLE.fits(value) and TABLES.fits([*value.values()]))
+_TRIPLES = FieldType(
+    "lists of three", lambda value: LIST.fits(value) and all(LIST.fits(v) and len(v) == 3 for v in value)
+)
+_SHUFFLE = FieldType(
+    "a table with samples, epochs and digest",
+    lambda value: (
+        TABLE.fits(value)
+        and all(kind.fits(value.get(name)) for name, kind in (("samples", COUNT), ("epochs", LIST), ("digest", TEXT)))
+    ),
+)
+
+STATE_FIELDS = {
+    # How far it is.
+    "phase": one_of(PRUNING, CONTINUED),
+    **dict.fromkeys(("phase_start", "tokens", "consumed_tokens", "consumed_samples"), COUNT),
+    "consumed_samples_per_data_set": TABLE,
+    # What it was trained with.
+    **dict.fromkeys(("config", "tokenizer_model", "tokenizer_type", "tokenizer_fingerprint"), TEXT),
+    "data_tokenizers": _TRIPLES,
+    "source": TABLE,
+    "data_order": TABLE,
+    "data_shuffle": _SHUFFLE,
+    # What came of it.
+    "history": TABLES,
+    "stages": TABLE_OF_TABLES,
+}
+"""Of the state in a checkpoint; whoever writes it may add others."""
+
+
+def check_fields(values: Mapping[str, Any], types: Mapping[str, FieldType], file: Path, required: bool = False) -> None:
+    """See that fields read from `file` are of their types; those that are absent or None are not `required`.
+
+    Raises:
+        UserError: one is not; names file and field.
+    """
+    for name, wanted in types.items():
+        value = values.get(name)
+        if (required or value is not None) and not wanted.fits(value):
+            raise UserError(f"{file}: {name}: expected {wanted.words}, found {reprlib.repr(value)}")
+
+
+# A checkpoint ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the stored tensors are.
+
+    Args:
+        dtype: of the model weights, e.g. `float32`.
+        optimizer: kinds of optimizer state stored, out of `exp_avg`, `exp_avg_sq`, `main`.
+        adam_step: steps taken (bias correction).
+        tensor, pipeline, data: sizes of the mesh that saved it.
+    """
+
+    dtype: str
+    optimizer: tuple[str, ...]
+    adam_step: int
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """(tensor, pipeline, data)."""
+        return self.tensor, self.pipeline, self.data
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "main")
+_FACTS = {
+    "dtype": one_of("float32", "float16", "bfloat16"),
+    "optimizer": FieldType(
+        f"kinds of state out of {', '.join(_MOMENTS)}",
+        lambda value: isinstance(value, list) and all(kind in _MOMENTS for kind in value),
+    ),
+    **dict.fromkeys(("adam_step", "tensor", "pipeline", "data"), COUNT),
+}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All of a checkpoint except its tensors.
+
+    Args:
+        path: its folder.
+        layout_state: slot map (see `ShardLayout.to_state`).
+        state: what the run gave to `save_checkpoint`, checked by `STATE_FIELDS`.
+        rng: per rank, states of the random generators.
+    """
+
+    iteration: int
+    path: Path
+    architecture: Architecture
+    layout_state: dict[str, Any]
+    state: dict[str, Any]
+    facts: Facts
+    rng: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, directory: str | Path, step: int | None = None) -> RunRecord:
+        """Read and verify the small files of a checkpoint.
+
+        Args:
+            directory: the folder that was saved to, or one `iter_...` folder in it.
+            step: iteration; None: the newest complete one.
+
+        Raises:
+            UserError: there is no such checkpoint, or one of these files is damaged; names the newest good one.
+        """
+        from megatron_prune.checkpoint.plain import unpack
+        from megatron_prune.model.architecture import Architecture
+
+        iteration, folder = resolve(Path(directory), step)
+        refuse_damaged(folder.parent, iteration, damages(folder, SMALL_FILES))
+        run, layout = _run_file(folder, iteration), _load_json(folder / "layout.json")
+        check_fields(run, _FACTS, folder / RUN_FILE, required=True)
+        check_fields(layout, {"tp": COUNT, "quanta": TABLE}, folder / "layout.json", required=True)
+        common = unpack(folder / COMMON_FILE)
+        if not isinstance(common, dict):
+            raise UserError(f"{folder / COMMON_FILE}: holds no state of a run")
+        check_fields(common, {"state": TABLE, "rng": LIST}, folder / COMMON_FILE, required=True)
+        check_fields(common["state"], STATE_FIELDS, folder / COMMON_FILE)
+        return cls(
+            iteration=iteration,
+            path=folder,
+            architecture=Architecture.from_json(_load_json(folder / "architecture.json")),
+            layout_state=layout,
+            state=common["state"],
+            facts=Facts(**{name: run[name] for name in _FACTS} | {"optimizer": tuple(run["optimizer"])}),
+            rng=common["rng"],
+        )
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is of a run that can go on, not just weights to start from."""
+        return "phase" in self.state
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return Progress.of(self.iteration, self.state)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All removals, in order (`Removal.to_json`)."""
+        return self.state.get("history") or []
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the whole checkpoint."""
+        return sum(d.size for d in read_manifest(self.path).values()) + (self.path / MANIFEST).stat().st_size
+
+    @property
+    def saved_layout(self) -> ShardLayout:
+        """The layout that was saved, empty slots included."""
+        from megatron_prune.model.layout import ShardLayout
+
+        return ShardLayout.from_state(self.architecture, self.layout_state)
+
+    def layout(self, tp: int, quanta: Quanta) -> ShardLayout:
+        """The layout to build the model with: the saved slots when TP and quanta are the same, else packed anew."""
+        from megatron_prune.model.layout import ShardLayout
+
+        if tp == self.layout_state["tp"] and dataclasses.asdict(quanta) == self.layout_state["quanta"]:
+            return self.saved_layout
+        return ShardLayout.pack(self.architecture, tp, quanta)
+
+
+def record_files(
+    iteration: int, layout: ShardLayout, facts: Facts, state: dict[str, Any], rng: list[dict[str, Any]]
+) -> dict[str, bytes]:
+    """File name -> content, a snapshot of everything given.
+
+    Raises:
+        TypeError: `state` holds something that is not plain; names where.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig
+
+    from megatron_prune.checkpoint.plain import pack
+
+    run = {
+        "format": FORMAT,
+        "iteration": iteration,
+        **dataclasses.asdict(facts),
+        "written_by": f"megatron_prune {__version__}",
+        "state": {k: v for k, v in state.items() if k != "config" and isinstance(v, (bool, int, float, str))},
+    }
+    files = {
+        "architecture.json": _json(layout.architecture.to_json()),
+        "layout.json": json.dumps(layout.to_state()).encode(),
+        RUN_FILE: _json(run),
+        COMMON_FILE: pack({"state": state, "rng": rng}),
+        "metadata.json": _json(dataclasses.asdict(CheckpointingConfig("torch_dist"))),
+    }
+    if isinstance(state.get("config"), str):
+        files[CONFIG_FILE] = state["config"].encode()
+    return files
+
+
+def _run_file(folder: Path, iteration: int) -> dict[str, Any]:
+    """run_state.json, if it is of this version and `iteration`. Raises UserError."""
+    run = _load_json(folder / RUN_FILE)
+    if run.get("format") != FORMAT:
+        raise UserError(f"{folder / RUN_FILE}: format {reprlib.repr(run.get('format'))}, this version reads {FORMAT}")
+    if run.get("iteration") != iteration:
+        raise UserError(
+            f"{folder}: holds the checkpoint of iteration {reprlib.repr(run.get('iteration'))}; folders of checkpoints "
+            "keep their names: rename it back"
+        )
+    return run
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: no JSON object")
+    return found
+
+
+# How it ended ---------------------------------------------------------------------------------------------------------
+
+
+def write_status(save: Path, status: str, iteration: int) -> None:
+    """How the run ended, for launchers; replaced in one piece, so a reader never sees half of it.
+
+    Args:
+        status: `finished`; `preempted`, `time_limit`, `exit_interval`: stopped as asked, and --load goes on from
+            `iteration`, which is saved; `stopped`: ended by an error of its own, see the log.
+    """
+    replace_file(save / STATUS_FILE, _json({"status": status, "iteration": iteration}))
+
+
+def read_status(save: Path) -> str | None:
+    """The status that the training process left behind, or None."""
+    try:
+        return str(json.loads((save / STATUS_FILE).read_text())["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def clear_status(save: Path) -> None:
+    """Remove what a run before left, so that a crash of this one is not taken for its end."""
+    (save / STATUS_FILE).unlink(missing_ok=True)
