@@ -77,6 +77,13 @@ def test_prune_alone_stops_at_the_target(config):
     assert plan(config, "prune", REACHED).train is None
 
 
+def test_a_run_that_is_told_to_end_at_the_target_is_exported_there(config):
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, exit_at_target=True))
+    assert plan(config, "all", PRUNING).train is not None
+    assert plan(config, "all", REACHED).train is None
+    assert plan(config, "all", REACHED).after == ("export", "evaluate")
+
+
 def test_what_was_saved_is_where_it_goes_on(config):
     config = dataclasses.replace(
         config, checkpoint=dataclasses.replace(config.checkpoint, load="elsewhere", finetune=True, ckpt_step=7)
