@@ -51,7 +51,7 @@ def test_launchers_read_progress_without_torch_and_numpy(tmp_path):
 import sys
 sys.modules.update(dict.fromkeys(("torch", "numpy", "megatron"), None))
 from pathlib import Path
-import megatron_prune.launch.job
+import megatron_prune.launch.jobs.job
 from megatron_prune.checkpoint.record import Progress
 assert Progress.read(Path({str(tmp_path)!r})) == Progress(65, "continued", 60)
 """
