@@ -80,4 +80,5 @@ setup(
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-prune = megatron_prune.commands:start"]},
 )

@@ -16,6 +16,7 @@ The rooms, in the order in which data flows (none imports a later one):
     evaluation   perplexity, zero-shot tasks
     launch       a configuration becomes a running job
     testing      gloo ranks on CPU and the dense oracle
+    commands     what `megatron-prune COMMAND` runs
 """
 
 __version__ = "0.1.0"

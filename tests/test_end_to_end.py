@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
+from megatron_prune.commands import convert_from_hf, convert_to_hf, preprocess_data
 from tests.commands import run, torchrun
-from tools import convert_from_hf, convert_to_hf, preprocess_data
 
 TARGET = 130_000
 GREETING = ", there was a little girl named Lily. She loved to play outside in the park."

@@ -113,7 +113,7 @@ def _of_ours(folder: Path) -> Path:
         raise UserError(f"{folder}: half a checkpoint, perhaps of a copy that was cut short; {offer}")
     raise UserError(
         f"{folder}: not a checkpoint of megatron_prune; if it is Megatron-LM's, in torch_dist format, make one of it "
-        "with tools/convert_from_megatron.py"
+        "with megatron-prune convert-from-megatron"
     )
 
 
@@ -131,7 +131,9 @@ def _latest(directory: Path) -> int:
     except ValueError:
         raise UserError(f"{path}: not an iteration number; {_offer(directory, None)}") from None
     if step is None:
-        raise UserError(f"{path}: Megatron-LM's release; make a checkpoint of it with tools/convert_from_megatron.py")
+        raise UserError(
+            f"{path}: Megatron-LM's release; make a checkpoint of it with megatron-prune convert-from-megatron"
+        )
     return step
 
 

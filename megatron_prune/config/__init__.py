@@ -5,13 +5,15 @@
     options.py       a dataclass field -> `Option` (flag, type, limits, help): the only reader of the field metadata
     values.py        strict conversion of a YAML value or of flag words into an option's type
     yaml_file.py     YAML -> `Config`, `Config` -> YAML (plain, or documented with a comment above each field)
-    command_line.py  argv -> `Command` (the config and the few flags that are not part of it), and the --help text
+    flags.py         the one way of reading command lines: `CommandLine`, for every command
+    command_line.py  argv of a run -> `Command` (the config and the few flags that are not part of it)
     validation.py    limits of single fields, refused features, and what fields must say about each other
 
 To add an option, add one field to one section: its flag, help, YAML, limits and error messages follow from it.
 """
 
-from megatron_prune.config.command_line import Command, help_text, load_config, parse_command
+from megatron_prune.config.command_line import Command, configured, load_config, parse_command
+from megatron_prune.config.flags import CommandLine, Given
 from megatron_prune.config.pruning import ContinuedConfig, GroupCost, PruningConfig, Quantum, RoundWidths, SecondOrder
 from megatron_prune.config.schema import (
     CheckpointConfig,
@@ -29,9 +31,11 @@ from megatron_prune.config.yaml_file import dump, read_file, read_yaml
 __all__ = [
     "CheckpointConfig",
     "Command",
+    "CommandLine",
     "Config",
     "ContinuedConfig",
     "DataConfig",
+    "Given",
     "GroupCost",
     "LoggingConfig",
     "ModelConfig",
@@ -43,9 +47,9 @@ __all__ = [
     "SecondOrder",
     "TrainingConfig",
     "check_fields",
+    "configured",
     "data_parallel_size",
     "dump",
-    "help_text",
     "load_config",
     "parse_command",
     "read_file",

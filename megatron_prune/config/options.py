@@ -4,6 +4,7 @@
 as `Option`s, and `all_options(cls)` those of every section of a config class. Nothing else reads the field metadata.
 
 Types a field may have: bool, int, float, str, Literal[...] of strings, tuple[Literal[...], ...] (a list of choices),
+tuple[str, ...] (a list of texts; commands only),
 each of them `| None`, or another frozen dataclass of options (a mapping of named parts, such as {head: 1, ffn: 1}).
 """
 
@@ -34,6 +35,8 @@ class Rules:
         count: a number of tokens, parameters or elements: 469M, 1.1B and 5K are accepted beside 469e6.
         several_words: the flag takes several words and joins them with spaces (a data blend, as in Megatron).
         refused: the reason why any value but the default is refused; None for what works.
+        choices: the texts allowed, where the type does not list them. metavar: what follows the flag in the help.
+        required: a command does not run without it.
     """
 
     at_least: float | None = None
@@ -43,6 +46,9 @@ class Rules:
     several_words: bool = False
     refused: str | None = None
     at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    required: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Option:
         name: the field's name, which is its YAML key.
         flag: the one flag that sets it; for a switch, the flag that makes it true.
         off_flag: for a switch, the flag that makes it false; else None.
-        kind: bool, int, float, str, tuple (a list of choices), or the dataclass of a mapping's parts.
+        kind: bool, int, float, str, tuple (a list of choices or texts), or the dataclass of a mapping's parts.
         choices: the texts allowed, for a Literal or a list of them; else empty.
         optional: whether null is allowed.
         default: the field's default.
@@ -97,6 +103,8 @@ class Option:
         elif self.choices:
             several = "a list of " if self.kind is tuple else "one of "
             noun = (several if len(self.choices) > 1 else "") + ", ".join(self.choices)
+        elif self.kind is tuple:
+            noun = "one or more words"
         else:
             noun = _NOUNS[self.kind] + (" such as 469e6 or 469M" if self.rules.count else "")
         return noun + (" or null" if self.optional else "")
@@ -106,6 +114,8 @@ class Option:
         """What follows the flag in the help: "N", "constant|linear", "head=N ffn=N"; empty for a switch."""
         if self.kind is bool:
             return ""
+        if self.rules.metavar:
+            return self.rules.metavar + (" ..." if self.kind is tuple else "")
         if self.parts:
             return " ".join(f"{part.name}={part.metavar}" for part in self.parts)
         if self.choices:
@@ -124,9 +134,12 @@ def option(
     several_words: bool = False,
     refused: str | None = None,
     at_most: float | None = None,
+    choices: tuple[str, ...] = (),
+    metavar: str | None = None,
+    required: bool = False,
 ) -> Any:
     """Declare a field of a section; see `Rules` for the keyword arguments."""
-    rules = Rules(at_least, above, below, count, several_words, refused, at_most)
+    rules = Rules(at_least, above, below, count, several_words, refused, at_most, choices, metavar, required)
     return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
 
 
@@ -153,7 +166,7 @@ def sections_of(cls: type) -> dict[str, type]:
 
 def _read_field(field: "dataclasses.Field[Any]", hint: Any, section: str, prefix: str) -> Option:
     hint, optional = _without_none(hint)
-    kind, choices = hint, ()
+    kind, choices = hint, field.metadata["rules"].choices
     if typing.get_origin(hint) is tuple:
         kind, choices = tuple, typing.get_args(typing.get_args(hint)[0])
     elif typing.get_origin(hint) is Literal:

@@ -66,6 +66,10 @@ def _convert_parts(option: Option, raw: dict[str, Any], where: str, current: Any
 
 
 def _convert_list(option: Option, raw: list[Any], where: str) -> tuple[str, ...]:
+    if not option.choices:
+        if not all(isinstance(item, str) and item.strip() for item in raw):
+            raise UserError(f"{where}: expected {option.expected}, got an empty one")
+        return tuple(raw)
     for item in raw:
         if item not in option.choices:
             raise UserError(f"{where}: expected {option.expected}, got {_shown(item)} in it")

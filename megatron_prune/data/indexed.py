@@ -200,7 +200,7 @@ def inspect(prefix: str) -> IndexedData:
             raise UserError(f"{prefix}: give the prefix without {suffix}")
     for path in (idx_path(prefix), bin_path(prefix)):
         if not _is_file(path):
-            raise UserError(f"{path}: does not exist; make it with tools/preprocess_data.py --output-prefix {prefix}")
+            raise UserError(f"{path}: does not exist; make it with megatron-prune preprocess --output-prefix {prefix}")
     index = idx_path(prefix)
     try:
         with open(index, "rb") as stream:

@@ -226,7 +226,7 @@ def check_rows(tokenizer: Tokenizer, vocab_size: int, field: str = FIELD) -> Non
         raise UserError(f"{told}; use the model's own tokenizer")
     raise UserError(
         f"{told}: there is no row for id {vocab_size} ({tokenizer.text_of(vocab_size)!a}), which is added to the "
-        "vocabulary; if this is the model's own tokenizer, give the model the rows: tools/convert_from_hf.py "
+        "vocabulary; if this is the model's own tokenizer, give the model the rows: megatron-prune convert-from-hf "
         "--resize-vocab"
     )
 

@@ -6,6 +6,6 @@
     zero_shot    the paper's eight tasks, by lm-evaluation-harness, from the network or from local files
     report       several models side by side, as Markdown and as JSON
 
-`tools/evaluate.py` is the command. Nothing here scores a task by itself: the harness's own task definitions and its own
-`hf` model do, so that numbers can be held against published ones.
+`megatron-prune evaluate` is the command. Nothing here scores a task by itself: the harness's own task definitions and
+its own `hf` model do, so that numbers can be held against published ones.
 """

@@ -2,7 +2,7 @@
 
     Candidate           a model's folder, name, size and tokenizer
     open_candidate      folder -> Candidate; a bare SentencePiece file gets its exact Hugging Face form first
-    export_checkpoint   a training checkpoint -> a folder, as tools/convert_to_hf.py writes it
+    export_checkpoint   a training checkpoint -> a folder, as megatron-prune convert-to-hf writes it
     load_model          Candidate -> the model, by stock transformers
 
 `AutoTokenizer` on a folder that holds only a `tokenizer.model` builds merges of its own and gives other ids, which

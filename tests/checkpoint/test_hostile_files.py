@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.checkpoint.files import MANIFEST, digest, latest_number, resolve, write_manifest
 from megatron_prune.checkpoint.guarded import GuardedReader, read_metadata
+from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import Quanta
@@ -29,7 +30,6 @@ from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.checkpoint.small_run import SHAPE, Kind, build, mesh_of
 from tests.commands import run, torchrun
 from tests.strange import ANYTHING, is_read_or_refused, mutated, places
-from tools import inspect_checkpoint
 
 ITERATION = "iter_0000003"
 EMBEDDING = "model/model.embed_tokens.weight"
@@ -132,7 +132,7 @@ def folder(good, tmp_path):
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
 @pytest.mark.parametrize("tool", ["inspect_checkpoint", "convert_to_hf"])
 def test_tools_run_nothing_of_a_checkpoint(tool, trap, folder, tmp_path, capsys):
-    from tools import convert_to_hf, inspect_checkpoint
+    from megatron_prune.commands import convert_to_hf, inspect_checkpoint
 
     mark = tmp_path / "ran"
     trap(folder / ITERATION, mark)
@@ -196,7 +196,7 @@ def megatron(real_data, tmp_path):
 
 
 def import_megatron(folder, tmp_path, capsys, *more):
-    from tools import convert_from_megatron
+    from megatron_prune.commands import convert_from_megatron
 
     status = convert_from_megatron.main(["--load", str(folder), "--save", str(tmp_path / "imported"), *more])
     return status, capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""tools/inspect_checkpoint.py: what it says is what was saved, and damage gives one line and status 2."""
+"""megatron-prune inspect: what it says is what was saved, and damage gives one line and status 2."""
 
 import json
 import shutil
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint import save_weights
+from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.param_axes import ParamTable
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import SHAPE, Kind, mesh_of
-from tools import inspect_checkpoint
 
 STATE = {
     "tokens": 4096,

@@ -105,7 +105,7 @@ def save_stock(rank, world, folder, shape, with_arguments):
 
 def import_it(rank, world, load, save, more):
     """The tool's exit status and words, in a process of its own."""
-    from tools import convert_from_megatron
+    from megatron_prune.commands import convert_from_megatron
 
     torch.distributed.destroy_process_group()
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from megatron_prune.config import Config, check_fields, help_text, parse_command
+from megatron_prune.config import Config, check_fields, parse_command
+from megatron_prune.config.command_line import PRETRAIN
 from megatron_prune.config.options import all_options, sections_of
 
 
@@ -45,7 +46,7 @@ def test_defaults_pass_their_own_limits():
 
 
 def test_help_shows_every_flag_with_its_default():
-    text = help_text()
+    text = PRETRAIN.help_text()
     assert parse_command(["--bf16", "--help"]).text == parse_command(["-h"]).text == text
     for option in all_options(Config):
         assert f"\n  {option.flag}" in text

@@ -16,11 +16,11 @@ import psutil
 import pytest
 import sentencepiece
 
+from megatron_prune.commands import preprocess_data
 from megatron_prune.data.indexed import inspect
 from megatron_prune.data.leftovers import claim
 from megatron_prune.data.preprocess import Options, Progress, preprocess
 from megatron_prune.errors import UserError
-from tools import preprocess_data
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -333,7 +333,5 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.splitlines() == [
-        "preprocess_data: --input: nowhere.txt cannot be read: No such file or directory"
-    ]
+    assert result.stderr.splitlines() == ["error: --input: nowhere.txt cannot be read: No such file or directory"]
     assert list(tmp_path.iterdir()) == []

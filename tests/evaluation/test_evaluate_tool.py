@@ -1,4 +1,4 @@
-"""tools/evaluate.py: several models side by side, checkpoints, mistakes."""
+"""megatron-prune evaluate: several models side by side, checkpoints, mistakes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.commands import evaluate
 from megatron_prune.testing.helpers.ranks import run_ranks
-from tools import evaluate
 
 
 def test_models_side_by_side(
@@ -45,7 +45,7 @@ def import_checkpoint(_rank: int, _size: int, folder: str, save: str) -> int:
 
     import torch.distributed as dist
 
-    from tools import convert_from_hf
+    from megatron_prune.commands import convert_from_hf
 
     dist.destroy_process_group()
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -95,7 +95,7 @@ def test_mistakes_are_one_line(
         "is named twice": ["--hf-model", folder, folder, folder, "--data-path", str(text_file)],
         "neither a text file nor": ["--hf-model", folder, "--data-path", "nowhere"],
         "did you mean piqa?": ["--hf-model", folder, "--tasks", "piqua"],
-        "--batch-size 0: must be at least 1": [
+        "--batch-size must be at least 1, got 0": [
             "--hf-model",
             folder,
             "--data-path",
@@ -103,7 +103,14 @@ def test_mistakes_are_one_line(
             "--batch-size",
             "0",
         ],
-        "--dtype int4: unknown": ["--hf-model", folder, "--data-path", str(text_file), "--dtype", "int4"],
+        "--dtype: expected one of float32, bfloat16, float16": [
+            "--hf-model",
+            folder,
+            "--data-path",
+            str(text_file),
+            "--dtype",
+            "int4",
+        ],
         "no such folder": ["--load", str(tmp_path / "nowhere"), "--data-path", str(text_file)],
     }
     for words, arguments in cases.items():

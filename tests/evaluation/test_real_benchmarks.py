@@ -1,4 +1,4 @@
-"""tools/evaluate.py on real benchmark files and a real model, next to lm-evaluation-harness by itself."""
+"""megatron-prune evaluate on real benchmark files and a real model, next to lm-evaluation-harness by itself."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.commands import evaluate
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
-from tools import evaluate
 
 from .harness import DEFINITIONS, local, run_harness
 
@@ -21,7 +21,7 @@ GROUPS = (Group(HEAD, ((1,), (2,), (0,), (7,), (3,))), Group(FFN, ((3,),) * 5), 
 
 
 def exported(source: Path, save: Path, groups: tuple[Group, ...]) -> Path:
-    """The model without these units, as tools/convert_to_hf.py writes it."""
+    """The model without these units, as megatron-prune convert-to-hf writes it."""
     architecture = Architecture.full(read_shape(source))
     for group in groups:
         architecture = architecture.without(group)

@@ -1,4 +1,4 @@
-"""What a sharded run reports as its validation loss is what tools/evaluate.py finds of its export."""
+"""What a sharded run reports as its validation loss is what megatron-prune evaluate finds of its export."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.commands import evaluate
 from megatron_prune.data.preprocess import Options, preprocess
-from tools import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, SAMPLES = 32, 8

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.commands.token_scaling import Run, collect, main, markdown, read_run
 from megatron_prune.errors import UserError
-from tools.token_scaling import Run, collect, main, markdown, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "token_scaling.sh"

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from megatron_prune.commands import bench
 from megatron_prune.testing.benchmarks.gpu_check.cover import compare_one
 from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.commands import run
-from tools import bench
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200), pytest.mark.filterwarnings("default")]
 

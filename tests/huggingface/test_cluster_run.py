@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_prune.commands import convert_to_hf, inspect_checkpoint
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 from tests.commands import torchrun
-from tools import convert_to_hf, inspect_checkpoint
 
 CONFIG = tiny_config(
     hidden_size=60, num_hidden_layers=3, num_attention_heads=15, num_key_value_heads=5, head_dim=4, vocab_size=64

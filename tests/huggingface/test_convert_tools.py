@@ -35,7 +35,7 @@ def run_tools(_rank: int, _size: int, calls: list[tuple[str, list[str]]]) -> lis
     """Each call's exit status, stdout and stderr, in a process of their own: the tools set up a runtime."""
     import torch.distributed as dist
 
-    from tools import convert_from_hf, convert_to_hf
+    from megatron_prune.commands import convert_from_hf, convert_to_hf
 
     dist.destroy_process_group()
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # the tools run alone
@@ -139,7 +139,7 @@ def test_real_model_goes_through_both_tools(stories260k: Path, tinystories: Path
     assert (first, second, third) == (0, 0, 2), err
     assert "260,032 parameters" in out and "SentencePieceTokenizer with 512 ids, recorded" in out
     assert "1,024 tokens of text" in told and "bfloat16 in 2 files" in told
-    assert refused.startswith("convert_to_hf: --save") and refused.count("\n") == 1
+    assert refused.startswith("error: --save") and refused.count("\n") == 1
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= {f.name for f in save.iterdir()}
 
 
@@ -196,10 +196,7 @@ def test_tool_is_a_program_with_an_exit_status(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "tools/convert_from_hf.py"), "--hf-model", str(tmp_path)]
     done = subprocess.run([*command, "--save", str(tmp_path / "run")], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr
-        == f"convert_from_hf: {tmp_path}/config.json: does not exist; name the folder of a Hugging Face model\n"
-    )
+    assert done.stderr == f"error: {tmp_path}/config.json: does not exist; name the folder of a Hugging Face model\n"
 
 
 @pytest.mark.parametrize("flag", ["--tokenizer-model", None])

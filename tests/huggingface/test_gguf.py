@@ -14,12 +14,12 @@ pytest.importorskip("gguf", reason="needs the package gguf: install megatron-pru
 pytest.importorskip("transformers")
 import gguf
 
+from megatron_prune.commands import convert_to_gguf
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.gguf_file import convert, interleave, rope_factors
 from megatron_prune.huggingface.gguf_tokenizer import read_vocabulary
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
-from tools import convert_to_gguf
 
 VOCAB = 300
 LLAMA3 = {

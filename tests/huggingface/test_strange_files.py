@@ -119,7 +119,7 @@ def poison(folder, name, value):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("tool", ["convert_from_hf", "convert_to_gguf"])
 def test_values_that_are_not_finite_do_not_come_in(tool, value, tmp_path, capsys, stories260k):
-    from tools import convert_from_hf, convert_to_gguf
+    from megatron_prune.commands import convert_from_hf, convert_to_gguf
 
     folder = tmp_path / "model"
     shutil.copytree(stories260k, folder)
@@ -133,7 +133,7 @@ def test_values_that_are_not_finite_do_not_come_in(tool, value, tmp_path, capsys
 
 
 def test_float16_on_the_way_in_does_not_overflow(tmp_path, capsys):
-    from tools import convert_from_hf
+    from megatron_prune.commands import convert_from_hf
 
     folder = model(tmp_path / "model")
     poison(folder, "model.norm.weight", 1e6)

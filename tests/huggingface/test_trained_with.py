@@ -113,8 +113,8 @@ def test_difference_that_training_was_told_of_is_told_again(tiny: TinyRun, caplo
 def test_verify_finds_another_tokenizer_in_the_folder(
     kind: str, stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from megatron_prune.commands.convert_to_hf import verify_tokenizer
     from megatron_prune.data.tokenizer_files import find_tokenizer
-    from tools.convert_to_hf import verify_tokenizer
 
     source, save = tmp_path / "source", tmp_path / "out"
     export_tokenizer(stories260k / "tokenizer.model", source, 512)

@@ -1,4 +1,4 @@
-"""tools/score_model.py and tools/prune_once.py: the oracle's scores and choices on a user's files; mistakes."""
+"""megatron-prune score and megatron-prune prune-once: the oracle's scores and choices on a user's files; mistakes."""
 
 import contextlib
 import io
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint import CheckpointReader
+from megatron_prune.config import load_config
 from megatron_prune.launch.assembly.build import build_datasets
 from megatron_prune.launch.assembly.inputs import open_inputs
-from megatron_prune.launch.assembly.one_shot import one_shot_config, parse_run
+from megatron_prune.launch.assembly.one_shot import one_shot_config
 from megatron_prune.pruning.history import read_history
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
@@ -30,15 +31,12 @@ ONCE = {"gqa": "kv_group", "saliency_momentum": 0.0, "ratio": (999, 1), "group_c
 def call(tool, arguments):
     """(exit status, stdout, stderr) of a tool in this process."""
     from megatron_prune import pretrain
-    from tools import convert_to_hf, prune_once, score_model
+    from megatron_prune.commands import convert_to_hf, prune_once, score_model
 
     main = {"score": score_model, "prune": prune_once, "export": convert_to_hf, "pretrain": pretrain}[tool].main
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main([str(word) for word in arguments])
-        except SystemExit as left:
-            status = left.code
+        status = main([str(word) for word in arguments])
     return status, out.getvalue(), err.getvalue()
 
 
@@ -69,7 +67,7 @@ def flags(workshop, *more, source=("--hf-model", None)):
 @pytest.fixture(scope="module")
 def batches(workshop):
     """The calibration batch as the oracle takes it."""
-    config = one_shot_config(parse_run([str(word) for word in flags(workshop)]), BATCHES)
+    config = one_shot_config(load_config([str(word) for word in flags(workshop)]), BATCHES)
     samples = build_datasets(config, open_inputs(config)).train
     rows = [samples[i] for i in range(BATCHES * MICRO_BATCH)]
     assert all(bool((row["loss_mask"] == 1).all()) for row in rows)

@@ -1,4 +1,4 @@
-"""tools/bench.py: the bytes of a pruning step are exactly what the formulas say, and every row is printed."""
+"""megatron-prune bench: the bytes of a pruning step are exactly what the formulas say, and every row is printed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_prune.commands import bench
 from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, STEM, LlamaShape
 from megatron_prune.model.layout import Quanta
 from megatron_prune.model.llama import named_rows
@@ -18,7 +19,6 @@ from megatron_prune.testing.helpers.meters import Traffic
 from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
-from tools import bench
 
 FP32, INT64 = 4, 8
 LAYERS, SHAPE = 2, LlamaShape(2, 32, 48, 8, 4, 4, 60, 16)

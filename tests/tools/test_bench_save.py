@@ -1,8 +1,8 @@
-"""tools/bench_save.py: a row per layout, and nothing left where it wrote."""
+"""megatron-prune bench-save: a row per layout, and nothing left where it wrote."""
 
 import pytest
 
-from tools import bench_save
+from megatron_prune.commands import bench_save
 
 
 @pytest.mark.full

@@ -1,6 +1,5 @@
 """Open what scoring or pruning without training needs: a training run's configuration, reduced to one batch.
 
-parse_run         flags of pretrain -> the run's Config
 one_shot_config   a run's Config -> one that scores one global batch, many groups per scoring
 check_pruning     what pruning needs besides
 opened            inputs, model and data on this rank's place in the mesh, closed again at the end
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from megatron_prune.config import (
     GroupCost,
     LoggingConfig,
     OptimizerConfig,
-    parse_command,
     validate,
 )
 from megatron_prune.errors import UserError
@@ -46,14 +44,6 @@ from megatron_prune.training.step import validation_loss
 from megatron_prune.training.trainer import Datasets
 
 ALL_AT_ONCE = 999_999  # groups per scoring: more than any model has
-
-
-def parse_run(argv: Sequence[str]) -> Config:
-    """The configuration that these flags of pretrain make. Raises UserError."""
-    command = parse_command(list(argv))
-    if command.dry_run or command.text is not None:
-        raise UserError("--dry-run and --print-default-config belong to megatron_prune.pretrain")
-    return command.config
 
 
 def one_shot_config(config: Config, batches: int | None, groups_per_scoring: int | None = None) -> Config:

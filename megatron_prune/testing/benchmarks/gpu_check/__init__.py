@@ -11,6 +11,6 @@
     science   a real model pruned to half on the tokens that the time allows, resumable
     cluster   many nodes: bandwidth of NCCL, a tiny prune on the real layout against the oracle's losses
 
-`tools/gpu_check.py` is the command; with `--device cpu --tiny` the same code runs anywhere in a minute or two, and its
-numbers mean nothing.
+`megatron-prune gpu-check` is the command; with `--device cpu --tiny` the same code runs anywhere in a minute or two,
+and its numbers mean nothing.
 """

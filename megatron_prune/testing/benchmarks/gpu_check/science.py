@@ -16,7 +16,6 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row
 from megatron_prune.testing.benchmarks.gpu_check.way import python
-from megatron_prune.testing.helpers.ranks import ROOT
 
 TEXTS = ("corpus", "text")  # beside a model of one's own, or among the real inputs
 
@@ -50,7 +49,7 @@ def check(context: Context) -> Iterator[Row]:
         if not data.with_suffix(".bin").exists():
             data.parent.mkdir(parents=True, exist_ok=True)
             words = ("--input", _text(context), "--output-prefix", data, "--append-eod", "--tokenizer-model", model)
-            python(ROOT / "tools" / "preprocess_data.py", *words)
+            python("-m", "megatron_prune", "preprocess", *words)
         python("-m", "megatron_prune.pretrain", *_arguments(context, recipe, model, data, run, source.parameters // 2))
         yield from _found(run)
 

@@ -41,7 +41,7 @@ def check(context: Context) -> Iterator[Row]:
         undisturbed.result()
         yield _compared(context, _history(alone), _history(save))
         export = ("--load", save, "--save", Path(folder) / "hf", "--verify")
-        told = python(ROOT / "tools" / "convert_to_hf.py", *export)
+        told = python("-m", "megatron_prune", "convert-to-hf", *export)
         line = next((line for line in told.splitlines() if "; logits (" in line), "no line of the verification")
         yield Row("exported, logits of transformers", line[line.find("logits") :][:120], "equal", "logits" in line)
 
@@ -69,5 +69,5 @@ def python(*words: object) -> str:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.stdout.write(done.stdout + done.stderr)
-        raise RuntimeError(f"{' '.join(command[1:3])}: {(done.stderr or done.stdout).strip()[-300:]}")
+        raise RuntimeError(f"{' '.join(command[1:4])}: {(done.stderr or done.stdout).strip()[-300:]}")
     return done.stdout + done.stderr

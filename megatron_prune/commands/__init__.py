@@ -1,0 +1,80 @@
+"""What `megatron-prune COMMAND` and `python -m megatron_prune COMMAND` run, one module each, with a `main(argv)`.
+
+Commands print; nothing else in the package does. Modules are imported when their command is called, so that `--help`
+answers at once. `running.py` is what they share.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megatron_prune import __version__
+from megatron_prune.config.values import did_you_mean
+from megatron_prune.errors import one_line
+
+# What libraries say about absent accelerators and about themselves at every import is no news for the user.
+warnings.filterwarnings("ignore", module=r"(torch|megatron\.core|lm_eval|datasets|transformers)(\..*)?$")
+
+# Command -> (module, what it does).
+COMMANDS = {
+    "pretrain": ("megatron_prune.pretrain", "train, prune while training, and train on"),
+    "preprocess": ("megatron_prune.commands.preprocess_data", "turn text into a data set to train on"),
+    "convert-from-hf": ("megatron_prune.commands.convert_from_hf", "Hugging Face folder -> checkpoint"),
+    "convert-from-megatron": ("megatron_prune.commands.convert_from_megatron", "Megatron-LM's checkpoint -> ours"),
+    "convert-to-hf": ("megatron_prune.commands.convert_to_hf", "checkpoint -> folder that transformers loads"),
+    "convert-to-gguf": ("megatron_prune.commands.convert_to_gguf", "Hugging Face folder -> GGUF file for llama.cpp"),
+    "evaluate": ("megatron_prune.commands.evaluate", "judge models side by side: perplexity, zero-shot tasks"),
+    "inspect": ("megatron_prune.commands.inspect_checkpoint", "say, verify and draw what is in a checkpoint"),
+    "score": ("megatron_prune.commands.score_model", "score a model's units once, by any criteria"),
+    "prune-once": ("megatron_prune.commands.prune_once", "prune to a target without training, as a baseline"),
+    "token-scaling": ("megatron_prune.commands.token_scaling", "compare runs by the tokens their pruning took"),
+    "bench": ("megatron_prune.commands.bench", "measure what pruning costs, as fractions of a step"),
+    "bench-save": ("megatron_prune.commands.bench_save", "measure what checkpoints cost"),
+    "soak": ("megatron_prune.commands.soak_runs", "kill runs at random moments and compare what is left"),
+    "gpu-check": ("megatron_prune.commands.check_gpu", "check a machine with a GPU: numbers, speed, memory"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("--help", "-h"):
+        (sys.stdout if words else sys.stderr).write(help_text())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"megatron-prune {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        nearest = did_you_mean(words[0].replace("_", "-"), COMMANDS)
+        hint = f"did you mean {nearest}?" if nearest else "--help lists them"
+        sys.stderr.write(f"error: unknown command {one_line(words[0])}; {hint}\n")
+        return 2
+    return int(importlib.import_module(COMMANDS[words[0]][0]).main(words[1:]))
+
+
+def help_text() -> str:
+    """All commands, a line each."""
+    lines = [f"  {name:22} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: megatron-prune COMMAND [--flag value ...]",
+            "",
+            *lines,
+            "",
+            "megatron-prune COMMAND --help lists its flags.",
+            "",
+        ]
+    )
+
+
+def start(argv: Sequence[str] | None = None) -> None:
+    """Be the program: run, and end the process with the exit status."""
+    status = main(argv)
+    if status in (0, 1, 2):
+        sys.exit(status)
+    from megatron_prune.runtime.failures import leave  # knows when other ranks cannot be waited for
+
+    leave(status)

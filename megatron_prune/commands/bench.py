@@ -1,0 +1,108 @@
+"""What pruning costs, as fractions of a training step: `make bench`, or `megatron-prune bench [--tiny]`.
+
+One run prints beside each other:
+
+    cost of scoring, of the decision, of one retirement of each kind and of a compaction, over a plain step's
+    throughput with pruning at 1:1 over throughput without: steps of both kinds in turn (A B A B), median of pairs
+    bytes that a rank puts into collectives per pruning step, beside the formula
+    peak memory of a compaction over the peak of a plain step
+
+Fractions, not seconds: the machine's speed cancels. On the CPU the layouts are two gloo ranks of one thread each: TP 2,
+and DP 2 with the distributed optimizer. On a GPU it is one rank in bf16 with quantum 1, 64 and 128; without one these
+columns read "not measured". docs/benchmarks.md explains the rows and keeps the numbers of a run.
+
+    cpu_presets, gpu_presets   the columns; their rows are those of `megatron_prune.testing.benchmarks.costs`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_prune.commands.running import run_command
+from megatron_prune.config.options import option
+from megatron_prune.model.layout import Quanta
+from megatron_prune.testing.benchmarks.costs import Preset, Row, measure, measure_memory, tied_shape
+from megatron_prune.testing.helpers.pieces import Setup
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case
+
+NOT_MEASURED = "not measured"
+
+
+def cpu_presets(tiny: bool) -> list[Preset]:
+    """Two gloo ranks. `tiny` is for the tool's own test: its fractions mean nothing."""
+    shape = tied_shape(32, 48, 8, 2, 64, 16) if tiny else tied_shape(256, 1024, 16, 4, 2048, 512)
+    counts = (2, 1) if tiny else (20, 3)
+    quanta = Quanta(1, 4, 4, 64)
+    cases = {
+        "TP 2": Case(tp=2, quanta=quanta),
+        "DP 2, distributed optimizer": Case(dp=2, distributed_optimizer=True, quanta=quanta),
+    }
+    return [
+        Preset(title, Setup(shape, case, shape.max_position_embeddings, 1, 8), "cpu", (10, 6), *counts)
+        for title, case in cases.items()
+    ]
+
+
+def gpu_presets(tiny: bool) -> list[Preset]:
+    """One GPU, hidden 2048, FFN 8192, 32 heads."""
+    shape = tied_shape(256, 1024, 8, 2, 1024, 128) if tiny else tied_shape(2048, 8192, 32, 8, 49152, 2048)
+    counts = (3, 1) if tiny else (20, 5)
+    presets = []
+    for quantum in (1, 64, 128):
+        case = Case(bf16=True, distributed_optimizer=True, quanta=Quanta(1, quantum, quantum, 128))
+        setup = Setup(shape, case, shape.max_position_embeddings, micro_batch_size=1, micro_batches=8)
+        presets.append(Preset(f"quantum {quantum}", setup, "cuda", (100, 70), *counts))
+    return presets
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def columns(preset: Preset) -> dict[str, Row]:
+    """Measure one column; rows by name."""
+    world = preset.setup.case.world_size
+    rows: list[Row] = []
+    for part in (measure, measure_memory):
+        rows += part(0, 1, preset) if preset.device == "cuda" else run_ranks(part, world, preset, timeout=1800)[0]
+    return {row.name: row for row in rows}
+
+
+def show(title: str, found: dict[str, dict[str, Row]], names: Sequence[str], goals: dict[str, str], cpu: bool) -> None:
+    """Print a table: a line per name, a column (or two) per title in `found`."""
+    heads = [head for column in found for head in ((column, "by CPU time") if cpu else (column,))]
+    print(f"\n### {title}\n\n| | {' | '.join(heads)} | goal |\n|{' --- |' * (len(heads) + 2)}")
+    for name in names:
+        cells = []
+        for rows in found.values():
+            row = rows.get(name, Row(name, NOT_MEASURED))
+            cells += [row.value, row.cpu] if cpu else [row.value]
+        print(f"| {name} | {' | '.join(cells)} | {goals[name]} |")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The command's options."""
+
+    tiny: bool = option(False, "seconds instead of minutes; the numbers mean nothing")
+
+
+def measure_all(arguments: BenchOptions) -> int:
+    """Measure and print; the exit status."""
+    tiny = arguments.tiny
+    found = {preset.title: columns(preset) for preset in cpu_presets(tiny)}
+    every = {name: row for rows in found.values() for name, row in rows.items()}
+    names, goals = list(every), {name: row.goal for name, row in every.items()}
+    show("CPU: two ranks, one thread each, fp32", found, names, goals, cpu=True)
+    has_gpu = torch.cuda.is_available()
+    found = {preset.title: columns(preset) if has_gpu else {} for preset in gpu_presets(tiny)}
+    show("GPU: one rank, bf16, hidden 2048, FFN 8192, 32 heads", found, names, goals, cpu=False)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return run_command("bench", BenchOptions, measure_all, argv)

@@ -1,0 +1,183 @@
+"""Turn a Hugging Face folder into a checkpoint that training loads in any layout.
+
+    megatron-prune convert-from-hf --hf-model SmolLM-360M --save checkpoints/source
+
+Llama 1 to 3, SmolLM, TinyLlama, Mistral, Qwen2 and Qwen3, from safetensors or legacy .bin files. What was exported with
+`--kv-policy cluster` comes back as the pruned model it is, to be pruned further. Every weight is accounted for before
+anything is written, and one tensor is in memory at a time. `pretrain` can also be pointed at the Hugging Face folder
+itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from megatron_prune.commands.running import run_command
+from megatron_prune.config.options import option
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
+
+if TYPE_CHECKING:
+    from megatron_prune.huggingface.weights import Reader
+
+GIB = 2**30
+LISTED = 10  # added tokens that are named
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """The command's options."""
+
+    hf_model: str = option(None, "folder with config.json and weights", metavar="DIR", required=True)
+    save: str = option(None, "the checkpoint's folder; must not hold anything", metavar="DIR", required=True)
+    dtype: str | None = option(None, "float32, bfloat16 or float16; as stored in DIR unless given", metavar="T")
+    resize_vocab: bool = option(
+        False, "give the model rows for tokens that its tokenizer adds to the vocabulary (each the mean of the others)"
+    )
+    dry_run: bool = option(False, "check everything and print the plan, write nothing")
+
+
+def convert(arguments: ImportOptions) -> int:
+    """Check, print the plan, write; the exit status. Raises UserError."""
+    from megatron_prune.huggingface.cluster import read_architecture
+    from megatron_prune.huggingface.config import read_source
+
+    folder, save = Path(arguments.hf_model), Path(arguments.save)
+    architecture = read_architecture(folder)  # before the slow imports
+    from megatron_prune.huggingface.shards import DTYPES, dtype_name
+    from megatron_prune.huggingface.weights import FolderWeights
+
+    if arguments.dtype is not None and arguments.dtype not in DTYPES:
+        raise UserError(f"--dtype {arguments.dtype}: unknown; use {', '.join(DTYPES)}")
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise UserError(f"--save {save}: is there already; name a folder that does not exist or is empty")
+    weights = FolderWeights(folder)
+    weights.check(architecture)
+    read: Reader = weights
+    if arguments.resize_vocab:
+        architecture, read = resize(folder, architecture, weights)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else weights.dtype
+    files = len({stored.file for stored in weights.stored.values()})
+    print(
+        f"{folder}: {len(weights.stored)} tensors in {files} file{'s' if files > 1 else ''}, "
+        f"{_gib(weights.total_bytes)}, all accounted for; the largest has {_gib(weights.largest_bytes)}"
+    )
+    print("\n".join(plan(architecture)))
+    if arguments.dry_run:
+        return 0
+    tokenizer, remark = find_tokenizer(folder, architecture.shape)
+    print(remark)
+    state: dict[str, Any] = {
+        # A dtype that is asked for here is the one that exports have, too.
+        "source": read_source(folder) | ({"dtype": arguments.dtype, "dtypes": {}} if arguments.dtype else {}),
+        "tokenizer_model": tokenizer,
+        "consumed_tokens": 0,
+        "history": [],
+    }
+    written = write(read, len(weights.stored), save, architecture, dtype, state)
+    print(f"{written}: {architecture.parameters:,} parameters in {dtype_name(dtype)}")
+    return 0
+
+
+def plan(architecture: Architecture) -> list[str]:
+    """Lines that say what the model is, what groups cost, and what training it takes."""
+    shape, layers = architecture.shape, range(architecture.shape.num_layers)
+
+    def first(kind: str) -> Group:
+        return Group(kind, tuple((int(architecture.live(kind, layer)[0]),) for layer in layers))
+
+    groups = {
+        "a query head of every layer": first(HEAD),
+        "an FFN channel of every layer": first(FFN),
+        "a stem channel": Group(STEM, ((int(architecture.stem[0]),),)),
+    }
+    kv_heads = sorted({len(architecture.kv_heads(layer)) for layer in layers})
+    lines = [
+        f"{shape.model_type}: {architecture.parameters:,} parameters; {shape.num_layers} layers, "
+        f"{architecture.num_attention_heads} query and {' to '.join(map(str, sorted({kv_heads[0], kv_heads[-1]})))} KV "
+        f"heads of {shape.kv_channels}, ffn {architecture.ffn_hidden_size}, hidden {architecture.hidden_size}, "
+        f"vocabulary {shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'separate'} embeddings",
+        "groups: "
+        + ", ".join(f"{name} {architecture.cost(group):,}" for name, group in groups.items())
+        + " parameters",
+        "memory per rank for weights, gradients and AdamW state (activations come on top):",
+    ]
+    full = Architecture.full(shape)
+    if architecture != full:
+        lines.insert(1, f"pruned already, from {full.parameters:,} parameters; its units keep their numbers")
+    for tp in TENSOR_PARALLEL_SIZES:
+        share = architecture.parameters / tp
+        lines.append(
+            f"  tensor parallel {tp}: fp32 {_gib(16 * share)}; bf16 {_gib(18 * share)}, with the distributed "
+            f"optimizer over 8 ranks {_gib((6 + 12 / 8) * share)}"
+        )
+    return lines
+
+
+def find_tokenizer(folder: Path, shape: LlamaShape) -> tuple[str | None, str]:
+    """(path to record as the model's tokenizer, what to say about it)."""
+    from megatron_prune.data.tokenizer import build_tokenizer, check_rows
+
+    try:
+        tokenizer = build_tokenizer(None, str(folder.resolve()))
+        check_rows(tokenizer, shape.vocab_size, "--hf-model")
+    except UserError as error:
+        return None, f"tokenizer: none recorded, name one for training and export ({error})"
+    return tokenizer.path, f"tokenizer: {tokenizer.kind} with {tokenizer.vocab_size:,} ids, recorded"
+
+
+def resize(folder: Path, architecture: Architecture, read: Reader) -> tuple[Architecture, Reader]:
+    """The model with a row for every id of its tokenizer. Raises UserError if that is another model's."""
+    from megatron_prune.data.tokenizer import build_tokenizer, check_rows
+    from megatron_prune.huggingface.resize import resized, with_rows
+
+    tokenizer = build_tokenizer(None, str(folder))
+    have, want = architecture.shape.vocab_size, tokenizer.vocab_size
+    if tokenizer.base_size > have:
+        check_rows(tokenizer, have, f"--hf-model {folder}")
+    if want <= have:
+        print(f"rows: the model has {have:,}, its tokenizer {want:,} ids; none to add")
+        return architecture, read
+    added = ", ".join(ascii(tokenizer.text_of(number)) for number in range(have, min(want, have + LISTED)))
+    print(f"rows: {want - have:,} added for {added}{' and more' if want > have + LISTED else ''}; {want:,} now")
+    return resized(architecture, want), with_rows(read, want)
+
+
+def write(
+    read_source: Reader, count: int, save: Path, architecture: Architecture, dtype: Any, state: dict[str, Any]
+) -> Path:
+    """Stream `count` tensors into a checkpoint of iteration 0; its folder."""
+    from megatron_prune.checkpoint import CheckpointSaveError, save_weights
+    from megatron_prune.model.sources import finite
+    from megatron_prune.runtime.device import choose_device
+    from megatron_prune.runtime.mesh import close_mesh, init_mesh
+
+    with tqdm(total=count, unit="tensor", desc="writing", disable=not sys.stderr.isatty()) as bar:
+
+        def read(hf_name: str) -> Any:
+            bar.update()
+            return finite(read_source(hf_name).to(dtype), f"--dtype: {hf_name} as {dtype}", "take bfloat16 or float32")
+
+        mesh = init_mesh(choose_device("cpu"), 1, 1)
+        try:
+            return save_weights(mesh, save, 0, architecture, read, dtype, state)
+        except CheckpointSaveError as error:
+            raise UserError(f"--save {save}: {error}") from error
+        finally:
+            close_mesh()
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return run_command("convert-from-hf", ImportOptions, convert, argv, "interrupted; nothing was written")

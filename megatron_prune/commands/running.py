@@ -1,0 +1,76 @@
+"""What all commands share: they read their flags, work, and turn what goes wrong into one line and an exit status.
+
+run_command    a command of one process
+run_on_ranks   a command that may be one of many ranks
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron_prune.commands import COMMANDS
+from megatron_prune.config import CommandLine, Given
+from megatron_prune.errors import UserError
+from megatron_prune.runtime.places import speaks
+
+
+def run_command(
+    name: str, own: type, work: Callable[[Any], int], argv: Sequence[str] | None, interrupted: str = "interrupted"
+) -> int:
+    """Run a command of one process; returns the exit status.
+
+    Args:
+        own: dataclass of its options, which `work` gets filled; `work` returns the exit status.
+        argv: the words after the command; None: this process's.
+        interrupted: what to say after Ctrl-C.
+    """
+
+    def through(given: Given) -> int:
+        # Leaving by an exception removes temporary files and what is half written.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            return work(given.own())
+        except KeyboardInterrupt:
+            sys.stderr.write(f"error: {interrupted}\n")
+            return 128 + signal.SIGINT
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run_on_ranks(name, own, through, argv, level=logging.WARNING)
+
+
+def run_on_ranks(
+    name: str,
+    own: type,
+    work: Callable[[Given], int],
+    argv: Sequence[str] | None,
+    sections: Mapping[str, type] | None = None,
+    level: int = logging.ERROR,
+) -> int:
+    """Run a command that may be one of many ranks, of which one tells mistakes; returns the exit status.
+
+    Args:
+        sections: of the configuration, whose flags it takes as well.
+        level: of the messages that are shown.
+    """
+    about = COMMANDS[name][1]
+    line = CommandLine(f"megatron-prune {name}", f"{about[0].upper()}{about[1:]}.", own, sections or {})
+    try:  # torch is imported when the command line is known to be right
+        given = line.read(sys.argv[1:] if argv is None else argv)
+        if given is not None:
+            given.own()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n" if speaks(os.environ) else "")
+        return 2
+    if given is None:
+        sys.stdout.write(line.help_text() if speaks(os.environ) else "")
+        return 0
+    logging.basicConfig(level=level, format="%(message)s")
+    from megatron_prune.runtime.failures import exit_status
+
+    return exit_status(lambda: work(given))

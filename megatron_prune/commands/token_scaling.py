@@ -1,0 +1,198 @@
+"""Compare runs that differ in how many tokens pruning took: a table, and the paper's Figures 5 and 2.
+
+    megatron-prune token-scaling --runs runs/ratio_* --output-dir runs
+
+Reads what each run measured (`summary.json`; `config.yaml` for the ratio; accuracy from `evaluation/evaluation.json`,
+where there is one) and writes token_scaling.md, token_scaling.json and, with matplotlib, two figures:
+`loss_vs_tokens.png` (Figure 5: by pruning tokens) and `loss_vs_parameters.png` (Figure 2: by parameters, from the
+source to each result). Runs that have not reached their end yet are left out, and named.
+
+    Run        what one run measured
+    read_run   folder -> Run, or why it has no say yet
+    markdown   runs -> table
+    draw       runs -> figures
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_prune.commands.running import run_command
+from megatron_prune.config.options import option
+from megatron_prune.errors import UserError
+
+HEADINGS = (
+    *("ratio", "pruning tokens", "all tokens", "parameters", "heads (KV)", "FFN", "hidden"),
+    *("loss at the target", "final loss"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Args:
+        ratio: pruning steps : gradient steps. pruning_tokens: consumed when the target was reached; tokens: in all.
+        source, pruned, final: the stages' facts (see `RunState.stages`); accuracy: zero-shot average, or None.
+    """
+
+    name: str
+    ratio: str
+    pruning_tokens: int
+    tokens: int
+    source: dict[str, Any]
+    pruned: dict[str, Any]
+    final: dict[str, Any]
+    accuracy: float | None = None
+
+
+def read_run(folder: Path) -> Run | str:
+    """A run, or the reason why it has nothing to compare yet.
+
+    Raises:
+        UserError: a file is not what a run writes.
+    """
+    summary, config = folder / "summary.json", folder / "config.yaml"
+    if not summary.is_file():
+        return "no summary.json: the run has not ended yet"
+    try:
+        facts, stages = json.loads(summary.read_text()), json.loads(summary.read_text())["stages"]
+        ratio = str((yaml.safe_load(config.read_text()) or {}).get("pruning", {}).get("ratio", "?"))
+        if "source" not in stages:
+            return "nothing was measured: set training.eval_interval"
+        if "pruned" not in stages:
+            return "the target is not reached yet"
+        if "final" not in stages:
+            return "training is not finished yet"
+        return Run(
+            name=folder.name,
+            ratio=ratio,
+            pruning_tokens=int(stages["pruned"]["tokens"]),
+            tokens=int(facts["consumed_tokens"]),
+            source=stages["source"],
+            pruned=stages["pruned"],
+            final=stages["final"],
+            accuracy=_accuracy(folder / "evaluation" / "evaluation.json"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not what a run writes ({type(error).__name__}: {error})") from error
+
+
+def _accuracy(path: Path) -> float | None:
+    """Zero-shot average of the last model in the report: the pruned one."""
+    if not path.is_file():
+        return None
+    average = json.loads(path.read_text())["models"][-1]["average"]
+    return None if average is None else float(average["value"])
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """A table; the fewest pruning tokens first."""
+    has_accuracy = any(run.accuracy is not None for run in runs)
+    rows = [[*HEADINGS, *(["accuracy"] if has_accuracy else [])]]
+    source = runs[0].source
+    blank = ["", "", ""] if has_accuracy else ["", ""]
+    rows.append(["source", "0", "0", *_widths(source), _loss(source), *blank[1:]])
+    for run in runs:
+        accuracy = [] if not has_accuracy else ["" if run.accuracy is None else f"{run.accuracy:.4f}"]
+        tokens = [f"{run.pruning_tokens:,}", f"{run.tokens:,}"]
+        rows.append([run.ratio, *tokens, *_widths(run.final), _loss(run.pruned), _loss(run.final), *accuracy])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [rows[0], rule, *rows[1:]]
+    return "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |\n" for row in lines)
+
+
+def _widths(stage: dict[str, Any]) -> list[str]:
+    heads = f"{stage['num_attention_heads']} ({stage['num_query_groups']})"
+    return [f"{stage['parameters']:,}", heads, str(stage["ffn_hidden_size"]), str(stage["hidden_size"])]
+
+
+def _loss(stage: dict[str, Any]) -> str:
+    return f"{stage['validation_loss']:.4f}"
+
+
+def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """The two figures; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    by_tokens = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = by_tokens.add_subplot(
+        xlabel="tokens until the target", ylabel="validation loss (nats per token)", xscale="log"
+    )
+    tokens = [run.pruning_tokens for run in runs]
+    axes.plot(tokens, [run.pruned["validation_loss"] for run in runs], "o--", label="on reaching the target")
+    axes.plot(tokens, [run.final["validation_loss"] for run in runs], "o-", label="after continued training")
+    for run in runs:
+        axes.annotate(run.ratio, (run.pruning_tokens, run.final["validation_loss"]), (0, 6), textcoords="offset points")
+    if any(run.accuracy is not None for run in runs):
+        other = axes.twinx()
+        other.set_ylabel("zero-shot accuracy")
+        measured = [(run.pruning_tokens, run.accuracy) for run in runs if run.accuracy is not None]
+        other.plot(*zip(*measured), "s:", color="tab:green", label="accuracy")
+        other.legend(loc="lower left")
+    axes.legend()
+
+    by_parameters = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = by_parameters.add_subplot(xlabel="parameters", ylabel="validation loss (nats per token)")
+    source = runs[0].source
+    axes.plot([source["parameters"]], [source["validation_loss"]], "k*", markersize=11, label="source")
+    for run in runs:
+        points = [(stage["parameters"], stage["validation_loss"]) for stage in (run.source, run.pruned, run.final)]
+        axes.plot(*zip(*points), ".-", linewidth=1, label=f"{run.ratio}: {run.pruning_tokens:,} tokens")
+    axes.legend()
+
+    paths = [folder / "loss_vs_tokens.png", folder / "loss_vs_parameters.png"]
+    for figure, path in zip((by_tokens, by_parameters), paths):
+        figure.savefig(path, dpi=100)
+    return paths
+
+
+def collect(folders: Sequence[Path], output: Path) -> str:
+    """Read, write everything, and return the table. Raises UserError when no run has anything to compare."""
+    runs, remarks = [], []
+    for folder in folders:
+        found = read_run(folder)
+        if isinstance(found, Run):
+            runs.append(found)
+        else:
+            remarks.append(f"{folder.name}: left out, {found}")
+    if not runs:
+        raise UserError(f"--runs: no finished run; {'; '.join(remarks) or 'none is given'}")
+    runs.sort(key=lambda run: run.pruning_tokens)
+    text = markdown(runs)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "token_scaling.md").write_text(text)
+    (output / "token_scaling.json").write_text(json.dumps([dataclasses.asdict(run) for run in runs], indent=1) + "\n")
+    if find_spec("matplotlib") is not None:
+        draw(runs, output)
+    else:
+        remarks.append("matplotlib is not installed: no figures")
+    return "\n".join([text, *remarks])
+
+
+@dataclass(frozen=True)
+class ScalingOptions:
+    """The command's options."""
+
+    runs: tuple[str, ...] = option((), "folders that runs saved to", metavar="DIR", required=True)
+    output_dir: str = option(None, "where table and figures go", metavar="DIR", required=True)
+
+
+def compare(arguments: ScalingOptions) -> int:
+    """Print the table; the exit status. Raises UserError."""
+    print(collect([Path(run) for run in arguments.runs], Path(arguments.output_dir)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return run_command("token-scaling", ScalingOptions, compare, argv)
