@@ -22,7 +22,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 REQUIRES = [
-    "torch>=2.8",  # 2.7 writes checkpoint items by another call (no SerializationFormat)
+    "torch>=2.8",  # the oldest the tests were run with
     "megatron-core==0.16.*",
     "isal>=1.6",  # CRC-32 of checkpoint files, several times as fast as zlib's
     "numpy>=1.26",

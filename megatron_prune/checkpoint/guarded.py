@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -39,6 +38,7 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from megatron_prune.errors import UserError, first_line, one_line
+from megatron_prune.runtime.compat import storage_info
 
 # What torch 2.1 and later and megatron-core's savers put into .metadata. Each is a plain record, an enumeration, a
 # container or a look-up in a table: called with whatever arguments, none runs, imports, reads or writes anything.
@@ -143,7 +143,7 @@ def _problem(found: Any, folder: Path) -> str:
     if not _is_table(getattr(found, "storage_data", None), MetadataIndex):
         return "it says of no tensor where it lies"
     for index, place in found.storage_data.items():
-        known = vars(place) if isinstance(place, _StorageInfo) else {}
+        known = vars(place) if isinstance(place, storage_info()) else {}
         name = known.get("relative_path")
         if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
             return f"{vars(index).get('fqn')!r} lies in {name!r}, which names no file of this folder"

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, _split_by_size_and_type
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
@@ -38,25 +38,20 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
-    _replace_sharded_keys_with_state_dict_keys,
-    _replace_state_dict_keys_with_sharded_keys,
-    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.filesystem import (
-    DEFAULT_SUFFIX,
-    SerializationFormat,
-    _StorageWriterTransforms,
-    _write_item,
-)
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 
 from megatron_prune.checkpoint.files import Digest
 from megatron_prune.checkpoint.guarded import GuardedReader
+from megatron_prune.checkpoint.pieces import spread
 from megatron_prune.checkpoint.streams import ALIGNMENT, Scratch, SummingFile, on_host
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.compat import storage_info
 
 THREADS = 2  # that write, hence files, per rank (megatron-core's number)
 
@@ -134,15 +129,20 @@ class _Writer(FileSystemWriterAsync):
         self.write_buckets: list[_Bucket] = []
         self.digests: dict[str, Digest] = {}
         self.error: OSError | None = None
-        self._readers = {(source.key, torch.Size(source.offset)): source.read for source in sources}
+        self._sources = {(source.key, torch.Size(source.offset)): source for source in sources}
         self._folder, self._staging = folder, staging
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
         """Deal this rank's items to files, balanced by size; staged, their values are copied to host memory now."""
         scratch = Scratch()
-        for items in filter(None, _split_by_size_and_type(self.thread_count, plan.items)):
-            name = f"{plan.storage_data.prefix}{len(self.write_buckets)}{DEFAULT_SUFFIX}"
-            values = [(item, self._readers[item.index.fqn, item.index.offset]) for item in items]
+        planned = [(item, self._sources[item.index.fqn, item.index.offset]) for item in plan.items]
+        planned.sort(key=lambda pair: pair[1].bytes, reverse=True)
+        files = spread([source.bytes for _, source in planned], THREADS)
+        for file in sorted(set(files)):
+            name = f"{plan.storage_data.prefix}{file}{DEFAULT_SUFFIX}"
+            values = [
+                (item, source.read) for where, (item, source) in zip(files, planned, strict=True) if where == file
+            ]
             if self._staging is not None:
                 values = [(item, _constant(self._staged(read, scratch))) for item, read in values]
             self.write_buckets.append((self._folder / name, name, values))
@@ -161,11 +161,11 @@ class _Writer(FileSystemWriterAsync):
         with ThreadPoolExecutor(len(self.write_buckets), thread_name_prefix="checkpoint") as pool:
             results = list(pool.map(self._write_file, self.write_buckets))
         self.results_queue.put(dict(enumerate(results)))
-        self._readers.clear()
+        self._sources.clear()
 
     def _write_file(self, bucket: _Bucket) -> list[Any]:
         path, name, values = bucket
-        transforms, results, scratch = _StorageWriterTransforms(), [], Scratch()
+        results, scratch = [], Scratch()
         # The archive format has sums of its own, which cost as much as ours and would find nothing more.
         without_sums = config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
         with without_sums, path.open("wb", buffering=1 << 20) as file:
@@ -173,11 +173,13 @@ class _Writer(FileSystemWriterAsync):
             while values:
                 item, read = values.pop()
                 scratch.reset()
-                tensor = on_host(read(scratch), scratch)
+                start, tensor = stream.size, on_host(read(scratch), scratch)
                 try:
-                    results.append(_write_item(transforms, stream, tensor, item, name, SerializationFormat.TORCH_SAVE))
+                    torch.save(tensor, stream)
                 except RuntimeError as error:
                     raise stream.error or error from error
+                length = stream.size - start
+                results.append(WriteResult(item.index, length, storage_info()(name, start, length)))
             stream.sync()
         self.digests[name] = Digest(stream.size, stream.crc32)
         return results
@@ -228,12 +230,10 @@ def plan_save(folder: Path, sources: Sequence[Source], staging: Scratch | None) 
     """
     if staging is not None:
         staging.reset(reserve=sum(source.bytes + ALIGNMENT for source in sources))
-    state = {str(number): source.sharded_tensor() for number, source in enumerate(sources)}
-    grouped, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
     writer = _Writer(folder, sources, staging)
     with quiet():
         plan, *_ = save_state_dict_async_plan(
-            mcore_to_pyt_state_dict(grouped, False),
+            mcore_to_pyt_state_dict(_by_key([source.sharded_tensor() for source in sources])),
             writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
@@ -253,13 +253,18 @@ def read_into(folder: Path, targets: Sequence[ShardedTensor]) -> list[Tensor]:
     for target in targets:
         if tuple(size := reader.tensor(target.key).size) != tuple(target.global_shape):
             raise UserError(f"{folder}: {target.key} is of shape {list(size)}, not {list(target.global_shape)}")
-    state = {str(number): target for number, target in enumerate(targets)}
-    grouped, flat, renamed = _replace_state_dict_keys_with_sharded_keys(state)
-    wanted = mcore_to_pyt_state_dict(grouped, True)
     with quiet(), one_line_each():
         checkpoint.load_state_dict(
-            wanted, reader, planner=MCoreLoadPlanner(shapes_validation_sharded_tensors=list(targets))
+            mcore_to_pyt_state_dict(_by_key(targets), is_loading=True),
+            reader,
+            planner=MCoreLoadPlanner(shapes_validation_sharded_tensors=list(targets)),
         )
-    unwrapped = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
-    loaded = _replace_sharded_keys_with_state_dict_keys(unwrapped, flat, renamed)
-    return [loaded[str(number)] for number in range(len(targets))]
+    return [target.data for target in targets]
+
+
+def _by_key(tensors: Sequence[ShardedTensor]) -> dict[str, list[ShardedTensor]]:
+    """The rectangles of each stored tensor."""
+    found: dict[str, list[ShardedTensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.key, []).append(tensor)
+    return found

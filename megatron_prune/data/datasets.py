@@ -250,6 +250,7 @@ def _build(
         raise_file_limit(len(blend.data), sum(part is not None for part in parts))
         config.split_matrix = parts
         config.path_to_cache = _cache_folder(blend, cache_path)
+        config.fast_cache_load = True  # or megatron-core waits for other ranks in the middle of a blend
         config.mid_level_dataset_surplus = _surplus(blend.weights, sizes)
         classes = guarded(tokenizer.vocab_size if blend.vocab_size is None else blend.vocab_size)
         train, valid, test = classes.builder(classes.dataset, sizes, lambda: True, config).build()

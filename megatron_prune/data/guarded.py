@@ -24,6 +24,7 @@ import numpy as np
 from megatron_prune.data.index_cache import Entry, kept, sized
 from megatron_prune.data.indexed import bin_path, idx_path
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.compat import hooked_datasets
 
 _SPARE_FILES = 256  # for everything else that a rank opens later: checkpoints, logs, connections
 
@@ -96,38 +97,36 @@ def raise_file_limit(data_sets: int, splits: int) -> None:
 
 def guarded(vocab_size: int) -> Guarded:
     """The classes for data of a model with `vocab_size` ids."""
-    from megatron.core.datasets import blended_dataset, blended_megatron_dataset_builder, gpt_dataset
+    from megatron.core.datasets import blended_dataset, blended_megatron_dataset_builder
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    class GPTDataset(gpt_dataset.GPTDataset):
+    hooked: Any = hooked_datasets()
+
+    class GPTDataset(hooked.gpt):
         @staticmethod
         def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
             dataset = IndexedDataset(dataset_path, multimodal=False, mmap=False)
             dataset.bin_reader = TokenReader(bin_path(dataset_path))
             return dataset
 
-        def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            make = _in_memory(self, lambda: gpt_dataset.GPTDataset._build_document_sample_shuffle_indices(self))
-            document, sample, shuffle = kept(self.config.path_to_cache, _gpt_entries(self), make)
-            return document, sample, shuffle
+        def make_indices(self, build: Callable[[], Sequence[np.ndarray]]) -> Sequence[np.ndarray]:
+            return kept(self.config.path_to_cache, _gpt_entries(self), _in_memory(self, build))
 
-        def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        def read_sample(self, read: Callable[[], Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
             sized(
                 {
                     str(idx_path(self.dataset.path_prefix)): self.dataset.index.bin_buffer_mmap,
                     **_named(self.config.path_to_cache, self, _GPT_INDICES),
                 }
             )
-            text, documents = super()._query_document_sample_shuffle_indices(idx)
+            text, documents = read()
             if len(text) != self.config.sequence_length + 1 or text.min() < 0 or text.max() >= vocab_size:
                 raise UserError(_unfit(self, text, documents, vocab_size))
             return text, documents
 
-    class BlendedDataset(blended_dataset.BlendedDataset):
-        def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
-            make = _in_memory(self, lambda: blended_dataset.BlendedDataset._build_indices(self))
-            dataset_index, sample_index = kept(self.config.path_to_cache, _blend_entries(self), make)
-            return dataset_index, sample_index
+    class BlendedDataset(hooked.blended):
+        def make_indices(self, build: Callable[[], Sequence[np.ndarray]]) -> Sequence[np.ndarray]:
+            return kept(self.config.path_to_cache, _blend_entries(self), _in_memory(self, build))
 
         def __getitem__(self, idx: int) -> dict[str, Any]:
             sized(_named(self.config.path_to_cache, self, _BLEND_INDICES))
@@ -136,14 +135,11 @@ def guarded(vocab_size: int) -> Guarded:
     class Builder(blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder):
         @staticmethod
         def build_generic_dataset(cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
-            return BlendedDataset(*args) if cls is blended_dataset.BlendedDataset else cls(*args)
-
-        def _build_megatron_datasets_parallel(self, prefixes: Any, split: Any, sizes_per_dataset: Any) -> Any:
-            built = [
-                self._build_megatron_dataset_splits(prefix, split, sizes, False)
-                for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
-            ]
-            return [list(parts) for parts in zip(*built, strict=True)]
+            if cls is blended_dataset.BlendedDataset:
+                return BlendedDataset(*args)
+            tokens, path, _, size, split, config = args  # with `fast_cache_load` the documents are left out
+            bounds = (round(share * cls.numel_low_level_dataset(tokens)) for share in config.split_matrix[split.value])
+            return cls(tokens, path, np.arange(*bounds, dtype=np.int32), size, split, config)
 
     return Guarded(GPTDataset, Builder)
 
@@ -181,12 +177,11 @@ def _named(folder: str, dataset: Any, indices: Sequence[str]) -> dict[str, Any]:
 
 def _gpt_entries(dataset: Any) -> list[Entry]:
     """What the indices of one data set must be (see megatron-core's GPTDataset for their meaning)."""
-    tokens = dataset._get_num_tokens_per_epoch()
-    epochs = dataset._get_num_epochs(tokens)
-    indices = dataset.indices
-    documents = epochs * len(indices)
-    samples = (epochs * tokens - 1) // dataset.config.sequence_length
-    first, length = int(indices[0]), dataset.config.sequence_length
+    indices, length = dataset.indices, dataset.config.sequence_length
+    tokens = int(np.sum(dataset.dataset.sequence_lengths[indices]))
+    wanted = 0 if dataset.num_samples is None else dataset.num_samples * length + 1
+    epochs = max(1, -(-wanted // tokens))
+    documents, samples, first = epochs * len(indices), (epochs * tokens - 1) // length, int(indices[0])
 
     def follow_each_other(arrays: Sequence[np.ndarray]) -> bool:
         return _follow_each_other(arrays[1], dataset.dataset.sequence_lengths[arrays[0]], length)

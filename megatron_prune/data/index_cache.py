@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import mmap
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -90,8 +91,10 @@ def sized(arrays: Mapping[str, Any]) -> None:
         UserError: a file was cut short.
     """
     for name, array in arrays.items():
-        mapping = getattr(array, "_mmap", None)
-        if mapping is not None and mapping.size() < len(mapping):
+        mapping = array
+        while isinstance(mapping, np.ndarray):
+            mapping = mapping.base
+        if isinstance(mapping, mmap.mmap) and mapping.size() < len(mapping):
             raise UserError(f"{name}: was cut short while it was in use; put the whole file back and start again")
 
 

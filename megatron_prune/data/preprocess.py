@@ -37,6 +37,7 @@ from megatron_prune.data.indexed import Metadata, bin_path, holds_metadata, idx_
 from megatron_prune.data.leftovers import claim, clear_unowned
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.compat import start_all_workers, stop_feeding
 
 _CHUNK_CHARACTERS = 1 << 18
 _CHUNK_DOCUMENTS = 1024
@@ -236,11 +237,11 @@ def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, options: Op
         return
     context = multiprocessing.get_context("spawn")
     pending: deque[Future[_Chunk]] = deque()
+    others = set(multiprocessing.active_children())
     # An interrupt is the parent's to handle; it reaches the whole process group.
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(options.workers, context, initializer=signal.signal, initargs=ignore_interrupt)
-    # All workers at once: a pool that starts more of them while it mourns one trips over itself (Python 3.11).
-    vars(pool)["_safe_to_dynamically_spawn_children"] = False
+    start_all_workers(pool)
     try:
         for texts, disk_bytes in _chunks(documents):
             pending.append(pool.submit(_encode_in_worker, tokenizer.kind, tokenizer.path, texts, disk_bytes, *extra))
@@ -249,26 +250,15 @@ def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, options: Op
         while pending:
             yield pending.popleft().result()
     except (BrokenProcessPool, MemoryError) as error:
-        _abandon(pool)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        stop_feeding(pool)
         raise UserError(
             f"--workers {options.workers}: a process was killed or ran out of memory; nothing was written; give fewer "
             "workers or more memory"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _abandon(pool: ProcessPoolExecutor) -> None:
-    """End what is left of a pool that lost a worker.
-
-    Its thread that feeds the workers may be writing into a pipe that nobody reads any more, and `shutdown` waits for
-    it for ever (CPython issue 94777, mended in 3.12 by closing the pipe's other end as here).
-    """
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-    calls: Any = getattr(pool, "_call_queue", None)
-    if calls is not None:
-        calls._reader.close()
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

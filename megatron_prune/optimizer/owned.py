@@ -114,7 +114,8 @@ def owned_shards(model: ShardedModel) -> Iterator[OwnedShard]:
                 continue
             group, order = inner.model_param_group_index_map[parameter]
             key = inner.optimizer.param_groups[group]["params"][order]
-            span = inner._get_model_param_range_map(parameter)["param"]
+            buffer, dtypes, bucket = inner.model_param_gbuf_map[parameter]
+            span = inner.gbuf_ranges[buffer][dtypes][bucket]["param_map"][parameter]["param"]
             start, end = span.start, span.end
         else:
             key = getattr(parameter, "main_param", None)

@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.compat import set_rng_with
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,8 @@ class _NoStream:
 
 def redirect_cuda_to_cpu() -> None:
     """Install the redirection once per process (a second call does nothing)."""
-    if getattr(torch.cuda, "_redirected_to_cpu", False):
+    if issubclass(torch.cuda.Stream, _NoStream):
         return
-    from megatron.core.tensor_parallel import random as megatron_random
-
     replacements: dict[str, Any] = {
         "current_device": lambda: "cpu",
         "synchronize": lambda *_, **__: None,
@@ -116,10 +115,9 @@ def redirect_cuda_to_cpu() -> None:
         "current_stream": lambda *_: _NoStream(),
         "Stream": _NoStream,
         "stream": lambda _: contextlib.nullcontext(),
-        "_redirected_to_cpu": True,
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    set_rng_with(torch.cuda.set_rng_state)
     _CpuForCuda().__enter__()

@@ -13,7 +13,7 @@ import gc
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from megatron_prune.runtime.compat import TorchDispatchMode
 from megatron_prune.runtime.device import DeviceRuntime
 from megatron_prune.runtime.mesh import Mesh
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt
+_WITH_OUTPUTS = ("allgather", "alltoall", "gather", "reduce_scatter", "scatter")  # collectives with tensors for both
 _PAGE_RETURNED_AT_ONCE = 1 << 16
 _HIGH_WATER_RESET = "5"  # what Linux wants written to clear_refs
 
@@ -81,12 +81,11 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, then go on as usual."""
-        namespace, _, name = func._schema.name.partition("::")
+        namespace, _, name = func.name().partition("::")
         if namespace == "c10d" and not name.startswith(("recv", "barrier", "monitored_barrier", "check")):
             # Outputs come first in the signature where there are separate ones.
-            position = int(func._schema.arguments[0].name.startswith("output"))
-            tensors = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)]
-            self.by_operator[name] += sum(t.numel() * t.element_size() for t in tensors)
+            position = int(name.lstrip("_").startswith(_WITH_OUTPUTS))
+            self.by_operator[name] += sum(t.numel() * t.element_size() for t in _tensors(args[position]))
         return func(*args, **(kwargs or {}))
 
 
@@ -105,9 +104,18 @@ class Dispatches(TorchDispatchMode):
         """Count, then go on as usual."""
         result = func(*args, **(kwargs or {}))
         self.total += 1
-        places = {leaf.device.type for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)}
-        self.copies += len(places) > 1 and "copy" in func._schema.name
+        places = {leaf.device.type for leaf in _tensors((args, result))}
+        self.copies += len(places) > 1 and "copy" in func.name()
         return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments, which are nested at most in lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
 
 
 class PeakMemory:
