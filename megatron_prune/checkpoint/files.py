@@ -57,12 +57,18 @@ def step_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: Path) -> int | None:
+    """What the name of a checkpoint's folder says, also of one that was about to be replaced; None for another's."""
+    match = _STEP_FOLDER.fullmatch(folder.name.removesuffix(_REPLACED))
+    return int(match[1]) if match else None
+
+
 def steps(directory: Path) -> list[int]:
     """Iterations that have a checkpoint folder in `directory`, ascending (complete by construction, maybe damaged)."""
     if not directory.is_dir():
         return []
-    names = {entry.name.removesuffix(_REPLACED) for entry in directory.iterdir() if entry.is_dir()}
-    return sorted(int(match[1]) for match in map(_STEP_FOLDER.fullmatch, names) if match)
+    found = {iteration_of(entry) for entry in directory.iterdir() if entry.is_dir()}
+    return sorted(iteration for iteration in found if iteration is not None)
 
 
 def holds_checkpoint(directory: Path) -> bool:
@@ -87,11 +93,11 @@ def resolve(directory: Path, step: int | None = None) -> tuple[int, Path]:
     Raises:
         UserError: there is none; the message says which are there.
     """
-    own = _STEP_FOLDER.fullmatch(directory.name.removesuffix(_REPLACED))
-    if own and directory.is_dir():
-        if step not in (None, int(own[1])):
-            raise UserError(f"{directory} is the checkpoint of iteration {int(own[1])}, not {step}: name its parent")
-        return int(own[1]), _of_ours(directory)
+    own = iteration_of(directory)
+    if own is not None and directory.is_dir():
+        if step not in (None, own):
+            raise UserError(f"{directory} is the checkpoint of iteration {own}, not {step}: name its parent")
+        return own, _of_ours(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such folder; give the folder that was saved to")
     if step is None:
@@ -108,8 +114,7 @@ def _of_ours(folder: Path) -> Path:
         return folder
     parent = folder.parent
     if any((step_folder(parent, step) / MANIFEST).exists() for step in steps(parent)):  # its neighbours are ours
-        own = _STEP_FOLDER.fullmatch(folder.name.removesuffix(_REPLACED))
-        offer = _offer(parent, int(own[1]) if own else None)
+        offer = _offer(parent, iteration_of(folder))
         raise UserError(f"{folder}: half a checkpoint, perhaps of a copy that was cut short; {offer}")
     raise UserError(
         f"{folder}: not a checkpoint of megatron_prune; if it is Megatron-LM's, in torch_dist format, make one of it "

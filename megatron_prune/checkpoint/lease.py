@@ -29,7 +29,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -333,20 +333,25 @@ def _attempt(directory: Path, proposal: Path, me: Owner, made: tuple[Path, ...])
     present = _leases(directory)
     os.utime(proposal)
     now = proposal.stat().st_mtime  # of the same clock as the heartbeats
-    for path in present.values():
-        try:
-            owner, age = _read(path, now)
-        except FileNotFoundError:
-            return None
+    try:
+        alive = _alive(present.values(), me, now)
+    except FileNotFoundError:
+        return None
+    if alive is not None:
+        path, owner, age = alive
         if owner is not None and owner.is_same_process(me):
             return Lease(path, owner, is_nested=True)
-        if death(owner, me, age) is None:
-            return _words(owner, me, age, path), _is_leaving(owner, me)
+        return _words(owner, me, age, path), _is_leaving(owner, me)
     number = max(present, default=0) + 1
     mine = directory / f"{PREFIX}{number}"
     if not _link(proposal, mine, me):
         return None
-    if set(_leases(directory)) - set(present) - {number}:
+    others = {other: path for other, path in _leases(directory).items() if other != number}
+    try:  # numbers come again: what was dead a moment ago may by now be somebody's, who came and linked meanwhile
+        is_alone = not set(others) - set(present) and _alive(others.values(), me, now) is None
+    except FileNotFoundError:
+        is_alone = False
+    if not is_alone:
         mine.unlink(missing_ok=True)
         return None
     for path in present.values():
@@ -356,6 +361,15 @@ def _attempt(directory: Path, proposal: Path, me: Owner, made: tuple[Path, ...])
             if path != proposal and now - path.stat().st_mtime > EXPIRY:
                 path.unlink()
     return Lease(mine, me, made=made)
+
+
+def _alive(leases: Iterable[Path], me: Owner, now: float) -> tuple[Path, Owner | None, float] | None:
+    """The first that is not dead, with its owner and age. Raises FileNotFoundError: one has just been removed."""
+    for path in leases:
+        owner, age = _read(path, now)
+        if death(owner, me, age) is None:
+            return path, owner, age
+    return None
 
 
 def _words(owner: Owner | None, me: Owner, age: float, path: Path) -> str:

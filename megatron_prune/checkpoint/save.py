@@ -40,6 +40,7 @@ from megatron_prune.checkpoint.files import (
     check_present,
     digest,
     publish,
+    step_name,
     write_files,
     write_manifest,
 )
@@ -100,7 +101,7 @@ class _Save:
             raise CheckpointSaveError(
                 f"checkpoint of iteration {self.iteration} not saved to {self.directory}: {error}"
             )
-        return self.directory / self.folder.name.partition(".")[0]
+        return self.directory / step_name(self.iteration)
 
     def _complete(self, digests: dict[str, Digest]) -> str | None:
         """`.metadata` is put together by all ranks; the rest is rank 0's. Returns what went wrong there, or None."""

@@ -161,6 +161,21 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
         assert mine.loss() is None and json.loads(mine.path.read_text())["pid"] == os.getpid()
 
 
+def test_a_dead_lease_that_is_somebodys_again_is_left_alone(tmp_path, monkeypatch):
+    """Between the look at the dead one and the new lease, others take the folder over, give it back, and take it."""
+    write(tmp_path, owner(machine=AWAY, pid=3), age=EXPIRY + 5)
+    link = lease._link
+
+    def late(*arguments):
+        write(tmp_path, owner(machine=AWAY, host="node7", pid=4))
+        return link(*arguments)
+
+    monkeypatch.setattr(lease, "_link", late)
+    with pytest.raises(UserError, match="is being written by pid 4 on node7"):
+        acquire(tmp_path)
+    assert held(tmp_path) == [f"{lease.PREFIX}1"]
+
+
 def test_the_loss_of_a_lease_is_noticed(tmp_path):
     mine = acquire(tmp_path)
     mine.path.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.checkpoint import AsyncSaver, CheckpointSaveError, Retention, save_checkpoint
+from megatron_prune.checkpoint.files import iteration_of
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import TrainingStoppedError
 from megatron_prune.huggingface.trained_with import tokenizer_facts
@@ -98,7 +99,7 @@ class CheckpointSaver:
 
     def _succeeded(self, path: Path | None) -> None:
         if path is not None:
-            self.complete = int(path.name.removeprefix("iter_"))
+            self.complete = iteration_of(path)
             self.reporter.message(f" saved checkpoint {path}")
 
     def _failed(self, error: CheckpointSaveError) -> None:

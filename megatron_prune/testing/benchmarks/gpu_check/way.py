@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint.record import Progress
 from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row
 from megatron_prune.testing.helpers.comparison import MARGIN
 from megatron_prune.testing.helpers.ranks import ROOT, search_path
@@ -35,8 +36,8 @@ def check(context: Context) -> Iterator[Row]:
         undisturbed = beside.submit(python, *_TRAIN, *run.arguments(alone))
         stop = ("--device", context.device, "--exit-interval", _STOP, "--save-interval", _STOP)
         python(*_TRAIN, *run.arguments(save, *stop))
-        latest = (save / "latest_checkpointed_iteration.txt").read_text().strip()
-        yield Row("pruned and saved", f"iteration {latest}", str(_STOP), latest == str(_STOP))
+        iteration = Progress.read(save).iteration
+        yield Row("pruned and saved", f"iteration {iteration}", str(_STOP), iteration == _STOP)
         python(*_TRAIN, *run.arguments(save))
         undisturbed.result()
         yield _compared(context, _history(alone), _history(save))
