@@ -166,7 +166,7 @@ def all_scores(config: Any, run: Any, names: Sequence[str]) -> dict[str, Any]:
 def correlate(config: Any, names: Sequence[str], output: Path) -> list[str]:
     """Score by everything, remove everything; lines of the table."""
     from megatron_prune.data.batches import BatchStream
-    from megatron_prune.launch.assembly.one_shot import opened
+    from megatron_prune.launch.assembly.one_shot_run import opened
     from megatron_prune.training.step import evaluate
 
     measured = output / "changes.json"
@@ -238,7 +238,7 @@ def draw(units: Any, changes: Changes, found: Any, output: Path) -> None:
 def pruned_losses(config: Any, names: Sequence[str], output: Path) -> tuple[list[str], str]:
     """(lines of the table, the folder with the least loss); checkpoints in OUT/once_<name>."""
     from megatron_prune.config import SecondOrder
-    from megatron_prune.launch.assembly.one_shot import check_pruning, one_shot_config, opened, prune_and_save
+    from megatron_prune.launch.assembly.one_shot_run import check_pruning, one_shot_config, opened, prune_and_save
 
     lines = [
         "| criterion | scored once | again every 4 groups | heads / FFN / hidden, both |",
@@ -333,7 +333,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_prune.config import parse_command
     from megatron_prune.data.preprocess import Options, preprocess
     from megatron_prune.huggingface.config import read_shape
-    from megatron_prune.launch.assembly.one_shot import one_shot_config
+    from megatron_prune.launch.assembly.one_shot_run import one_shot_config
     from megatron_prune.model.architecture import Architecture
     from megatron_prune.saliency.criteria import known_criteria
 

@@ -101,8 +101,8 @@ def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], starte
     from megatron_prune.errors import PeerLostError, TrainingStoppedError
     from megatron_prune.launch.assembly import outputs
     from megatron_prune.launch.assembly.alike import insist_alike, insist_shared
-    from megatron_prune.launch.assembly.build import build_trainer
-    from megatron_prune.launch.assembly.inputs import open_inputs
+    from megatron_prune.launch.assembly.assemble import build_trainer
+    from megatron_prune.launch.assembly.opening import open_inputs
     from megatron_prune.runtime.failures import agreed, lost_contact
 
     insist_shared(mesh, config.checkpoint.save)

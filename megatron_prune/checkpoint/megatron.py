@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_prune.checkpoint.files import LATEST, latest_number, step_name
-from megatron_prune.checkpoint.guarded import load_plain, read_metadata
+from megatron_prune.checkpoint.guarded_reader import load_plain, read_metadata
 from megatron_prune.checkpoint.storage import irregular, read_into
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import LlamaShape

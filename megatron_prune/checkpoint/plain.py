@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.guarded import load_plain
+from megatron_prune.checkpoint.guarded_reader import load_plain
 from megatron_prune.errors import UserError
 
 _ARRAY = "__ndarray__"

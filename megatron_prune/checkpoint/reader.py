@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import checkpoint
 
 from megatron_prune.checkpoint.files import damages, refuse_damaged
-from megatron_prune.checkpoint.guarded import GuardedReader
+from megatron_prune.checkpoint.guarded_reader import GuardedReader
 from megatron_prune.checkpoint.record import RunRecord
 from megatron_prune.checkpoint.storage import one_line_each, quiet
 from megatron_prune.checkpoint.tensors import MAIN, optimizer_key, weight_key

@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 
 from megatron_prune.checkpoint.files import Digest
-from megatron_prune.checkpoint.guarded import GuardedReader
+from megatron_prune.checkpoint.guarded_reader import GuardedReader
 from megatron_prune.checkpoint.pieces import spread
 from megatron_prune.checkpoint.streams import ALIGNMENT, Scratch, SummingFile, on_host
 from megatron_prune.errors import UserError

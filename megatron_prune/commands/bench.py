@@ -24,10 +24,10 @@ import torch
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.model.layout import Quanta
-from megatron_prune.testing.benchmarks.costs import Preset, Row, measure, measure_memory, tied_shape
-from megatron_prune.testing.helpers.pieces import Setup
+from megatron_prune.testing.benchmarks.costs import CostRow, Preset, measure, measure_memory, tied_shape
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.stepped_run import Setup
 
 NOT_MEASURED = "not measured"
 
@@ -62,23 +62,25 @@ def gpu_presets(tiny: bool) -> list[Preset]:
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
-def columns(preset: Preset) -> dict[str, Row]:
+def columns(preset: Preset) -> dict[str, CostRow]:
     """Measure one column; rows by name."""
     world = preset.setup.case.world_size
-    rows: list[Row] = []
+    rows: list[CostRow] = []
     for part in (measure, measure_memory):
         rows += part(0, 1, preset) if preset.device == "cuda" else run_ranks(part, world, preset, timeout=1800)[0]
     return {row.name: row for row in rows}
 
 
-def show(title: str, found: dict[str, dict[str, Row]], names: Sequence[str], goals: dict[str, str], cpu: bool) -> None:
+def show(
+    title: str, found: dict[str, dict[str, CostRow]], names: Sequence[str], goals: dict[str, str], cpu: bool
+) -> None:
     """Print a table: a line per name, a column (or two) per title in `found`."""
     heads = [head for column in found for head in ((column, "by CPU time") if cpu else (column,))]
     print(f"\n### {title}\n\n| | {' | '.join(heads)} | goal |\n|{' --- |' * (len(heads) + 2)}")
     for name in names:
         cells = []
         for rows in found.values():
-            row = rows.get(name, Row(name, NOT_MEASURED))
+            row = rows.get(name, CostRow(name, NOT_MEASURED))
             cells += [row.value, row.cpu] if cpu else [row.value]
         print(f"| {name} | {' | '.join(cells)} | {goals[name]} |")
 

@@ -33,9 +33,9 @@ from megatron_prune.resharding.retire import retire
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
 from megatron_prune.testing.helpers.meters import Stopwatch
-from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 
 MIB = 1 << 20
 STATE = {"tokens": 0}

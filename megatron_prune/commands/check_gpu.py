@@ -23,7 +23,7 @@ from megatron_prune.commands.running import run_on_ranks
 from megatron_prune.config import Given
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
-from megatron_prune.testing.benchmarks.gpu_check.record import RESULTS, Context
+from megatron_prune.testing.benchmarks.gpu_check.rows import RESULTS, Context
 from megatron_prune.testing.benchmarks.gpu_check.runner import LOG, STEPS, run_steps
 
 NAMES = tuple(step.name for step in STEPS)
@@ -68,7 +68,7 @@ def check(given: Given) -> int:
 
 
 def _cluster(arguments: GpuCheckOptions) -> int:
-    from megatron_prune.testing.benchmarks.gpu_check.cluster import check_cluster, place_this_rank
+    from megatron_prune.testing.benchmarks.gpu_check.new_cluster import check_cluster, place_this_rank
 
     place_this_rank(dict(os.environ))
     layout = (arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)

@@ -209,7 +209,7 @@ def verify(arguments: ExportOptions, reader: CheckpointReader, done: Exported, t
 
     from megatron_prune.huggingface.export import stored_weights
     from megatron_prune.huggingface.kv_policy import CLUSTER
-    from megatron_prune.huggingface.verify import (
+    from megatron_prune.huggingface.verify_export import (
         ROUNDINGS,
         load_stock_model,
         run_stock,

@@ -30,8 +30,8 @@ from megatron_prune.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_prune.evaluation.corpora import Corpus, IndexedOptions
-    from megatron_prune.evaluation.models import Candidate
-    from megatron_prune.evaluation.report import Evaluated, Report
+    from megatron_prune.evaluation.models import ModelFolder
+    from megatron_prune.evaluation.side_by_side import Evaluated, Report
     from megatron_prune.evaluation.zero_shot import Selected
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -81,7 +81,7 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is measured on every model; `own` is the validation data of the run in --load, with its sequence length."""
 
     arguments: EvaluationOptions
@@ -98,7 +98,7 @@ def evaluate(arguments: EvaluationOptions, scratch: Path) -> Report:
 
     from megatron_prune.evaluation.corpora import check_corpus, is_text
     from megatron_prune.evaluation.models import open_candidate
-    from megatron_prune.evaluation.report import Report, write_report
+    from megatron_prune.evaluation.side_by_side import Report, write_report
     from megatron_prune.evaluation.zero_shot import harness_version, select_tasks
     from megatron_prune.runtime.folders import probe_folder
 
@@ -132,7 +132,7 @@ def evaluate(arguments: EvaluationOptions, scratch: Path) -> Report:
         if arguments.output_dir:
             write_report(report(current), arguments.output_dir)
 
-    plan = Plan(arguments, device, scratch, tuple(selection), own, keep)
+    plan = EvaluationPlan(arguments, device, scratch, tuple(selection), own, keep)
     for candidate in candidates:
         finished.append(judge(candidate, plan))
         if arguments.output_dir:
@@ -177,10 +177,10 @@ def model_folders(
     return folders, run_options(meta, arguments.load) if wanted else None
 
 
-def judge(candidate: Candidate, plan: Plan) -> Evaluated:
+def judge(candidate: ModelFolder, plan: EvaluationPlan) -> Evaluated:
     """Everything about one model; at no time are two of them in memory."""
     from megatron_prune.evaluation.models import describe
-    from megatron_prune.evaluation.report import Evaluated
+    from megatron_prune.evaluation.side_by_side import Evaluated
     from megatron_prune.evaluation.zero_shot import Failure, HarnessOptions, Score, evaluate_tasks
 
     arguments = plan.arguments
@@ -213,7 +213,7 @@ def judge(candidate: Candidate, plan: Plan) -> Evaluated:
     return so_far(scores)
 
 
-def measure_all(candidate: Candidate, plan: Plan) -> list[Any]:
+def measure_all(candidate: ModelFolder, plan: EvaluationPlan) -> list[Any]:
     """Perplexities of one model on all data sets."""
     from megatron_prune.evaluation.models import load_model
     from megatron_prune.evaluation.perplexity import measure
@@ -229,7 +229,7 @@ def measure_all(candidate: Candidate, plan: Plan) -> list[Any]:
     return found
 
 
-def all_corpora(candidate: Candidate, plan: Plan) -> list[Corpus]:
+def all_corpora(candidate: ModelFolder, plan: EvaluationPlan) -> list[Corpus]:
     """The data sets, as this model's tokenizer reads them."""
     from megatron_prune.evaluation.corpora import IndexedOptions, TextOptions, indexed_corpus, is_text, text_corpus
 
@@ -263,7 +263,7 @@ def judge_all(arguments: EvaluationOptions) -> int:
         report = evaluate(arguments, Path(scratch))
     print(report.to_markdown(), end="")
     if arguments.output_dir:
-        from megatron_prune.evaluation.report import write_report
+        from megatron_prune.evaluation.side_by_side import write_report
 
         for file in write_report(report, arguments.output_dir):
             print(f"written: {file}", file=sys.stderr)

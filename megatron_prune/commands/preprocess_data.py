@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.data.documents import AUTO, INPUT_FORMATS, SEPARATORS
-from megatron_prune.data.preprocess import Options, Progress, Summary, preprocess
+from megatron_prune.data.preprocess import EncodingProgress, Options, Summary, preprocess
 from megatron_prune.data.tokenizer import TOKENIZER_TYPES
 from megatron_prune.errors import one_line
 
@@ -61,7 +61,7 @@ class ProgressDisplay:
         self._terminal = sys.stderr.isatty()
         self._last_line = time.monotonic()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: EncodingProgress) -> None:
         """Show where the job is."""
         rate = progress.tokens / max(progress.seconds, 1e-9)
         if self._terminal:

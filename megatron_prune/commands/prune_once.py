@@ -40,7 +40,7 @@ def prune(given: Given) -> int:
     """Prune and save; the exit status. Raises UserError."""
     arguments: PruneOnceOptions = given.own()
     run_config = configured(given, arguments.config)
-    from megatron_prune.launch.assembly.one_shot import check_pruning, one_shot_config, opened, prune_and_save
+    from megatron_prune.launch.assembly.one_shot_run import check_pruning, one_shot_config, opened, prune_and_save
     from megatron_prune.runtime.join import own_place
 
     place = own_place()

@@ -49,7 +49,7 @@ def score(given: Given) -> int:
     arguments: ScoreOptions = given.own()
     run_config = configured(given, arguments.config)
     from megatron_prune.config import validate
-    from megatron_prune.launch.assembly.one_shot import one_shot_config, opened
+    from megatron_prune.launch.assembly.one_shot_run import one_shot_config, opened
     from megatron_prune.runtime.join import own_place
     from megatron_prune.training.one_shot import OneShot
 

@@ -1,7 +1,7 @@
 """Documents -> token ids -> an indexed data set `P.bin`, `P.idx` with its facts in `P.json`.
 
     preprocess   the whole job: read, encode with any number of processes, write, put in place
-    Options, Progress, Summary   what goes in, what is reported on the way, what comes out
+    Options, EncodingProgress, Summary   what goes in, what is reported on the way, what comes out
 
 The output is the same byte for byte whatever the number of processes: documents are cut into chunks by the one process
 that reads, and chunks are written in the order they were read. Only a few chunks per process are alive at a time, so
@@ -70,7 +70,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Progress:
+class EncodingProgress:
     """How far the job is: `disk_bytes` of `total_bytes` of the input files, as they lie on disk, are encoded; of pipes
     `total_bytes` is 0.
     """
@@ -124,7 +124,7 @@ def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
     options: Options,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_progress: Callable[[EncodingProgress], None] = lambda _: None,
 ) -> Summary:
     """Write the data set `output_prefix`.{bin,idx,json} from text and JSON-lines files.
 
@@ -157,7 +157,7 @@ def preprocess(
                 _add(builder, chunk)
                 totals.count(chunk)
                 seconds = time.monotonic() - started
-                on_progress(Progress(totals.documents, totals.tokens, chunk.disk_bytes, total_bytes, seconds))
+                on_progress(EncodingProgress(totals.documents, totals.tokens, chunk.disk_bytes, total_bytes, seconds))
             if totals.documents == 0:
                 raise UserError(f"--input: no text in {', '.join(inputs)}")
             builder.finalize(str(files.idx))

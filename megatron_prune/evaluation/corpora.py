@@ -27,7 +27,7 @@ from megatron_prune.data.documents import SEPARATORS, read_documents
 from megatron_prune.data.indexed import bin_path
 from megatron_prune.data.tokenizer import Tokenizer, check_rows
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.models import Candidate
+from megatron_prune.evaluation.models import ModelFolder
 
 IGNORED = -100
 FIELD = "--data-path"
@@ -175,7 +175,7 @@ class _TextWindows:
 # Data sets ------------------------------------------------------------------------------------------------------------
 
 
-def indexed_corpus(options: IndexedOptions, candidate: Candidate, seq_length: int, cache: Path) -> Corpus:
+def indexed_corpus(options: IndexedOptions, candidate: ModelFolder, seq_length: int, cache: Path) -> Corpus:
     """The samples of a data set that a training run with the same options evaluates on.
 
     Args:

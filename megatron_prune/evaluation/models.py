@@ -1,9 +1,9 @@
 """What is evaluated: a folder that transformers loads, and the tokenizer that belongs to it.
 
-    Candidate           a model's folder, name, size and tokenizer
-    open_candidate      folder -> Candidate; a bare SentencePiece file gets its exact Hugging Face form first
+    ModelFolder         a model's folder, name, size and tokenizer
+    open_candidate      folder -> ModelFolder; a bare SentencePiece file gets its exact Hugging Face form first
     export_checkpoint   a training checkpoint -> a folder, as megatron-prune convert-to-hf writes it
-    load_model          Candidate -> the model, by stock transformers
+    load_model          ModelFolder -> the model, by stock transformers
 
 `AutoTokenizer` on a folder that holds only a `tokenizer.model` builds merges of its own and gives other ids, which
 ruins every score without a word; therefore the conversion.
@@ -25,14 +25,14 @@ from megatron_prune.huggingface.config import read_json
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.provenance import source_of, tokenizer_of
 from megatron_prune.huggingface.shards import DTYPES, dtype_name
-from megatron_prune.huggingface.tokenizer import adds_bos, export_tokenizer
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
-from megatron_prune.huggingface.verify import load_stock_model
+from megatron_prune.huggingface.tokenizer_export import adds_bos, export_tokenizer
+from megatron_prune.huggingface.verify_export import load_stock_model
 from megatron_prune.huggingface.weights import HEAD_WEIGHT, FolderWeights
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ModelFolder:
     """A model to evaluate.
 
     Attributes:
@@ -73,7 +73,7 @@ class Candidate:
         return self.tokenizer_folder is not None and adds_bos(self.tokenizer_folder)
 
 
-def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model: str | None = None) -> Candidate:
+def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model: str | None = None) -> ModelFolder:
     """A model's folder, looked into but not loaded.
 
     Args:
@@ -92,7 +92,7 @@ def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model
     tied = bool(config.get("tie_word_embeddings"))
     sizes = [math.prod(stored.shape) for key, stored in weights.stored.items() if not (tied and key == HEAD_WEIGHT)]
     source, converted = _tokenizer(folder, scratch, tokenizer_model)
-    return Candidate(
+    return ModelFolder(
         name=name,
         folder=folder,
         tokenizer_folder=converted,
@@ -161,7 +161,7 @@ def export_checkpoint(
     return f"{reader.path.parent.name} at {reader.record.iteration}", reader.meta
 
 
-def load_model(candidate: Candidate, device: str, dtype: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_model(candidate: ModelFolder, device: str, dtype: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model on `device`, ready to evaluate; weights in their stored dtype unless another one is named.
 
     Raises:
@@ -175,7 +175,7 @@ def load_model(candidate: Candidate, device: str, dtype: str | None = None, trus
     return model.to(device=torch.device(device), dtype=DTYPES[dtype or candidate.dtype]).eval()
 
 
-def describe(candidate: Candidate, dtype: str | None = None) -> dict[str, Any]:
+def describe(candidate: ModelFolder, dtype: str | None = None) -> dict[str, Any]:
     """What a report says about the model; `dtype`: what it is computed in, as stored unless given."""
     config = read_json(candidate.folder / "config.json")
     return {

@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.models import Candidate
+from megatron_prune.evaluation.models import ModelFolder
 
 ALL = "all"
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -244,7 +244,7 @@ def harness_version() -> str:
 
 
 def evaluate_tasks(
-    candidate: Candidate,
+    candidate: ModelFolder,
     selection: Sequence[Selected],
     options: HarnessOptions,
     scratch: Path,

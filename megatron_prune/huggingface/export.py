@@ -34,15 +34,15 @@ from megatron_prune.huggingface.model_card import CardFacts, model_card
 from megatron_prune.huggingface.replacing import check_kept, check_replaceable, put_in_place, write_list
 from megatron_prune.huggingface.shards import (
     DTYPES,
-    Entry,
+    ShardEntry,
     StoredDtypes,
     dtype_name,
     parse_size,
     plan_shards,
     write_shards,
 )
-from megatron_prune.huggingface.tokenizer import export_tokenizer
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
+from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.param_axes import ParamTable, Part
 
@@ -155,7 +155,7 @@ def _write_weights(
     live = ParamTable.build(architecture.shape).hf_shapes(architecture)
     where = _parts(architecture)
     shapes = {name: plan.stored_shape(part, layer, live[name]) for name, (part, layer) in where.items()}
-    entries = [Entry(name, shape, dtypes.of(name)) for name, shape in shapes.items()]
+    entries = [ShardEntry(name, shape, dtypes.of(name)) for name, shape in shapes.items()]
 
     def fetch(name: str) -> Tensor:
         part, layer = where[name]

@@ -30,7 +30,7 @@ from megatron_prune.data.tokenizer_library import added_tokens, load_library
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.chat import as_setting, chat_templates
 from megatron_prune.huggingface.sentencepiece_from_json import check_same_ids, model_from_json
-from megatron_prune.huggingface.sentencepiece_model import Kind, SentencePieceModel, belongs, read_model
+from megatron_prune.huggingface.sentencepiece_model import PieceKind, SentencePieceModel, belongs, read_model
 
 logger = logging.getLogger(__name__)
 
@@ -219,8 +219,8 @@ def _check_unigram(model: SentencePieceModel, file: Path) -> None:
         "byte_fallback: llama.cpp gives the unknown id for characters it lacks, training their bytes": (
             model.byte_fallback
         ),
-        "user-defined symbols, which llama.cpp scores in another way": bool(model.texts(Kind.USER_DEFINED)),
-        "unused pieces, which llama.cpp uses": bool(model.texts(Kind.UNUSED)),
+        "user-defined symbols, which llama.cpp scores in another way": bool(model.texts(PieceKind.USER_DEFINED)),
+        "unused pieces, which llama.cpp uses": bool(model.texts(PieceKind.UNUSED)),
         "extra white space removed without a prefix, where llama.cpp adds one": (
             model.remove_extra_whitespaces and not model.add_dummy_prefix
         ),

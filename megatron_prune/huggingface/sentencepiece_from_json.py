@@ -22,7 +22,7 @@ from typing import Any
 from megatron_prune.data.tokenizer_library import ORDINARY_TEXTS, added_tokens
 from megatron_prune.errors import UserError
 
-from .sentencepiece_model import SPACE, Kind, Piece, SentencePieceModel, write_model
+from .sentencepiece_model import SPACE, PieceKind, SentencePieceModel, SpmPiece, write_model
 from .sentencepiece_to_json import bpe_merges, normalizers, pre_tokenizers
 
 _TYPES = {"BPE": "bpe", "Unigram": "unigram"}
@@ -44,7 +44,7 @@ def model_from_json(content: Mapping[str, Any], named: Mapping[str, str | None],
     if stored.get("type") not in _TYPES or named["unk"] is None:
         raise _no_such(where, f"its model is {stored.get('type')}" if named["unk"] else "it names no unknown token")
     pieces = _pieces(content, named["unk"], where)
-    control = {piece.text for piece in pieces if piece.kind == Kind.CONTROL}
+    control = {piece.text for piece in pieces if piece.kind == PieceKind.CONTROL}
     model = SentencePieceModel(
         pieces=pieces,
         model_type=_TYPES[stored["type"]],
@@ -89,7 +89,7 @@ def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(str(left), str(right)) for left, right in pairs]
 
 
-def _pieces(content: Mapping[str, Any], unknown: str, where: str) -> tuple[Piece, ...]:
+def _pieces(content: Mapping[str, Any], unknown: str, where: str) -> tuple[SpmPiece, ...]:
     """The vocabulary in order of ids, without tokens that are added after it."""
     stored = content["model"]
     if stored["type"] == "Unigram":
@@ -105,17 +105,17 @@ def _pieces(content: Mapping[str, Any], unknown: str, where: str) -> tuple[Piece
     pieces = []
     for number, text in enumerate(texts):
         if text == unknown:
-            kind = Kind.UNKNOWN
+            kind = PieceKind.UNKNOWN
         elif text in special:
-            kind = Kind.CONTROL if special[text] else Kind.USER_DEFINED
+            kind = PieceKind.CONTROL if special[text] else PieceKind.USER_DEFINED
         elif stored.get("byte_fallback") and _BYTE.fullmatch(text):
-            kind = Kind.BYTE
+            kind = PieceKind.BYTE
         else:
-            kind = Kind.NORMAL
+            kind = PieceKind.NORMAL
         # Characters, and what no merge makes, come last, as SentencePiece has them.
-        score = scores.get(text, -float(len(scores) + number)) if kind == Kind.NORMAL else 0.0
-        pieces.append(Piece(text, score, kind))
-    if sum(piece.kind == Kind.UNKNOWN for piece in pieces) != 1:
+        score = scores.get(text, -float(len(scores) + number)) if kind == PieceKind.NORMAL else 0.0
+        pieces.append(SpmPiece(text, score, kind))
+    if sum(piece.kind == PieceKind.UNKNOWN for piece in pieces) != 1:
         raise _no_such(where, f"its unknown token {unknown!a} is not in the vocabulary")
     return tuple(pieces)
 

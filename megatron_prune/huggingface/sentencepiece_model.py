@@ -23,7 +23,7 @@ SPACE = "\u2581"
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
-class Kind(enum.IntEnum):
+class PieceKind(enum.IntEnum):
     """What a piece is; the numbers are the file's."""
 
     NORMAL = 1
@@ -34,12 +34,12 @@ class Kind(enum.IntEnum):
     BYTE = 6
 
 
-class Piece(NamedTuple):
+class SpmPiece(NamedTuple):
     """One entry of the vocabulary; its id is its position. `score` is the file's float32."""
 
     text: str
     score: float
-    kind: Kind
+    kind: PieceKind
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SentencePieceModel:
     pieces, None where the model has none.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SpmPiece, ...]
     model_type: str
     byte_fallback: bool
     treat_whitespace_as_suffix: bool
@@ -66,19 +66,19 @@ class SentencePieceModel:
     escape_whitespaces: bool
     has_denormalizer: bool
 
-    def texts(self, *kinds: Kind) -> list[str]:
+    def texts(self, *kinds: PieceKind) -> list[str]:
         """Texts of the pieces of these kinds, in order of their ids."""
         return [piece.text for piece in self.pieces if piece.kind in kinds]
 
     @property
     def reserved(self) -> list[str]:
         """Texts of the pieces that no text is ever encoded to by its characters: unknown, control and byte pieces."""
-        return self.texts(Kind.UNKNOWN, Kind.CONTROL, Kind.BYTE)
+        return self.texts(PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.BYTE)
 
     @property
     def unknown(self) -> str:
         """The text of the unknown piece; SentencePiece demands exactly one."""
-        return self.texts(Kind.UNKNOWN)[0]
+        return self.texts(PieceKind.UNKNOWN)[0]
 
 
 def read_model(path: Path) -> SentencePieceModel:
@@ -94,7 +94,7 @@ def read_model(path: Path) -> SentencePieceModel:
         model = _model(data)
     except (ValueError, IndexError, KeyError, struct.error) as error:
         raise UserError(f"{path}: no SentencePiece model ({error})") from error
-    unknown = len(model.texts(Kind.UNKNOWN))
+    unknown = len(model.texts(PieceKind.UNKNOWN))
     if unknown != 1:
         raise UserError(f"{path}: no SentencePiece model ({unknown} unknown pieces instead of 1)")
     return model
@@ -165,7 +165,7 @@ def _model(data: bytes) -> SentencePieceModel:
             normalizer.update(_fields(_as_bytes(value)))
         elif number == 5:
             denormalizer.update(_fields(_as_bytes(value)))
-    control = {piece.text for piece in pieces if piece.kind == Kind.CONTROL}
+    control = {piece.text for piece in pieces if piece.kind == PieceKind.CONTROL}
     named = {46: "<s>", 47: "</s>", 48: "<pad>"}
     texts = {number: _as_bytes(trainer.get(number, text.encode())).decode() for number, text in named.items()}
     bos, eos, pad = (text if text in control else None for text in texts.values())
@@ -187,10 +187,10 @@ def _model(data: bytes) -> SentencePieceModel:
     )
 
 
-def _piece(data: bytes) -> Piece:
+def _piece(data: bytes) -> SpmPiece:
     fields = dict(_fields(data))
     (score,) = struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))
-    return Piece(_as_bytes(fields[1]).decode(), score, Kind(int(fields.get(3, 1))))
+    return SpmPiece(_as_bytes(fields[1]).decode(), score, PieceKind(int(fields.get(3, 1))))
 
 
 def _as_bytes(value: int | bytes) -> bytes:

@@ -31,7 +31,7 @@ from typing import Any
 from megatron_prune.errors import UserError
 
 from .sentencepiece_charsmap import Step, alternatives, charsmap_steps, quote, replace
-from .sentencepiece_model import SPACE, Kind, SentencePieceModel
+from .sentencepiece_model import SPACE, PieceKind, SentencePieceModel
 
 
 def tokenizer_json(model: SentencePieceModel, add_bos: bool) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def tokenizer_json(model: SentencePieceModel, add_bos: bool) -> dict[str, Any]:
     Raises UserError if the model has an option that `tokenizers` cannot reproduce exactly.
     """
     _refuse(model)
-    special = [i for i, piece in enumerate(model.pieces) if piece.kind in (Kind.UNKNOWN, Kind.CONTROL)]
+    special = [i for i, piece in enumerate(model.pieces) if piece.kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -61,7 +61,7 @@ def _sequence(key: str, steps: list[Step]) -> Step | None:
 
 def _refuse(model: SentencePieceModel) -> None:
     """Raise UserError for the first option of the model that has no exact equivalent."""
-    normal, own = model.texts(Kind.NORMAL), model.texts(Kind.USER_DEFINED)
+    normal, own = model.texts(PieceKind.NORMAL), model.texts(PieceKind.USER_DEFINED)
     texts = [piece.text for piece in model.pieces]
     repeated = next((text for text in texts if texts.count(text) > 1), None) if len(set(texts)) < len(texts) else None
     byte_like = [text for text in (*normal, *own) if re.fullmatch(r"<0x.{2}>", text)]
@@ -71,7 +71,11 @@ def _refuse(model: SentencePieceModel) -> None:
         (model.treat_whitespace_as_suffix, "treat_whitespace_as_suffix", "whitespace as a prefix"),
         (not model.escape_whitespaces, "escape_whitespaces=false", "escaped whitespace"),
         (model.has_denormalizer, "denormalizer_spec", "no denormalization rules"),
-        (bool(model.texts(Kind.UNUSED)), f"unused pieces {model.texts(Kind.UNUSED)[:1]}", "its whole vocabulary"),
+        (
+            bool(model.texts(PieceKind.UNUSED)),
+            f"unused pieces {model.texts(PieceKind.UNUSED)[:1]}",
+            "its whole vocabulary",
+        ),
         (repeated is not None, f"the repeated piece {repeated!a}", "distinct pieces"),
         (any(len(text) == 1 for text in model.reserved), "a control piece of one character", "longer ones"),
         (any(" " in text for text in own), "user_defined_symbols with spaces", "symbols without spaces"),
@@ -91,7 +95,7 @@ def normalizers(model: SentencePieceModel) -> list[Step]:
     extra, prefix = model.remove_extra_whitespaces, model.add_dummy_prefix
     steps: list[Step] = []
     if model.charsmap:
-        kept = tuple(model.texts(Kind.USER_DEFINED))
+        kept = tuple(model.texts(PieceKind.USER_DEFINED))
         steps += charsmap_steps(model.charsmap, model.normalizer_name, kept, prefix and not extra, extra)
     if extra:
         steps.append(replace("", regex=f"(?<![ {SPACE}])[ {SPACE}]+\\z"))
@@ -105,7 +109,7 @@ def normalizers(model: SentencePieceModel) -> list[Step]:
 def _decoders(model: SentencePieceModel) -> list[Step]:
     steps = [replace(model.unk_surface, regex=f"\\A{quote(model.unknown)}\\z")]
     strip = model.add_dummy_prefix or model.remove_extra_whitespaces
-    has_space = SPACE in model.texts(Kind.NORMAL, Kind.USER_DEFINED)
+    has_space = SPACE in model.texts(PieceKind.NORMAL, PieceKind.USER_DEFINED)
     if has_space:
         # What stays is the sign at a piece's start, or anywhere if nothing is stripped.
         steps.append(replace(" ", regex=f"(?!\\A){SPACE}") if strip else replace(" ", text=SPACE))
@@ -141,19 +145,19 @@ def _unigram(model: SentencePieceModel) -> Step:
     pieces = model.pieces
     return {
         "type": "Unigram",
-        "unk_id": next(i for i, piece in enumerate(pieces) if piece.kind == Kind.UNKNOWN),
+        "unk_id": next(i for i, piece in enumerate(pieces) if piece.kind == PieceKind.UNKNOWN),
         # The least score decides the price of an unknown character: only normal pieces count.
-        "vocab": [[piece.text, piece.score if piece.kind == Kind.NORMAL else 0.0] for piece in pieces],
+        "vocab": [[piece.text, piece.score if piece.kind == PieceKind.NORMAL else 0.0] for piece in pieces],
         "byte_fallback": model.byte_fallback,
     }
 
 
 def _bpe(model: SentencePieceModel) -> Step:
     merges = bpe_merges(model)
-    own = model.texts(Kind.USER_DEFINED)
+    own = model.texts(PieceKind.USER_DEFINED)
     if own:
         made = {left + right for left, right in merges}
-        for text in model.texts(Kind.NORMAL):
+        for text in model.texts(PieceKind.NORMAL):
             if len(text) > 1 and text not in made and not any(symbol in text for symbol in own):
                 raise UserError(
                     "the tokenizer's user_defined_symbols cannot be written as tokenizer.json exactly, since its "
@@ -182,8 +186,8 @@ def bpe_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
 
     Raises UserError if pieces of equal score compete, or one is made of a character that is no piece.
     """
-    scores = {piece.text: piece.score for piece in model.pieces if piece.kind == Kind.NORMAL}
-    own = model.texts(Kind.USER_DEFINED)
+    scores = {piece.text: piece.score for piece in model.pieces if piece.kind == PieceKind.NORMAL}
+    own = model.texts(PieceKind.USER_DEFINED)
     pairs: dict[str, tuple[str, str]] = {}
     for text in scores:
         if " " in text or any(symbol in text for symbol in own):
@@ -235,7 +239,7 @@ def _refuse_ties(pairs: dict[str, tuple[str, str]], scores: dict[str, float]) ->
 
 def pre_tokenizers(model: SentencePieceModel) -> list[Step]:
     """What keeps user-defined symbols whole, and reserved pieces from being found in text."""
-    own = model.texts(Kind.USER_DEFINED)
+    own = model.texts(PieceKind.USER_DEFINED)
     steps = []
     if own:
         steps.append(_split(alternatives(own), "Isolated"))
@@ -253,7 +257,7 @@ def _cuts(model: SentencePieceModel) -> list[str]:
 
     There no piece crosses, so that cutting changes nothing but that the reserved piece is not found in the text.
     """
-    normal = model.texts(Kind.NORMAL)
+    normal = model.texts(PieceKind.NORMAL)
     crossing: dict[str, list[str]] = defaultdict(list)
     for text in normal:
         for i in range(1, len(text)):

@@ -30,7 +30,7 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry:
     """A tensor to be written: its name, its shape in the file and the dtype it is stored in."""
 
     name: str
@@ -77,9 +77,9 @@ def parse_size(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
-def plan_shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
+def plan_shards(entries: list[ShardEntry], max_bytes: int) -> list[list[ShardEntry]]:
     """Cut the tensors, in order, into shards of at most `max_bytes` of data; a larger tensor gets one of its own."""
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[ShardEntry]] = [[]]
     size = 0
     for entry in entries:
         if shards[-1] and size + entry.bytes > max_bytes:
@@ -90,7 +90,7 @@ def plan_shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
     return shards
 
 
-def write_shards(folder: Path, shards: list[list[Entry]], fetch: Callable[[str], Tensor]) -> list[Path]:
+def write_shards(folder: Path, shards: list[list[ShardEntry]], fetch: Callable[[str], Tensor]) -> list[Path]:
     """Write the shards, and `model.safetensors.index.json` when there are several; returns the weight files.
 
     Args:
@@ -114,7 +114,7 @@ def write_shards(folder: Path, shards: list[list[Entry]], fetch: Callable[[str],
     return [folder / name for name in names]
 
 
-def _write_file(path: Path, entries: list[Entry], fetch: Callable[[str], Tensor]) -> None:
+def _write_file(path: Path, entries: list[ShardEntry], fetch: Callable[[str], Tensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in entries:

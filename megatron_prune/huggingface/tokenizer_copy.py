@@ -31,7 +31,7 @@ from megatron_prune.data.tokenizer_library import added_tokens, load_library, pr
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.chat import as_setting, chat_templates, render_chats
 from megatron_prune.huggingface.sentencepiece_model import belongs
-from megatron_prune.huggingface.tokenizer import NASTY_TEXTS, verify_tokenizer
+from megatron_prune.huggingface.tokenizer_export import NASTY_TEXTS, verify_tokenizer
 
 logger = logging.getLogger(__name__)
 

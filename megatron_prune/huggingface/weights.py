@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.guarded import load_plain
+from megatron_prune.checkpoint.guarded_reader import load_plain
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import LFS_HINT, is_lfs_pointer, read_json, what_else
 from megatron_prune.model.architecture import Architecture, LlamaShape

@@ -1,6 +1,6 @@
 """Before ranks know each other: do all of them read the same configuration with the same code?
 
-    Facts           what one rank brings: its complaint if it has one, its configuration, code, libraries and device
+    RankFacts       what one rank brings: its complaint if it has one, its configuration, code, libraries and device
     verdict         all ranks' facts -> what is wrong with them, or None   (pure)
     code_version    a digest of the package's sources
     insist          compare over a mesh
@@ -39,7 +39,7 @@ _LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", 
 
 
 @dataclass(frozen=True)
-class Facts:
+class RankFacts:
     """What one rank knows.
 
     Args:
@@ -56,7 +56,7 @@ class Facts:
     device: str = ""
 
 
-def verdict(facts: Sequence[Facts]) -> str | None:
+def verdict(facts: Sequence[RankFacts]) -> str | None:
     """What is wrong, in one line; None when all ranks agree and none complains."""
     complaining = [rank for rank, fact in enumerate(facts) if fact.complaint is not None]
     if complaining:
@@ -124,7 +124,7 @@ def libraries() -> str:
 def consult(
     rank: int,
     world_size: int,
-    facts: Facts,
+    facts: RankFacts,
     plan: Callable[[], Any],
     environ: Mapping[str, str],
     minutes: float = 10,
@@ -154,7 +154,7 @@ def consult(
     return outcome["plan"], server
 
 
-def _outcome(facts: Sequence[Facts], plan: Callable[[], Any]) -> dict[str, Any]:
+def _outcome(facts: Sequence[RankFacts], plan: Callable[[], Any]) -> dict[str, Any]:
     error = verdict(facts)
     if error is None:
         try:
@@ -167,7 +167,7 @@ def _outcome(facts: Sequence[Facts], plan: Callable[[], Any]) -> dict[str, Any]:
 def _exchange(
     rank: int,
     world_size: int,
-    facts: Facts,
+    facts: RankFacts,
     plan: Callable[[], Any],
     environ: Mapping[str, str],
     minutes: float,
@@ -182,7 +182,7 @@ def _exchange(
         store = PrefixStore("/".join([_PREFIX, name, *launch]), server)
         store.set(f"facts/{rank}", json.dumps(dataclasses.asdict(facts)))
         if rank == 0:
-            everyone = [Facts(**json.loads(store.get(f"facts/{r}"))) for r in range(world_size)]
+            everyone = [RankFacts(**json.loads(store.get(f"facts/{r}"))) for r in range(world_size)]
             store.set("outcome", json.dumps(_outcome(everyone, plan)))
         outcome = json.loads(store.get("outcome"))
         store.set(f"read/{rank}", "1")
@@ -202,9 +202,9 @@ def insist(mesh: Mesh, config: Config) -> None:
         raise UserError(complaint)
 
 
-def own_facts(read: Callable[[], str]) -> Facts:
+def own_facts(read: Callable[[], str]) -> RankFacts:
     """This rank's facts; `read` returns its configuration as YAML or raises UserError."""
     try:
-        return Facts(None, read(), code_version(), libraries())
+        return RankFacts(None, read(), code_version(), libraries())
     except UserError as error:
-        return Facts(str(error))
+        return RankFacts(str(error))

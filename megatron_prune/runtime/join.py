@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
-from megatron_prune.runtime.agreement import Facts, consult, insist, own_facts
+from megatron_prune.runtime.agreement import RankFacts, consult, insist, own_facts
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.runtime.places import Rank, find_rank
@@ -96,4 +96,4 @@ def meet(read: Callable[[int], Config]) -> Meeting:
 
 
 def _words(device: DeviceRuntime | None) -> str:
-    return Facts.device if device is None else f"{device.kind} ({device.backend})"
+    return RankFacts.device if device is None else f"{device.kind} ({device.backend})"

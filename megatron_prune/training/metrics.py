@@ -25,7 +25,7 @@ import torch
 from megatron_prune.config import Config
 from megatron_prune.model.architecture import GROUP_KINDS, Architecture
 from megatron_prune.pruning.history import Removal
-from megatron_prune.pruning.plots import plot_history
+from megatron_prune.pruning.history_plot import plot_history
 from megatron_prune.training.clock import PARTS
 from megatron_prune.training.dashboard import Dashboard, Snapshot
 from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token

@@ -5,7 +5,7 @@
 
 The calibration batch is one global batch, the first of the data set, and every scoring sees the same one. No optimizer
 step is taken, so Adam's moments are never allocated and the weights are the source's (but for second-order updates).
-How many groups go between two scorings is the configuration's ratio, see `launch.assembly.one_shot.one_shot_config`.
+How many groups go between two scorings is the ratio that `launch.assembly.one_shot_run` puts into the configuration.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class OneShot:
     """A model and the batch that its units are scored on. All ranks call the same methods in the same order.
 
     Args:
-        config: see `launch.assembly.one_shot.one_shot_config`; its global batch is the calibration batch.
+        config: see `launch.assembly.one_shot_run.one_shot_config`; its global batch is the calibration batch.
         dataset: where the calibration batch comes from.
         on_batch: called with every micro-batch of this rank. on_removal: called with the architecture after every
             removal.

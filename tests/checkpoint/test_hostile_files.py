@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.checkpoint.files import MANIFEST, digest, latest_number, resolve, write_manifest
-from megatron_prune.checkpoint.guarded import GuardedReader, read_metadata
+from megatron_prune.checkpoint.guarded_reader import GuardedReader, read_metadata
 from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture

@@ -19,7 +19,7 @@ import sentencepiece
 from megatron_prune.commands import preprocess_data
 from megatron_prune.data.indexed import inspect
 from megatron_prune.data.leftovers import claim
-from megatron_prune.data.preprocess import Options, Progress, preprocess
+from megatron_prune.data.preprocess import EncodingProgress, Options, preprocess
 from megatron_prune.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def test_empty_documents_are_left_out_and_counted(sp_model: Path, tmp_path: Path
 
 
 def test_progress_ends_at_the_whole(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[EncodingProgress] = []
     summary = preprocess([str(text_file)], str(tmp_path / "p"), Options(str(sp_model)), seen.append)
     assert seen[-1].disk_bytes == seen[-1].total_bytes == text_file.stat().st_size
     assert (seen[-1].documents, seen[-1].tokens) == (summary.metadata.documents, summary.metadata.tokens)
@@ -155,7 +155,7 @@ def test_progress_ends_at_the_whole(text_file: Path, sp_model: Path, tmp_path: P
 def test_nothing_is_left_of_an_interrupted_run(
     text_file: Path, sp_model: Path, tmp_path: Path, error: BaseException | type[BaseException]
 ) -> None:
-    def fail(_progress: Progress) -> None:
+    def fail(_progress: EncodingProgress) -> None:
         raise error
 
     with pytest.raises((KeyboardInterrupt, UserError, RuntimeError)):

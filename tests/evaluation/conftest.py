@@ -66,7 +66,7 @@ def model_folders(sp_model: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     pytest.importorskip("transformers")
     import shutil
 
-    from megatron_prune.huggingface.tokenizer import export_tokenizer
+    from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 
     root = tmp_path_factory.mktemp("models")
     folders = []

@@ -19,20 +19,20 @@ from megatron_prune.evaluation.corpora import (
     is_text,
     text_corpus,
 )
-from megatron_prune.evaluation.models import Candidate, load_model, open_candidate
+from megatron_prune.evaluation.models import ModelFolder, load_model, open_candidate
 from megatron_prune.evaluation.perplexity import measure
 
 LENGTH = 48
 
 
 @pytest.fixture
-def candidate(model_folders: tuple[Path, Path], tmp_path: Path) -> Candidate:
+def candidate(model_folders: tuple[Path, Path], tmp_path: Path) -> ModelFolder:
     return open_candidate(model_folders[0], "large", tmp_path)
 
 
 @pytest.mark.parametrize("bos, eod", [(False, False), (True, False), (True, True)])
 def test_every_token_of_a_text_is_predicted_once(
-    candidate: Candidate, text_file: Path, sp_model: Path, bos: bool, eod: bool
+    candidate: ModelFolder, text_file: Path, sp_model: Path, bos: bool, eod: bool
 ) -> None:
     tokenizer = candidate.tokenizer()
     corpus = text_corpus(TextOptions(str(text_file), bos, eod), tokenizer, LENGTH)
@@ -52,7 +52,7 @@ def test_every_token_of_a_text_is_predicted_once(
     assert corpus.words == sum(len(text.split()) for text in documents)
 
 
-def test_loss_is_that_of_the_plain_sum(candidate: Candidate, text_file: Path) -> None:
+def test_loss_is_that_of_the_plain_sum(candidate: ModelFolder, text_file: Path) -> None:
     corpus = text_corpus(TextOptions(str(text_file)), candidate.tokenizer(), LENGTH)
     assert len(corpus.windows) > 4
     model = load_model(candidate, "cpu")
@@ -75,14 +75,14 @@ def test_loss_is_that_of_the_plain_sum(candidate: Candidate, text_file: Path) ->
     assert measure(model, corpus, 1, "cpu").loss == pytest.approx(found.loss, rel=1e-6)
 
 
-def test_fewer_windows_know_no_bytes(candidate: Candidate, text_file: Path) -> None:
+def test_fewer_windows_know_no_bytes(candidate: ModelFolder, text_file: Path) -> None:
     corpus = text_corpus(TextOptions(str(text_file), samples=1), candidate.tokenizer(), LENGTH)
     found = measure(load_model(candidate, "cpu"), corpus, 8, "cpu")
     assert (found.windows, found.tokens) == (1, LENGTH)
     assert found.bits_per_byte is found.word_perplexity is found.loss_stderr is None
 
 
-def test_data_set_and_text_agree(candidate: Candidate, text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+def test_data_set_and_text_agree(candidate: ModelFolder, text_file: Path, sp_model: Path, tmp_path: Path) -> None:
     """A document alone in its data set: the same tokens in the same order, but for the ends."""
     options = Options(str(sp_model), append_eod=True, document_separator="file")
     preprocess([str(text_file)], str(tmp_path / "data"), options)
@@ -111,7 +111,7 @@ def test_paths_are_told_apart(text_file: Path, sp_model: Path, tmp_path: Path) -
         is_text("nowhere")
 
 
-def test_blend_needs_a_length(candidate: Candidate, text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+def test_blend_needs_a_length(candidate: ModelFolder, text_file: Path, sp_model: Path, tmp_path: Path) -> None:
     for name in "ab":
         preprocess([str(text_file)], str(tmp_path / name), Options(str(sp_model), append_eod=True))
     blend = f"0.5 {tmp_path / 'a'} 0.5 {tmp_path / 'b'}"
@@ -121,7 +121,7 @@ def test_blend_needs_a_length(candidate: Candidate, text_file: Path, sp_model: P
     assert corpus.name == "a + b" and len(corpus.windows) == 6
 
 
-def test_text_of_nothing_is_refused(candidate: Candidate, tmp_path: Path) -> None:
+def test_text_of_nothing_is_refused(candidate: ModelFolder, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match=r"empty\.txt holds no text"):
         text_corpus(TextOptions(str(tmp_path / "empty.txt")), candidate.tokenizer(), LENGTH)

@@ -82,7 +82,7 @@ def read_live(case: str) -> Any:
 
 
 def logits_of_training_model(_rank: int, _size: int) -> list[np.ndarray]:
-    from megatron_prune.huggingface.verify import training_logits
+    from megatron_prune.huggingface.verify_export import training_logits
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import init_mesh
 

@@ -117,7 +117,7 @@ def prune_further(_rank: int, _size: int, folder: str) -> tuple[np.ndarray, ...]
     """Logits of the re-imported training model before and after FURTHER, and of the smaller model built afresh."""
     from megatron.core import tensor_parallel
 
-    from megatron_prune.huggingface.verify import training_logits
+    from megatron_prune.huggingface.verify_export import training_logits
     from megatron_prune.model.layout import Quanta, ShardLayout
     from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
     from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel

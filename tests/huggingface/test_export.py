@@ -19,7 +19,7 @@ from megatron_prune.huggingface.export import Exported, export, stored_weights
 from megatron_prune.huggingface.model_card import CardFacts
 from megatron_prune.huggingface.provenance import dtypes_of, run_facts, source_of, tokenizer_of
 from megatron_prune.huggingface.replacing import LIST
-from megatron_prune.huggingface.verify import load_stock_model, sample_tokens, stock_logits, wrong_weight
+from megatron_prune.huggingface.verify_export import load_stock_model, sample_tokens, stock_logits, wrong_weight
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder

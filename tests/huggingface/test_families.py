@@ -19,7 +19,7 @@ import torch
 from megatron_prune.huggingface.config import read_shape, read_source
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.kv_policy import EXPAND, NATIVE
-from megatron_prune.huggingface.verify import stock_logits
+from megatron_prune.huggingface.verify_export import stock_logits
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
 from megatron_prune.testing.helpers.ranks import run_ranks
@@ -115,7 +115,7 @@ CASES = [*FAMILIES, *PRUNED]
 
 
 def logits_of_training_model(_rank: int, _size: int, jobs: list[tuple[str, Architecture]]) -> list[np.ndarray]:
-    from megatron_prune.huggingface.verify import training_logits
+    from megatron_prune.huggingface.verify_export import training_logits
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import init_mesh
 

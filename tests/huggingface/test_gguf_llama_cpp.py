@@ -154,7 +154,7 @@ def test_unigram_ids_on_real_text(options: str, real_data: Path, tmp_path: Path)
     import sentencepiece
     from transformers import AutoTokenizer
 
-    from megatron_prune.huggingface.tokenizer import export_tokenizer
+    from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-gguf")
     files = sorted((real_data / "text").glob("*.txt"))

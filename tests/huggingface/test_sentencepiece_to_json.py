@@ -22,13 +22,17 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.sentencepiece_model import Kind, read_model
+from megatron_prune.huggingface.sentencepiece_model import PieceKind, read_model
 from megatron_prune.huggingface.sentencepiece_to_json import tokenizer_json
-from megatron_prune.huggingface.tokenizer import export_tokenizer
+from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 
 
 def make(
-    pieces: list[tuple[str, float, Kind]], *, model_type: str = "bpe", byte_fallback: bool = False, **normalizer: Any
+    pieces: list[tuple[str, float, PieceKind]],
+    *,
+    model_type: str = "bpe",
+    byte_fallback: bool = False,
+    **normalizer: Any,
 ) -> sentencepiece_model_pb2.ModelProto:
     """A model of these pieces after <unk>, <s> and </s>; without normalization unless `normalizer` says otherwise."""
     proto = sentencepiece_model_pb2.ModelProto()
@@ -37,8 +41,8 @@ def make(
     defaults = {"name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
     for name, value in {**defaults, **normalizer}.items():
         setattr(proto.normalizer_spec, name, value)
-    bytes_ = [(f"<0x{byte:02X}>", 0.0, Kind.BYTE) for byte in range(256)] if byte_fallback else []
-    named = [("<unk>", 0.0, Kind.UNKNOWN), ("<s>", 0.0, Kind.CONTROL), ("</s>", 0.0, Kind.CONTROL)]
+    bytes_ = [(f"<0x{byte:02X}>", 0.0, PieceKind.BYTE) for byte in range(256)] if byte_fallback else []
+    named = [("<unk>", 0.0, PieceKind.UNKNOWN), ("<s>", 0.0, PieceKind.CONTROL), ("</s>", 0.0, PieceKind.CONTROL)]
     for text, score, kind in [*named, *bytes_, *pieces]:
         proto.pieces.add(piece=text, score=score, type=int(kind))
     return proto
@@ -50,10 +54,10 @@ def save(proto: sentencepiece_model_pb2.ModelProto, folder: Path) -> Path:
     return path
 
 
-def normal(**scores: float) -> list[tuple[str, float, Kind]]:
+def normal(**scores: float) -> list[tuple[str, float, PieceKind]]:
     """Normal pieces of these scores, and the single characters they need at the end."""
     letters = dict.fromkeys("".join(scores))
-    return [(text, score, Kind.NORMAL) for text, score in {**dict.fromkeys(letters, -1000.0), **scores}.items()]
+    return [(text, score, PieceKind.NORMAL) for text, score in {**dict.fromkeys(letters, -1000.0), **scores}.items()]
 
 
 VOCABULARIES = st.lists(st.text("abc", min_size=2, max_size=6), unique=True, min_size=1, max_size=16)
@@ -105,7 +109,7 @@ def with_denormalizer() -> sentencepiece_model_pb2.ModelProto:
     return proto
 
 
-def piece(text: str, kind: Kind) -> list[tuple[str, float, Kind]]:
+def piece(text: str, kind: PieceKind) -> list[tuple[str, float, PieceKind]]:
     return [*normal(ab=-1.0), (text, 0.0, kind)]
 
 
@@ -117,21 +121,24 @@ def piece(text: str, kind: Kind) -> list[tuple[str, float, Kind]]:
         (lambda: with_trainer(treat_whitespace_as_suffix=True), "treat_whitespace_as_suffix"),
         (lambda: make(normal(ab=-1.0), escape_whitespaces=False), "escape_whitespaces=false"),
         (with_denormalizer, "denormalizer_spec"),
-        (lambda: make(piece("ba", Kind.UNUSED)), "unused pieces ['ba']"),
-        (lambda: make(piece("ab", Kind.CONTROL)), "the repeated piece 'ab'"),
-        (lambda: make(piece("c", Kind.CONTROL)), "a control piece of one character"),
-        (lambda: make(piece("<a b>", Kind.USER_DEFINED)), "user_defined_symbols with spaces"),
+        (lambda: make(piece("ba", PieceKind.UNUSED)), "unused pieces ['ba']"),
+        (lambda: make(piece("ab", PieceKind.CONTROL)), "the repeated piece 'ab'"),
+        (lambda: make(piece("c", PieceKind.CONTROL)), "a control piece of one character"),
+        (lambda: make(piece("<a b>", PieceKind.USER_DEFINED)), "user_defined_symbols with spaces"),
         (
-            lambda: make(piece("<a>", Kind.USER_DEFINED), model_type="unigram"),
+            lambda: make(piece("<a>", PieceKind.USER_DEFINED), model_type="unigram"),
             "user_defined_symbols of a unigram model",
         ),
-        (lambda: make(piece("<0xab>", Kind.NORMAL), byte_fallback=True), "the piece ['<0xab>'] beside byte_fallback"),
-        (lambda: make(piece("\u2581a", Kind.NORMAL)), "pieces with '\\u2581', which is no piece itself"),
-        (lambda: make(piece("qa", Kind.NORMAL)), "piece 'qa' is made of 'q'"),
+        (
+            lambda: make(piece("<0xab>", PieceKind.NORMAL), byte_fallback=True),
+            "the piece ['<0xab>'] beside byte_fallback",
+        ),
+        (lambda: make(piece("\u2581a", PieceKind.NORMAL)), "pieces with '\\u2581', which is no piece itself"),
+        (lambda: make(piece("qa", PieceKind.NORMAL)), "piece 'qa' is made of 'q'"),
         (lambda: make(normal(ab=-1.0, ba=-1.0)), "pieces 'ab' and 'ba' have scores that leave their order"),
         (lambda: make(normal(ab=-5.0, abc=-5.0)), "pieces 'abc' and 'ab' have scores that leave their order"),
         (
-            lambda: make([*normal(**{"abcd": -1.0, "<": -9.0}), ("!", 0.0, Kind.USER_DEFINED)]),
+            lambda: make([*normal(**{"abcd": -1.0, "<": -9.0}), ("!", 0.0, PieceKind.USER_DEFINED)]),
             "tokenizer.json exactly, since its merges never make the piece 'abcd'",
         ),
         (

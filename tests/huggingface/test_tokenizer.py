@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.sentencepiece_model import read_model
-from megatron_prune.huggingface.tokenizer import NASTY_TEXTS, export_tokenizer, verify_tokenizer
+from megatron_prune.huggingface.tokenizer_export import NASTY_TEXTS, export_tokenizer, verify_tokenizer
 
 WRITTEN = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"}
 
@@ -278,7 +278,7 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: bytes | None)
 
 
 def test_without_transformers_nothing_is_written_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_prune.huggingface.tokenizer.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_prune.huggingface.tokenizer_export.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs transformers to check it"):
         export_tokenizer(tmp_path / "tokenizer.model", tmp_path / "out", None)
 

@@ -24,8 +24,8 @@ from megatron_prune.data.tokenizer_files import find_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.chat import render_chats
 from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabulary
-from megatron_prune.huggingface.tokenizer import NASTY_TEXTS, export_tokenizer
 from megatron_prune.huggingface.tokenizer_copy import compare_tokenizers, copy_tokenizer
+from megatron_prune.huggingface.tokenizer_export import NASTY_TEXTS, export_tokenizer
 
 from .tokenizer_layouts import CHATML, LAYOUTS, TOOLS, VICUNA, byte_level, write
 
@@ -150,10 +150,10 @@ def as_sentencepiece(found: Vocabulary) -> Any:
     """The vocabulary of a GGUF file as SentencePiece reads one."""
     from sentencepiece import SentencePieceProcessor
 
-    from megatron_prune.huggingface.sentencepiece_model import Kind, Piece, SentencePieceModel, write_model
+    from megatron_prune.huggingface.sentencepiece_model import PieceKind, SentencePieceModel, SpmPiece, write_model
 
     assert found.scores is not None
-    pieces = tuple(Piece(*one, Kind(kind)) for *one, kind in zip(found.tokens, found.scores, found.types))
+    pieces = tuple(SpmPiece(*one, PieceKind(kind)) for *one, kind in zip(found.tokens, found.scores, found.types))
     unigram = found.model == "t5"
     model = SentencePieceModel(
         pieces=pieces, model_type="unigram" if unigram else "bpe", byte_fallback=not unigram,

@@ -15,8 +15,8 @@ import torch
 from megatron_prune.data.indexed import read_metadata
 from megatron_prune.data.tokenizer import build_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.tokenizer import export_tokenizer
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
+from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.huggingface.trained_with import check_tokenizer, tokenizer_facts
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.pretrain import main

@@ -13,7 +13,7 @@ from megatron_prune.huggingface.cluster import refresh_code
 from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.huggingface.export import export, stored_weights
 from megatron_prune.huggingface.replacing import write_list
-from megatron_prune.huggingface.verify import load_stock_model, run_stock, training_logits, wrong_weight
+from megatron_prune.huggingface.verify_export import load_stock_model, run_stock, training_logits, wrong_weight
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config

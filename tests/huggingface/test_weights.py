@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import shape_from_config
-from megatron_prune.huggingface.shards import Entry, plan_shards, write_shards
+from megatron_prune.huggingface.shards import ShardEntry, plan_shards, write_shards
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
@@ -205,7 +205,7 @@ def test_written_shards_are_read_by_the_reference_library(tmp_path: Path) -> Non
 
     generator = np.random.default_rng(0)
     tensors = {f"t{i}": torch.from_numpy(generator.normal(size=(i + 1, 5))).bfloat16() for i in range(9)}
-    entries = [Entry(name, tuple(tensor.shape), torch.bfloat16) for name, tensor in tensors.items()]
+    entries = [ShardEntry(name, tuple(tensor.shape), torch.bfloat16) for name, tensor in tensors.items()]
     shards = plan_shards(entries, 100)
     asked: list[str] = []
 

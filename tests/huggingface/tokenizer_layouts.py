@@ -187,7 +187,7 @@ def resaved(folder: Path, model: Path, text: Path) -> None:
     """Our own export after transformers saved it again, without tokenizer.model."""
     from transformers import AutoTokenizer
 
-    from megatron_prune.huggingface.tokenizer import export_tokenizer
+    from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 
     export_tokenizer(model, folder / "first", 512)
     AutoTokenizer.from_pretrained(str(folder / "first")).save_pretrained(str(folder))

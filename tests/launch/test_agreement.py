@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_prune.errors import UserError
-from megatron_prune.runtime.agreement import Facts, code_version, consult, insist, libraries, own_facts, verdict
+from megatron_prune.runtime.agreement import RankFacts, code_version, consult, insist, libraries, own_facts, verdict
 from megatron_prune.testing.helpers.ranks import free_port
 
-GOOD = Facts(None, "training:\n  seed: 1\n  lr: 2\n", "0.1.0+aaaa")
+GOOD = RankFacts(None, "training:\n  seed: 1\n  lr: 2\n", "0.1.0+aaaa")
 
 
 def test_all_alike_is_fine():
@@ -16,28 +16,28 @@ def test_all_alike_is_fine():
 
 
 def test_the_first_difference_is_named():
-    other = Facts(None, GOOD.config.replace("seed: 1", "seed: 2"), GOOD.code)
+    other = RankFacts(None, GOOD.config.replace("seed: 1", "seed: 2"), GOOD.code)
     assert verdict([GOOD, GOOD, other, other]) == (
         'configuration: ranks 2, 3 read "seed: 2" where rank 0 has "seed: 1"; give all nodes the same file and flags'
     )
-    assert "another length" in verdict([GOOD, Facts(None, GOOD.config + "  more: 1\n", GOOD.code)])
+    assert "another length" in verdict([GOOD, RankFacts(None, GOOD.config + "  more: 1\n", GOOD.code)])
 
 
 def test_other_code_is_named_before_other_configuration():
-    old = Facts(None, "", "0.1.0+bbbb")
+    old = RankFacts(None, "", "0.1.0+bbbb")
     assert verdict([GOOD, old]).startswith("code: megatron_prune on rank 1 is not what rank 0 runs (0.1.0+bbbb")
 
 
 def test_complaints_of_some_say_whose():
-    assert verdict([Facts("cannot read run.yaml")] * 2) == "cannot read run.yaml"
-    assert verdict([GOOD, Facts("cannot read run.yaml")]) == "cannot read run.yaml (rank 1 only)"
+    assert verdict([RankFacts("cannot read run.yaml")] * 2) == "cannot read run.yaml"
+    assert verdict([GOOD, RankFacts("cannot read run.yaml")]) == "cannot read run.yaml (rank 1 only)"
 
 
 def test_own_facts_hold_the_complaint():
     def fails():
         raise UserError("no such file")
 
-    assert own_facts(fails) == Facts("no such file")
+    assert own_facts(fails) == RankFacts("no such file")
     found = own_facts(lambda: "x: 1")
     assert (found.config, found.code) == ("x: 1", code_version()) and found.code.startswith("0.")
 
@@ -47,10 +47,10 @@ def test_over_a_mesh_too(monkeypatch):
     from megatron_prune.config import Config, dump
     from megatron_prune.runtime import mesh
 
-    others = [Facts(None, dump(Config()), code_version(), libraries())]
+    others = [RankFacts(None, dump(Config()), code_version(), libraries())]
     monkeypatch.setattr(mesh, "agree", lambda _mesh, own: [own, *others])
     insist(None, Config())
-    others.append(Facts(None, dump(Config()), "0.0.1+old"))
+    others.append(RankFacts(None, dump(Config()), "0.0.1+old"))
     with pytest.raises(UserError, match=r"code: megatron_prune on rank 2 is not what rank 0 runs \(0.0.1\+old"):
         insist(None, Config())
 
@@ -80,7 +80,7 @@ def test_everybody_gets_rank_0s_plan():
 
 
 def test_everybody_stops_with_the_same_words():
-    told = together(GOOD, Facts("cannot read run.yaml"))
+    told = together(GOOD, RankFacts("cannot read run.yaml"))
     assert told == ["cannot read run.yaml (rank 1 only)"] * 2
 
     def refuses():

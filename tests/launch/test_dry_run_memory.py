@@ -18,10 +18,10 @@ from megatron_prune.config import (
     Quantum,
     TrainingConfig,
 )
-from megatron_prune.launch.assembly.build import model_options, optimizer_options, quanta
+from megatron_prune.launch.assembly.assemble import model_options, optimizer_options, quanta
 from megatron_prune.launch.estimate.activations import saved_activations
-from megatron_prune.launch.estimate.memory import fullest_rank, gradient_buffer, rank_memory
 from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.rank_memory import fullest_rank, gradient_buffer, rank_memory
 from megatron_prune.model.architecture import Architecture, LlamaShape
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import build_llama, inner_model, load_parameters

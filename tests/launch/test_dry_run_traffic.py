@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_prune.config import Config, PruningConfig
-from megatron_prune.launch.assembly.build import model_options, optimizer_options, quanta
+from megatron_prune.launch.assembly.assemble import model_options, optimizer_options, quanta
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.traffic import pruning_traffic, training_traffic
 from megatron_prune.model.architecture import Architecture, LlamaShape

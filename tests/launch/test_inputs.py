@@ -6,7 +6,7 @@ import pytest
 
 from megatron_prune.config import Config, ModelConfig, PruningConfig, validate
 from megatron_prune.errors import UserError
-from megatron_prune.launch.assembly.inputs import open_inputs
+from megatron_prune.launch.assembly.opening import open_inputs
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 

@@ -12,9 +12,9 @@ import torch
 
 from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.config import load_config
-from megatron_prune.launch.assembly.build import build_datasets
-from megatron_prune.launch.assembly.inputs import open_inputs
-from megatron_prune.launch.assembly.one_shot import one_shot_config
+from megatron_prune.launch.assembly.assemble import build_datasets
+from megatron_prune.launch.assembly.one_shot_run import one_shot_config
+from megatron_prune.launch.assembly.opening import open_inputs
 from megatron_prune.pruning.history import read_history
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder

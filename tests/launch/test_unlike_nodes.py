@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
 from megatron_prune.launch.assembly import alike
-from megatron_prune.launch.assembly.alike import Row, difference, fingerprints
+from megatron_prune.launch.assembly.alike import Digests, difference, fingerprints
 from megatron_prune.runtime import rendezvous
 from megatron_prune.testing.helpers.ranks import free_port, watch_ranks
 from megatron_prune.testing.helpers.tiny_runs import TinyRun, prepare
@@ -164,14 +164,16 @@ def test_a_mistake_of_one_rank_ends_all(nodes, tmp_path):
 
 
 def test_the_first_difference_is_told_and_a_new_input_is_one_more_row():
-    ours = [Row("source", {"a": "1", "b": "2"}), Row("teacher", {"t": "5"})]
+    ours = [Digests("source", {"a": "1", "b": "2"}), Digests("teacher", {"t": "5"})]
     assert difference([ours, list(ours), list(ours)]) is None
-    other = [ours[0], Row("teacher", {"t": "6"})]
+    other = [ours[0], Digests("teacher", {"t": "6"})]
     assert difference([ours, other, other]) == (
         "teacher: t is 6 on ranks 1, 2, and 5 on rank 0; give all nodes the same files"
     )
-    assert "source: b is absent on rank 1" in difference([ours, [Row("source", {"a": "1"}), ours[1]]])
-    assert "source: c is 3 on rank 1, and absent on" in difference([ours, [Row("source", {**ours[0].parts, "c": "3"})]])
+    assert "source: b is absent on rank 1" in difference([ours, [Digests("source", {"a": "1"}), ours[1]]])
+    assert "source: c is 3 on rank 1, and absent on" in difference(
+        [ours, [Digests("source", {**ours[0].parts, "c": "3"})]]
+    )
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "plain"])

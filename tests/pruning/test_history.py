@@ -9,7 +9,7 @@ import pytest
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group, LlamaShape
 from megatron_prune.pruning.history import FILE_NAME, HistoryWriter, Removal, before, read_history
-from megatron_prune.pruning.plots import plot_history
+from megatron_prune.pruning.history_plot import plot_history
 
 SHAPE = LlamaShape(2, 6, 8, 4, 2, 2, 8, 16)
 GROUPS = [

@@ -51,7 +51,7 @@ def oracle_form(scores):
         tuple(dict(zip(ids.tolist(), row.tolist(), strict=True)) for ids, row in zip(live, values, strict=True))
         for live, values in ((a.heads, scores.head), (a.ffn, scores.ffn))
     ]
-    return oracle_scores.UnitScores(*by_layer, dict(zip(a.stem.tolist(), scores.stem.tolist(), strict=True)))
+    return oracle_scores.OracleScores(*by_layer, dict(zip(a.stem.tolist(), scores.stem.tolist(), strict=True)))
 
 
 def random_scores(architecture, seed, levels):

@@ -8,7 +8,7 @@ from megatron_prune.resharding.compact import compact
 from megatron_prune.resharding.plan import plan_transfer
 from megatron_prune.resharding.retire import retire
 from megatron_prune.resharding.verify import verify
-from megatron_prune.testing.helpers.meters import Traffic
+from megatron_prune.testing.helpers.meters import BytesSent
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference.oracle import OracleSettings
@@ -34,7 +34,7 @@ def retire_all(_rank, _world_size, case, config):
     model.force_param_sync()
     states.append(canonical(model))
     for group in GROUPS:
-        with Traffic() as traffic:
+        with BytesSent() as traffic:
             retire(model, group)
         sent.append(dict(traffic.by_operator))
         verify(model, thorough=True)
@@ -47,7 +47,7 @@ def retire_all(_rank, _world_size, case, config):
         plan = plan_transfer(row, model.layout, new, rank)
         other = [n for dim, n in enumerate(plan.new_shape) if dim != plan.sharded_dim]
         planned += 3 * 4 * sum(len(at) for at in plan.sends.values()) * (other[0] if other else 1)
-    with Traffic() as traffic:
+    with BytesSent() as traffic:
         compact(model)
     return states, sent, planned, dict(traffic.by_operator)
 

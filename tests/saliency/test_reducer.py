@@ -21,7 +21,7 @@ from megatron_prune.saliency.criteria import find_criterion, known_criteria
 from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.reducer import score_elements
 from megatron_prune.saliency.scores import score_length
-from megatron_prune.testing.helpers.meters import Traffic
+from megatron_prune.testing.helpers.meters import BytesSent
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference import oracle_scores
@@ -73,7 +73,7 @@ def score_all(_rank, _world_size, case, config):
     for watcher in (*watchers.values(), *collectors.values()):
         watcher.arm()
     forward_backward(model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
-    with Traffic() as fisher_traffic:
+    with BytesSent() as fisher_traffic:
         squares = {"sequence": watchers["sequence"].reduce()}
     squares["token"] = watchers["token"].reduce()
     sums = {}
@@ -81,7 +81,7 @@ def score_all(_rank, _world_size, case, config):
         sums[name] = arrays(collector.finish().score(model, find_criterion(name), "batch").reduce())
     for name in known_criteria():
         for source, unit in ESTIMATES if name not in collectors else []:
-            with Traffic() as score_traffic:
+            with BytesSent() as score_traffic:
                 scores = score_elements(model, find_criterion(name), source, squares[unit]).reduce()
             sums[name, source, unit] = arrays(scores)
     outputs = sum(p.numel() for n, p in model.module.named_parameters() if "linear_proj" in n or "linear_fc2" in n)

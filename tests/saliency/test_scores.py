@@ -21,7 +21,7 @@ def by_id(scores):
         tuple(dict(zip(ids.tolist(), row.tolist(), strict=True)) for ids, row in zip(live, values, strict=True))
         for live, values in ((a.heads, scores.head), (a.ffn, scores.ffn))
     ]
-    return oracle_scores.UnitScores(*layers, dict(zip(a.stem.tolist(), scores.stem.tolist(), strict=True)))
+    return oracle_scores.OracleScores(*layers, dict(zip(a.stem.tolist(), scores.stem.tolist(), strict=True)))
 
 
 @given(st.data())

@@ -9,7 +9,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.testing.helpers.tiny_models import random_batch, random_llama_weights, tiny_config
 from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
 from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits, count
-from megatron_prune.testing.reference.oracle_scores import UnitScores, candidates, choose, head_options, smooth
+from megatron_prune.testing.reference.oracle_scores import OracleScores, candidates, choose, head_options, smooth
 
 
 def run(settings, steps, seed=0, **overrides):
@@ -32,7 +32,7 @@ def scores_of(geometry, live, head=100.0, ffn=100.0, stem=100.0, **lower):
     """All units of a kind cost the same, except those in `lower`: head={(layer, id): score}."""
     changed = {"head": {}, "ffn": {}, "stem": {}} | lower.get("lower", {})
     layers = range(geometry.num_layers)
-    return UnitScores(
+    return OracleScores(
         head=tuple({u: changed["head"].get((n, u), head) for u in live.heads[n]} for n in layers),
         ffn=tuple({u: changed["ffn"].get((n, u), ffn) for u in live.ffn[n]} for n in layers),
         stem={u: changed["stem"].get(u, stem) for u in live.stem},
@@ -239,11 +239,11 @@ def test_scores_are_taken_before_the_optimizer_step():
 
 
 def test_smoothing_is_a_moving_average_per_unit():
-    first = UnitScores(head=({0: 1.0, 1: 2.0},), ffn=({0: 4.0},), stem={0: 8.0, 5: 1.0})
-    later = UnitScores(head=({1: 4.0},), ffn=({0: 0.0},), stem={5: 3.0})
+    first = OracleScores(head=({0: 1.0, 1: 2.0},), ffn=({0: 4.0},), stem={0: 8.0, 5: 1.0})
+    later = OracleScores(head=({1: 4.0},), ffn=({0: 0.0},), stem={5: 3.0})
     assert smooth(None, first, 0.9) == first
     blended = smooth(first, later, 0.75)
-    assert blended == UnitScores(head=({1: 2.5},), ffn=({0: 3.0},), stem={5: 1.5})
+    assert blended == OracleScores(head=({1: 2.5},), ffn=({0: 3.0},), stem={5: 1.5})
     assert smooth(first, later, 0.0) == later
 
 

@@ -15,10 +15,10 @@ from megatron_prune.resharding.plan import plan_transfer
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, close_mesh, init_mesh
 from megatron_prune.testing.benchmarks import costs
-from megatron_prune.testing.helpers.meters import Traffic
-from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
+from megatron_prune.testing.helpers.meters import BytesSent
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 
 FP32, INT64 = 4, 8
 LAYERS, SHAPE = 2, LlamaShape(2, 32, 48, 8, 4, 4, 60, 16)
@@ -41,7 +41,7 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
     fisher = run.watched_gradients()
     owned = sum(s.end - s.start for s in owned_shards(model) if s.row.is_output)
     whole = sum(p.numel() for _, p, row in named_rows(model.module, model.table) if row.is_output)
-    with Traffic() as meter:
+    with BytesSent() as meter:
         squares = fisher.reduce()
     scattered = case.dp * max(agree(mesh, owned)) if case.distributed_optimizer else 0
     summed = whole if case.dp > 1 and not case.distributed_optimizer else 0
@@ -49,16 +49,16 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
     found.append(("squares, all-reduce", meter.by_operator["allreduce_"], FP32 * summed))
 
     elements = run.score(squares)
-    with Traffic() as meter:
+    with BytesSent() as meter:
         sums = elements.reduce()
     reductions = (case.tp > 1) + (case.dp > 1 and case.distributed_optimizer)
     numbers = LAYERS * (a.num_attention_heads + a.ffn_hidden_size) + a.hidden_size
     found.append(("scores", meter.total, FP32 * numbers * reductions))
 
-    with Traffic() as meter:
+    with BytesSent() as meter:
         run.decide(sums)
     found.append(("decision is small", int(meter.total < 1000), 1))
-    with Traffic() as meter:
+    with BytesSent() as meter:
         for kind in GROUP_KINDS:
             run.retire(kind)
     found.append(("retirement", meter.total, 0))
@@ -78,7 +78,7 @@ def bytes_of_a_compaction(run: SteppedRun) -> list[tuple[str, int, int]]:
             across = [size for dim, size in enumerate(plan.new_shape) if dim != plan.sharded_dim]
             moved += len(positions) * int(np.prod(across))
     moments = 2
-    with Traffic() as meter:
+    with BytesSent() as meter:
         run.compact()
     is_split = run.setup.case.dp > 1 and run.setup.case.distributed_optimizer
     rest = {name: size for name, size in meter.by_operator.items() if name not in ("send", "allreduce_")}

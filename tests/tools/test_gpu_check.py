@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatron_prune.commands import check_gpu as gpu_check
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, read_rows
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, read_rows
 from megatron_prune.testing.benchmarks.gpu_check.runner import STEPS, run_steps
 from tests.commands import ROOT, run
 

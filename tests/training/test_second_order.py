@@ -8,8 +8,8 @@ import torch
 
 from megatron_prune.checkpoint.tensors import optimizer_key, weight_key
 from megatron_prune.config import SecondOrder
+from megatron_prune.launch.estimate.hessian_costs import hessian_memory
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.launch.estimate.second_order import hessian_memory
 from megatron_prune.model.architecture import FFN, HEAD, STEM, Group, LlamaShape
 from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.resharding.retire import retire
@@ -18,10 +18,10 @@ from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, init_mesh
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
 from megatron_prune.testing.benchmarks.second_order_cost import FORWARD, KEEPING, time_second_order
-from megatron_prune.testing.helpers.meters import Stopwatch, Traffic
-from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
+from megatron_prune.testing.helpers.meters import BytesSent, Stopwatch
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 from megatron_prune.testing.reference import oracle_second_order
 from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.training.step import forward_backward
@@ -53,7 +53,7 @@ def compensate(_rank, _world_size, case, config):
         inputs = {row.parts[0].hf_name: kept.gather(name) for name, row in kept.rows.items()}
         inputs = agree(mesh, inputs if mesh.tp_rank == 0 else {})
         before = canonical(model)
-        with Traffic() as traffic:
+        with BytesSent() as traffic:
             errors = update.compensate(group)
         if group.kind == FFN:
             assert_traffic_of_ffn(traffic.by_operator, model, kept)

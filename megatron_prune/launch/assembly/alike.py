@@ -1,6 +1,6 @@
 """Once inputs are open: do all ranks read the same files, and write into the same folder?
 
-    Row             one input and what identifies it, part by part
+    Digests         one input and what identifies it, part by part
     rows            Config, Inputs -> one row for each input of a run; a further input is one more row
     difference      all ranks' rows -> what is wrong with them, or None   (pure)
     fingerprints    files -> size and sampled content of each
@@ -31,7 +31,7 @@ from megatron_prune.data.indexed import bin_path, idx_path, metadata_path
 from megatron_prune.data.tokenizer import Tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.weights import FolderWeights
-from megatron_prune.launch.assembly.inputs import Inputs
+from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.runtime.agreement import ranks_named
 from megatron_prune.runtime.failures import agreed
 from megatron_prune.runtime.folders import probe_folder
@@ -47,7 +47,7 @@ _PROBE_SECONDS = 30.0  # network file systems may know about a new file late
 
 
 @dataclass(frozen=True)
-class Row:
+class Digests:
     """One input.
 
     Args:
@@ -58,7 +58,7 @@ class Row:
     parts: Mapping[str, str]
 
 
-def rows(config: Config, inputs: Inputs) -> list[Row]:
+def rows(config: Config, inputs: Inputs) -> list[Digests]:
     """Everything that this run reads. Raises UserError for a file that cannot be read."""
     found = [_source(config, inputs), _tokenizer(inputs.tokenizer)]
     for name, blend in (
@@ -67,29 +67,29 @@ def rows(config: Config, inputs: Inputs) -> list[Row]:
     ):
         prefixes = () if blend is None else blend.prefixes
         files = [path(prefix) for prefix in prefixes for path in (idx_path, bin_path, metadata_path)]
-        found.append(Row(name, fingerprints(path for path in files if path.is_file())))
+        found.append(Digests(name, fingerprints(path for path in files if path.is_file())))
     return found
 
 
-def _source(config: Config, inputs: Inputs) -> Row:
+def _source(config: Config, inputs: Inputs) -> Digests:
     if inputs.record is not None:
         folder = inputs.record.path
         files = fingerprints(path for path in sorted(folder.iterdir()) if path.is_file())
-        return Row("checkpoint.load (--load)", {"iteration": str(inputs.record.iteration), **files})
+        return Digests("checkpoint.load (--load)", {"iteration": str(inputs.record.iteration), **files})
     source = Path(str(config.model.hf_model))
     paths = {source / "config.json"}
     if config.model.init != "random":
         paths |= {stored.file for stored in FolderWeights(source).stored.values()}
-    return Row("model.hf_model (--hf-model)", fingerprints(sorted(paths)))
+    return Digests("model.hf_model (--hf-model)", fingerprints(sorted(paths)))
 
 
-def _tokenizer(tokenizer: Tokenizer) -> Row:
+def _tokenizer(tokenizer: Tokenizer) -> Digests:
     facts = (tokenizer.kind, tokenizer.fingerprint[:12], tokenizer.vocab_size, tokenizer.bos, tokenizer.eod)
     names = ("kind", "content", "number of ids", "begin of documents", "end of documents")
-    return Row("data.tokenizer_model (--tokenizer-model)", dict(zip(names, map(str, facts), strict=True)))
+    return Digests("data.tokenizer_model (--tokenizer-model)", dict(zip(names, map(str, facts), strict=True)))
 
 
-def difference(ranks: Sequence[Sequence[Row]]) -> str | None:
+def difference(ranks: Sequence[Sequence[Digests]]) -> str | None:
     """The first difference from rank 0, in one line; None when there is none."""
     for number, ours in enumerate(ranks[0]):
         theirs = [own[number].parts for own in ranks]

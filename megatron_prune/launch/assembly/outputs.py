@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_prune.config import Config, dump
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.pruning.plots import plot_history
+from megatron_prune.pruning.history_plot import plot_history
 from megatron_prune.runtime.folders import probe_folder
 from megatron_prune.training.state import RunState
 

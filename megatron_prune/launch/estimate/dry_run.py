@@ -28,10 +28,10 @@ from megatron_prune.data.tokenizer_files import holds_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.weights import FolderWeights
-from megatron_prune.launch.assembly import inputs
-from megatron_prune.launch.assembly.build import model_options, quanta
-from megatron_prune.launch.estimate.memory import fullest_rank
+from megatron_prune.launch.assembly import opening
+from megatron_prune.launch.assembly.assemble import model_options, quanta
 from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.rank_memory import fullest_rank
 from megatron_prune.launch.estimate.report import Estimate, Finding, render
 from megatron_prune.launch.estimate.route import plan_phases, plan_plain, plan_route, removal_iters
 from megatron_prune.launch.estimate.traffic import compactions, pruning_traffic, training_traffic
@@ -76,7 +76,7 @@ def look(config: Config) -> Found:
     """Open and check what `config` names, as far as it is here.
 
     Raises:
-        UserError: no `config.json`, damaged files, or anything that `launch.assembly.inputs` would refuse.
+        UserError: no `config.json`, damaged files, or anything that `launch.assembly.opening` would refuse.
     """
     findings: list[Finding] = []
     record, architecture = _source(config, findings)
@@ -89,8 +89,8 @@ def look(config: Config) -> Found:
             present = _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
             _documents(config, present, field)
     _tasks(config, findings)
-    inputs._check_context(config, architecture)
-    inputs._check_target(config, architecture)
+    opening._check_context(config, architecture)
+    opening._check_target(config, architecture)
     _output(config, findings)
     return Found(architecture, tuple(findings))
 
@@ -98,7 +98,7 @@ def look(config: Config) -> Found:
 def _output(config: Config, findings: list[Finding]) -> None:
     """A dry run touches nothing: a folder that holds a run is told, not refused."""
     try:
-        inputs._check_output(config)
+        opening._check_output(config)
     except UserError as error:
         if not Path(config.checkpoint.save or "").is_dir():
             raise
@@ -139,7 +139,7 @@ def _shape(architecture: Architecture) -> str:
 
 
 def _tokenizer(config: Config, record: RunRecord | None, findings: list[Finding]) -> Tokenizer | None:
-    kind, place = inputs._tokenizer_place(config, record)
+    kind, place = opening._tokenizer_place(config, record)
     path = Path(place)
     if path.is_file() or holds_tokenizer(path):
         tokenizer = build_tokenizer(kind, place)

@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_prune.config import Config
-from megatron_prune.launch.estimate.memory import RankMemory
 from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.rank_memory import RankMemory
 from megatron_prune.launch.estimate.route import Phase, Route
 from megatron_prune.launch.estimate.traffic import Traffic
 from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, KV_HEAD, STEM, Architecture

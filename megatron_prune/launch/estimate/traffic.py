@@ -17,10 +17,10 @@ import numpy as np
 
 from megatron_prune.config import Config
 from megatron_prune.launch.estimate.activations import FP32, element_size, micro_batch_tokens
-from megatron_prune.launch.estimate.memory import output_elements, stage_buffer
+from megatron_prune.launch.estimate.hessian_costs import hessian_traffic
 from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.rank_memory import output_elements, stage_buffer
 from megatron_prune.launch.estimate.route import Route, Widths
-from megatron_prune.launch.estimate.second_order import hessian_traffic
 from megatron_prune.model.architecture import FFN, HEAD, STEM, VOCAB
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.saliency.scores import score_length

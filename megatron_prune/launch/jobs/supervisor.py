@@ -28,7 +28,7 @@ _FOR_RANKS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CommandOutcome:
     """How the command ended.
 
     Args:
@@ -40,7 +40,7 @@ class Outcome:
     told: signal.Signals | None
 
 
-def supervise(command: Sequence[str], environment: dict[str, str], grace: float, poll: float = 0.2) -> Outcome:
+def supervise(command: Sequence[str], environment: dict[str, str], grace: float, poll: float = 0.2) -> CommandOutcome:
     """Run `command` (torchrun) until it ends, as the module's docstring says.
 
     Args:
@@ -61,13 +61,13 @@ def supervise(command: Sequence[str], environment: dict[str, str], grace: float,
             signal.signal(number, handler)
 
 
-def _watch(process: subprocess.Popen[bytes], told: list[signal.Signals], grace: float, poll: float) -> Outcome:
+def _watch(process: subprocess.Popen[bytes], told: list[signal.Signals], grace: float, poll: float) -> CommandOutcome:
     informed: set[int] = set()
     deadline: float | None = None
     while True:
         try:
             code = process.wait(timeout=poll)
-            return Outcome(code, told[0] if told else None)
+            return CommandOutcome(code, told[0] if told else None)
         except subprocess.TimeoutExpired:
             pass
         if not told:
@@ -84,7 +84,7 @@ def _watch(process: subprocess.Popen[bytes], told: list[signal.Signals], grace: 
             logger.warning("%s: killed", why)
             for child in [*_ranks_of(process.pid, everything=True), process]:
                 _send(child, signal.SIGKILL)
-            return Outcome(process.wait(), told[0])
+            return CommandOutcome(process.wait(), told[0])
 
 
 def _ignore_signals() -> None:

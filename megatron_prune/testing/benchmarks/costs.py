@@ -1,7 +1,7 @@
 """What pruning costs on one rank of a small run, as fractions of a plain step: the rows of the benchmarks.
 
     Preset           what runs, and how often
-    Row              one line of what was found
+    CostRow          one line of what was found
     measure          rows of time and traffic
     measure_memory   rows of memory, in a process of its own: memory is only measured well where allocation is slow
     Clock, median    times of jobs of one run
@@ -23,9 +23,9 @@ from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.saliency.scores import score_length
 from megatron_prune.testing.benchmarks.second_order_cost import FORWARD, KEEPING, time_second_order
-from megatron_prune.testing.helpers.meters import PeakMemory, Seconds, Stopwatch, Traffic
-from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
+from megatron_prune.testing.helpers.meters import BytesSent, PeakMemory, Seconds, Stopwatch
 from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 
 MIB = 1 << 20
 FP32_BYTES = 4
@@ -53,7 +53,7 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class Row:
+class CostRow:
     """What one column has to say in one line.
 
     Args:
@@ -103,7 +103,7 @@ def meshed(preset: Preset) -> Iterator[Mesh]:
         gc.collect()
 
 
-def measure(_rank: int, _world_size: int, preset: Preset) -> list[Row]:
+def measure(_rank: int, _world_size: int, preset: Preset) -> list[CostRow]:
     """A column's rows of time and traffic, on one rank."""
     with meshed(preset) as mesh:
         run, clock = SteppedRun(preset.setup, mesh), Clock(mesh)
@@ -116,10 +116,12 @@ def measure(_rank: int, _world_size: int, preset: Preset) -> list[Row]:
         step, live = clock.median(run.plain_step, preset.repeats + 2), run.architecture.parameters
         layout = run.model.layout
         rows = [
-            Row("context: parameters", f"{live:,}"),
-            Row("context: slots per rank, heads / FFN / stem", " / ".join(str(layout.width(k)) for k in GROUP_KINDS)),
-            Row("context: seconds per plain step", f"{step.wall:.3f}", f"{step.cpu:.3f}"),
-            Row("speed per live parameter: these widths / the source's", *speeds(before, step, live / source)),
+            CostRow("context: parameters", f"{live:,}"),
+            CostRow(
+                "context: slots per rank, heads / FFN / stem", " / ".join(str(layout.width(k)) for k in GROUP_KINDS)
+            ),
+            CostRow("context: seconds per plain step", f"{step.wall:.3f}", f"{step.cpu:.3f}"),
+            CostRow("speed per live parameter: these widths / the source's", *speeds(before, step, live / source)),
         ]
         rows += rows_of_pieces(run, clock, step, preset.repeats + 2)
         rows += rows_of_second_order(run, clock, step, preset.repeats)
@@ -146,7 +148,7 @@ CHANGES = {
 }
 
 
-def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -> Iterator[Row]:
+def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -> Iterator[CostRow]:
     """Scoring, decision and retirements."""
     rounds = []
     for _ in range(repeats + 1):  # the first one warms up
@@ -155,28 +157,30 @@ def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -
             run.compact()
     pieces = {piece: median([spent[piece] for spent in rounds[1:]]) for piece in rounds[0]}
     for piece, name in SCORING.items():
-        yield Row(name, *share(pieces[piece], step))
+        yield CostRow(name, *share(pieces[piece], step))
     scoring = [pieces[piece] for piece in SCORING]
     total = Seconds(sum(s.wall for s in scoring), sum(s.cpu for s in scoring))
-    yield Row("scoring, all of it / step", *share(total, step))
+    yield CostRow("scoring, all of it / step", *share(total, step))
     for piece, name in CHANGES.items():
-        yield Row(name, *share(pieces[piece], step))
+        yield CostRow(name, *share(pieces[piece], step))
     removal = median([pieces[kind] for kind in GROUP_KINDS])
     added = {by: sum(getattr(piece, by) for piece in (total, pieces["decision"], removal)) for by in CLOCKS}
     expected = (1 / (1 + added[by] / getattr(step, by)) for by in CLOCKS)
-    yield Row(f"{THROUGHPUT} by the sum of these", *(f"{value:.3f}" for value in expected))
+    yield CostRow(f"{THROUGHPUT} by the sum of these", *(f"{value:.3f}" for value in expected))
 
 
-def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -> Iterator[Row]:
+def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -> Iterator[CostRow]:
     """The second-order update before a removal, and what it leaves of the throughput when every removal has one."""
     rounds = [time_second_order(run, clock.time) for _ in range(repeats)]
     if run.is_compaction_due:
         run.compact()
     spent = {piece: median([times[piece] for times in rounds]) for piece in rounds[0]}
     keeping = {by: max(getattr(spent[KEEPING], by) - getattr(spent[FORWARD], by), 0.0) for by in CLOCKS}
-    yield Row("second order: keeping the inputs / step", *(f"{keeping[by] / getattr(step, by):.2%}" for by in CLOCKS))
+    yield CostRow(
+        "second order: keeping the inputs / step", *(f"{keeping[by] / getattr(step, by):.2%}" for by in CLOCKS)
+    )
     for kind in GROUP_KINDS:
-        yield Row(f"second order: update before a removal, {kind} / step", *share(spent[kind], step))
+        yield CostRow(f"second order: update before a removal, {kind} / step", *share(spent[kind], step))
     for every, goal in ((9, "0.90"), (1, "")):
         added = (
             max((keeping[by] + getattr(spent[kind], by)) / getattr(step, by) for kind in GROUP_KINDS) / every
@@ -184,20 +188,20 @@ def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: 
         )
         name = f"throughput with it at 1:{every} / without, costliest kind"
         wall, cpu = (f"{1 / (1 + extra):.3f}" for extra in added)
-        yield Row(name, wall, cpu, goal)
+        yield CostRow(name, wall, cpu, goal)
 
 
-def rows_of_compactions(run: SteppedRun, clock: Clock, step: Seconds) -> tuple[Seconds, list[Row]]:
+def rows_of_compactions(run: SteppedRun, clock: Clock, step: Seconds) -> tuple[Seconds, list[CostRow]]:
     """(what a compaction costs in all, in plain steps; rows). The step after one pays for fresh memory."""
     rows, compactions, first_steps = [], [], []
     for kind in GROUP_KINDS:
         run.retire_quantum(kind)
         compactions.append(clock.time(run.compact)[1])
         first_steps.append(clock.time(run.plain_step)[1])
-        rows.append(Row(f"compaction after a quantum, {kind} / step", *share(compactions[-1], step)))
+        rows.append(CostRow(f"compaction after a quantum, {kind} / step", *share(compactions[-1], step)))
     usual, first = median(compactions), median(first_steps)
     extra = Seconds(max(first.wall - step.wall, 0.0), max(first.cpu - step.cpu, 0.0))
-    rows.append(Row("extra time of the step after it / step", *share(extra, step)))
+    rows.append(CostRow("extra time of the step after it / step", *share(extra, step)))
     return Seconds((usual.wall + extra.wall) / step.wall, (usual.cpu + extra.cpu) / step.cpu), rows
 
 
@@ -211,7 +215,7 @@ class Pair:
     first: Seconds | None = None
 
 
-def rows_of_throughput(run: SteppedRun, clock: Clock, compaction: Seconds, count: int) -> Iterator[Row]:
+def rows_of_throughput(run: SteppedRun, clock: Clock, compaction: Seconds, count: int) -> Iterator[CostRow]:
     """Pruning at 1:1 against no pruning at the same stored widths."""
     pairs = []
     for _ in range(count):
@@ -221,17 +225,17 @@ def rows_of_throughput(run: SteppedRun, clock: Clock, compaction: Seconds, count
         pairs.append(pair)
     ratios = {by: [getattr(p.plain, by) / getattr(p.pruning, by) for p in pairs] for by in CLOCKS}
     faster = {by: statistics.median(ratios[by]) for by in CLOCKS}
-    yield Row(f"{THROUGHPUT} A B A B, no compaction", *(f"{faster[by]:.3f}" for by in CLOCKS))
+    yield CostRow(f"{THROUGHPUT} A B A B, no compaction", *(f"{faster[by]:.3f}" for by in CLOCKS))
     spread = (statistics.quantiles(ratios[by], n=4) for by in CLOCKS)
-    yield Row("context: quartiles of its pairs", *(f"{low:.3f} to {high:.3f}" for low, _, high in spread))
+    yield CostRow("context: quartiles of its pairs", *(f"{low:.3f} to {high:.3f}" for low, _, high in spread))
     for every in (64, 128):
         values = (f"{1 / (1 / faster[by] + getattr(compaction, by) / every):.3f}" for by in CLOCKS)
         wall, cpu = values
-        yield Row(f"{THROUGHPUT} A B A B, a compaction per {every} removals", wall, cpu, "0.97")
+        yield CostRow(f"{THROUGHPUT} A B A B, a compaction per {every} removals", wall, cpu, "0.97")
     quantum = run.setup.case.quanta.ffn
     compactions = sum(pair.compaction is not None for pair in pairs)
-    yield Row("context: quantum as run, compactions / removals", f"{quantum}, {compactions} / {count}")
-    yield Row(f"{THROUGHPUT} A B A B, at the quantum as run", *(f"{_as_run(pairs, by):.3f}" for by in CLOCKS))
+    yield CostRow("context: quantum as run, compactions / removals", f"{quantum}, {compactions} / {count}")
+    yield CostRow(f"{THROUGHPUT} A B A B, at the quantum as run", *(f"{_as_run(pairs, by):.3f}" for by in CLOCKS))
 
 
 def _as_run(pairs: Sequence[Pair], by: str) -> float:
@@ -248,12 +252,12 @@ def _as_run(pairs: Sequence[Pair], by: str) -> float:
 
 def counted(job: Callable[[], Any]) -> tuple[Any, int]:
     """(result of `job`, bytes that this rank put into collectives meanwhile)."""
-    with Traffic() as meter:
+    with BytesSent() as meter:
         result = job()
     return result, meter.total
 
 
-def rows_of_traffic(run: SteppedRun) -> Iterator[Row]:
+def rows_of_traffic(run: SteppedRun) -> Iterator[CostRow]:
     """Bytes of a pruning step, piece by piece."""
     _, plain = counted(run.plain_step)
     fisher = run.watched_gradients()
@@ -262,21 +266,21 @@ def rows_of_traffic(run: SteppedRun) -> Iterator[Row]:
     assert silent == 0
     sums, score_bytes = counted(elements.reduce)
     _, decision = counted(lambda: run.decide(sums))
-    yield Row("context: bytes of a plain step", f"{plain:,}")
-    yield Row("bytes: scores", f"{score_bytes:,}")
-    yield Row(FORMULA, f"{FP32_BYTES * score_length(run.architecture):,}")
-    yield Row("bytes: squares over data parallelism", f"{fisher_bytes:,}")
-    yield Row("bytes: decision", f"{decision:,}")
+    yield CostRow("context: bytes of a plain step", f"{plain:,}")
+    yield CostRow("bytes: scores", f"{score_bytes:,}")
+    yield CostRow(FORMULA, f"{FP32_BYTES * score_length(run.architecture):,}")
+    yield CostRow("bytes: squares over data parallelism", f"{fisher_bytes:,}")
+    yield CostRow("bytes: decision", f"{decision:,}")
     for kind in GROUP_KINDS:
         _, retirement = counted(lambda: run.retire_quantum(kind))  # noqa: B023 - called at once
-        yield Row(f"bytes: retirements of a quantum, {kind}", f"{retirement:,}")
-        yield Row(f"bytes: compaction after it, {kind}", f"{counted(run.compact)[1]:,}")
+        yield CostRow(f"bytes: retirements of a quantum, {kind}", f"{retirement:,}")
+        yield CostRow(f"bytes: compaction after it, {kind}", f"{counted(run.compact)[1]:,}")
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def measure_memory(_rank: int, _world_size: int, preset: Preset) -> list[Row]:
+def measure_memory(_rank: int, _world_size: int, preset: Preset) -> list[CostRow]:
     """A column's rows of memory, on one rank."""
     with meshed(preset) as mesh:
         meter = PeakMemory(mesh.device)
@@ -301,10 +305,10 @@ def measure_memory(_rank: int, _world_size: int, preset: Preset) -> list[Row]:
         during("compaction", run.compact)
     plain = peaks.pop("plain")
     return [
-        Row("context: MiB at the peak of a plain step", f"{plain / MIB:.0f}"),
-        Row("memory between steps / peak of a plain step", f"{peaks['rest'] / plain:.2f}"),
-        Row("peak memory of a pruning step / of a plain step", f"{peaks['pruning'] / plain:.2f}"),
-        Row("peak memory of a compaction / of a plain step", f"{peaks['compaction'] / plain:.2f}", goal="1.00"),
+        CostRow("context: MiB at the peak of a plain step", f"{plain / MIB:.0f}"),
+        CostRow("memory between steps / peak of a plain step", f"{peaks['rest'] / plain:.2f}"),
+        CostRow("peak memory of a pruning step / of a plain step", f"{peaks['pruning'] / plain:.2f}"),
+        CostRow("peak memory of a compaction / of a plain step", f"{peaks['compaction'] / plain:.2f}", goal="1.00"),
     ]
 
 

@@ -9,7 +9,7 @@ from megatron_prune.model.architecture import GROUP_KINDS
 from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
 from megatron_prune.testing.helpers.meters import Seconds
-from megatron_prune.testing.helpers.pieces import SteppedRun, Timer
+from megatron_prune.testing.helpers.stepped_run import SteppedRun, Timer
 from megatron_prune.training.pruner import collector_settings
 
 FORWARD, KEEPING = "forward and backward", "forward and backward that keep inputs"

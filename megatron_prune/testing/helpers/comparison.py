@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_prune.testing.helpers.sharded import Outcome, RandomTokens
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights
-from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings, Removal, StepResult
+from megatron_prune.testing.reference.oracle import DenseOracle, OracleRemoval, OracleSettings, StepResult
 
 MICRO_BATCH, SEQUENCE = 2, 12
 MICRO_BATCHES = 2
@@ -103,7 +103,7 @@ def hold_together(
     )
 
 
-def _differences(removal: Removal, mine: Mapping[str, Any]) -> list[str]:
+def _differences(removal: OracleRemoval, mine: Mapping[str, Any]) -> list[str]:
     """Lines on what else of the same removal differs."""
     found = []
     if (mine["iteration"], mine["parameters"]) != (removal.iteration, removal.parameters_after):

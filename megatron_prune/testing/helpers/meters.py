@@ -2,7 +2,7 @@
 
 Stopwatch    wall and CPU seconds of a call, the slowest rank's
 Dispatches   operators that torch dispatches, and copies between host and device
-Traffic      bytes that this rank hands to collectives, whatever function they were started through
+BytesSent    bytes that this rank hands to collectives, whatever function they were started through
 PeakMemory   highest memory in use since `start`: resident memory on the CPU, allocated memory on CUDA
 """
 
@@ -62,7 +62,7 @@ class Stopwatch:
         return result, Seconds(*(float(s) for s in spent))
 
 
-class Traffic(TorchDispatchMode):
+class BytesSent(TorchDispatchMode):
     """Counts, while entered, the bytes of every tensor that this rank puts into a collective or sends.
 
     All collectives pass torch's dispatcher as operators of the namespace `c10d`, so nothing is missed and nothing is

@@ -78,11 +78,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise TypeError(f"run_ranks: function (top level of a module) and arguments must pickle: {error}") from error
     folder = Path(tempfile.mkdtemp(prefix="run_ranks_"))
-    ranks: list[_Rank] = []
+    ranks: list[_RankProcess] = []
     try:
         context = _context()
         for number in range(world_size):
-            ranks.append(_Rank(context, number, world_size, folder, call, timeout))
+            ranks.append(_RankProcess(context, number, world_size, folder, call, timeout))
         return _collect(ranks, time.monotonic() + timeout, timeout)
     finally:
         for rank in ranks:
@@ -116,11 +116,11 @@ def watch_ranks(
     go on for `grace` seconds after another has died are killed.
     """
     call = pickle.dumps((function, args))
-    folder, ranks, ends = Path(tempfile.mkdtemp(prefix="run_ranks_")), list[_Rank](), dict[int, float]()
+    folder, ranks, ends = Path(tempfile.mkdtemp(prefix="run_ranks_")), list[_RankProcess](), dict[int, float]()
     context, begin = _context(), time.monotonic()
     try:
         for number in range(world_size):
-            ranks.append(_Rank(context, number, world_size, folder, call, timeout))
+            ranks.append(_RankProcess(context, number, world_size, folder, call, timeout))
         deadline = begin + timeout
         while len(ends) < world_size and time.monotonic() < deadline:
             alive = {rank.process.sentinel: rank for rank in ranks if rank.rank not in ends}
@@ -181,7 +181,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-class _Rank:
+class _RankProcess:
     """The caller's side of one rank: its process, the pipe its result comes through, its output."""
 
     def __init__(self, context: Any, rank: int, world_size: int, folder: Path, call: bytes, timeout: float) -> None:
@@ -221,7 +221,7 @@ class _Rank:
         self.pipe.close()
 
 
-def _collect(ranks: list[_Rank], deadline: float, timeout: float) -> list[Any]:
+def _collect(ranks: list[_RankProcess], deadline: float, timeout: float) -> list[Any]:
     """Wait for all results; raise for the first failure."""
     waiting = list(ranks)
     while waiting:
@@ -244,7 +244,7 @@ def _collect(ranks: list[_Rank], deadline: float, timeout: float) -> list[Any]:
     return [pickle.loads(rank.result) for rank in ranks if rank.result is not None]
 
 
-def _failed(rank: _Rank, world_size: int, message: tuple[str, float, bytes] | None) -> RankError:
+def _failed(rank: _RankProcess, world_size: int, message: tuple[str, float, bytes] | None) -> RankError:
     if message is None:
         rank.process.join(_SECONDS_TO_EXIT)
         died = f"rank {rank.rank} of {world_size} died with exit code {rank.process.exitcode}\n"
@@ -256,7 +256,7 @@ def _failed(rank: _Rank, world_size: int, message: tuple[str, float, bytes] | No
     return error
 
 
-def _not_finished(ranks: list[_Rank], world_size: int, timeout: float) -> RankError:
+def _not_finished(ranks: list[_RankProcess], world_size: int, timeout: float) -> RankError:
     """Let the ranks that hang write down where they stand (faulthandler, on SIGABRT), then say so."""
     for rank in ranks:
         rank.signal(signal.SIGABRT)
@@ -267,7 +267,7 @@ def _not_finished(ranks: list[_Rank], world_size: int, timeout: float) -> RankEr
     return RankError(f"ranks {names} of {world_size} did not finish within {timeout:g} s{stacks}", ranks[0].rank)
 
 
-def _tail(rank: _Rank) -> str:
+def _tail(rank: _RankProcess) -> str:
     lines = rank.output().splitlines()[-_LINES_OF_OUTPUT:]
     return "".join(f"  | {line}\n" for line in lines)
 

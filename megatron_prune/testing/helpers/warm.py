@@ -17,6 +17,6 @@ with warnings.catch_warnings():
     import torch.distributed
     import torch.utils.tensorboard
 
-    import megatron_prune.launch.assembly.build
+    import megatron_prune.launch.assembly.assemble
 
 __all__ = ["megatron", "megatron_prune", "torch"]

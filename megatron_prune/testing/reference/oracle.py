@@ -3,7 +3,7 @@
     OracleSettings   optimizer, criterion, choice and schedule of a run (`oracle_settings`)
     DenseOracle      weights, Adam moments and live units; `train_step` does one pruning-aware iteration
     StepResult       loss, gradient norm and removals of an iteration
-    Removal          one removed group
+    OracleRemoval    one removed group
 
 One iteration, in this order (EfficientLLM, arXiv 2502.06663): gradient of the mean loss over the micro-batches; if a
 group is due, element scores S at (w_t, g_t), g before clipping; clip and AdamW; then, as long as the schedule has
@@ -35,14 +35,14 @@ from megatron_prune.testing.reference.oracle_geometry import (
     shrink,
     weight_shapes,
 )
-from megatron_prune.testing.reference.oracle_scores import Units, UnitScores
+from megatron_prune.testing.reference.oracle_scores import OracleScores, Units
 from megatron_prune.testing.reference.oracle_settings import OracleSettings
 
 MicroBatch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Removal:
+class OracleRemoval:
     """One removed group.
 
     Args:
@@ -78,7 +78,7 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    removed: list[Removal]
+    removed: list[OracleRemoval]
 
 
 class DenseOracle:
@@ -123,8 +123,8 @@ class DenseOracle:
         self.exp_avg_sq = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self.iteration = 0
         self.credits = 0.0
-        self.smoothed: UnitScores | None = None
-        self.removals: list[Removal] = []
+        self.smoothed: OracleScores | None = None
+        self.removals: list[OracleRemoval] = []
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class DenseOracle:
             rows[name] = mean[:, None].expand_as(self.weights[name])
         return Scores(columns, rows)
 
-    def unit_scores(self, micro_batches: Sequence[MicroBatch]) -> UnitScores:
+    def unit_scores(self, micro_batches: Sequence[MicroBatch]) -> OracleScores:
         """Sums of S per live unit for these micro-batches, unsmoothed; changes nothing."""
         _, gradient, squares = self.gradients(micro_batches)
         return self._summed(self._scores(micro_batches, gradient, squares))
@@ -247,7 +247,7 @@ class DenseOracle:
             return self.input_scores(self.inputs(micro_batches))
         return Scores(self.element_scores(gradient, squares))
 
-    def _summed(self, scores: Scores) -> UnitScores:
+    def _summed(self, scores: Scores) -> OracleScores:
         return oracle_scores.unit_scores(scores.columns, self.geometry, self.live, scores.rows)
 
     def _optimizer_step(self, gradient: Mapping[str, Tensor]) -> float:
@@ -278,13 +278,13 @@ class DenseOracle:
         since = self.iteration - self.settings.first_prune_iter
         return since >= 0 and since % self.settings.ratio[1] == 0 and self._above_target()
 
-    def _prune(self, scores: Scores | None, inputs: dict[str, Tensor] | None) -> list[Removal]:
+    def _prune(self, scores: Scores | None, inputs: dict[str, Tensor] | None) -> list[OracleRemoval]:
         """Spend this iteration's credit. Later choices reuse S, summed again without the units that are gone."""
         self.credits += self.settings.ratio[0]
         before = self.smoothed
         if scores is not None and self.credits < 1:  # score_idle
             self.smoothed = self._smooth(before, scores)
-        removed: list[Removal] = []
+        removed: list[OracleRemoval] = []
         while self.credits >= 1 and self._above_target():
             assert scores is not None
             self.smoothed = self._smooth(before, scores)
@@ -299,7 +299,9 @@ class DenseOracle:
             inputs = inputs and oracle_second_order.without(inputs, self.geometry, live, self.live, best.kind)
             self.credits -= self.settings.group_cost.get(best.kind, self.geometry.head_dim if best.kind == HEAD else 1)
             saliencies = {candidate.kind: candidate.score for candidate in found}
-            removal = Removal(best.kind, best.units, saliencies, margin, self.parameters(), self.iteration, errors)
+            removal = OracleRemoval(
+                best.kind, best.units, saliencies, margin, self.parameters(), self.iteration, errors
+            )
             removed.append(removal)
         self.removals += removed
         return removed
@@ -315,7 +317,7 @@ class DenseOracle:
         self.weights.update(updated)
         return errors
 
-    def _smooth(self, before: UnitScores | None, scores: Scores) -> UnitScores:
+    def _smooth(self, before: OracleScores | None, scores: Scores) -> OracleScores:
         return oracle_scores.smooth(before, self._summed(scores), self.settings.saliency_momentum)
 
     def remove(self, kind: str, units: Units, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

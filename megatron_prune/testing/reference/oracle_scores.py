@@ -69,7 +69,7 @@ def input_scores(criterion: str, weight: Tensor, x: Tensor, damping: float) -> T
 
 
 @dataclass(frozen=True)
-class UnitScores:
+class OracleScores:
     """Sums of S per unit, by original id: heads and FFN channels per layer (over their input columns of W_o and
     W_down), stem channels (over their rows of W_o and W_down of all layers)."""
 
@@ -80,7 +80,7 @@ class UnitScores:
 
 def unit_scores(
     scores: Mapping[str, Tensor], geometry: Geometry, live: LiveUnits, stem_scores: Mapping[str, Tensor] | None = None
-) -> UnitScores:
+) -> OracleScores:
     """Sum S (`scores`: the output projections' names -> [C, H x D] and [C, F]) over the elements of every live unit;
     for stem channels sum `stem_scores` where they are given."""
     head, ffn = [], []
@@ -94,10 +94,10 @@ def unit_scores(
         if stem_scores:
             attention, down = (stem_scores[f"model.layers.{layer}.{name}.weight"] for name in _OUTPUTS)
         stem_sums = stem_sums + attention.sum(dim=1) + down.sum(dim=1)
-    return UnitScores(tuple(head), tuple(ffn), dict(zip(live.stem, stem_sums.tolist(), strict=True)))
+    return OracleScores(tuple(head), tuple(ffn), dict(zip(live.stem, stem_sums.tolist(), strict=True)))
 
 
-def smooth(previous: UnitScores | None, new: UnitScores, momentum: float) -> UnitScores:
+def smooth(previous: OracleScores | None, new: OracleScores, momentum: float) -> OracleScores:
     """momentum x previous + (1 - momentum) x new for every unit of `new`; the first time it is `new`."""
     if previous is None or momentum == 0:
         return new
@@ -105,7 +105,7 @@ def smooth(previous: UnitScores | None, new: UnitScores, momentum: float) -> Uni
     def blend(old: dict[int, float], fresh: dict[int, float]) -> dict[int, float]:
         return {unit: momentum * old[unit] + (1 - momentum) * score for unit, score in fresh.items()}
 
-    return UnitScores(
+    return OracleScores(
         head=tuple(map(blend, previous.head, new.head)),
         ffn=tuple(map(blend, previous.ffn, new.ffn)),
         stem=blend(previous.stem, new.stem),
@@ -126,7 +126,7 @@ class ChoiceRules:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class OracleCandidate:
     """The least salient group of one kind. `runner_up` is its score with the second-best unit in the layer where that
     costs least (infinite without one), on the same scale as `score`."""
 
@@ -165,7 +165,7 @@ def head_options(
     return sorted((score(heads), heads) for heads in sets)
 
 
-def candidates(scores: UnitScores, geometry: Geometry, live: LiveUnits, rules: ChoiceRules) -> list[Candidate]:
+def candidates(scores: OracleScores, geometry: Geometry, live: LiveUnits, rules: ChoiceRules) -> list[OracleCandidate]:
     """The least salient group of each kind that is switched on and above its floor, in the order head, ffn, stem."""
     parameters = count(geometry, live)
     found = []
@@ -185,11 +185,11 @@ def candidates(scores: UnitScores, geometry: Geometry, live: LiveUnits, rules: C
         scale = parameters - after if rules.normalize == "per_parameter" else 1
         least = sum(layer[0][0] for layer in options)
         swap = min((layer[1][0] - layer[0][0] for layer in options if len(layer) > 1), default=math.inf)
-        found.append(Candidate(kind, units, least / scale, (least + swap) / scale, after))
+        found.append(OracleCandidate(kind, units, least / scale, (least + swap) / scale, after))
     return found
 
 
-def choose(found: Sequence[Candidate], rules: ChoiceRules) -> tuple[Candidate, float]:
+def choose(found: Sequence[OracleCandidate], rules: ChoiceRules) -> tuple[OracleCandidate, float]:
     """The candidate to remove, and its margin: the relative gap to the best alternative (0 = a tie).
 
     `finish: exact`: groups that overshoot target x (1 - 0.5 %) are passed over while another one is left.

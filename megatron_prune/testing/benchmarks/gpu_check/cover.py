@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
 from megatron_prune.testing.benchmarks.gpu_check.smoke import BF16_ERROR, FP32_ERROR
 from megatron_prune.testing.helpers.comparison import (
     ITERATIONS,

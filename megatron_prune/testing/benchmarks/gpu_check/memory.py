@@ -16,16 +16,16 @@ from pathlib import Path
 
 from megatron_prune.checkpoint import AsyncSaver, save_checkpoint
 from megatron_prune.config import ParallelConfig
-from megatron_prune.launch.estimate.memory import fullest_rank
 from megatron_prune.launch.estimate.placement import Placement
+from megatron_prune.launch.estimate.rank_memory import fullest_rank
 from megatron_prune.model.architecture import GROUP_KINDS
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
 from megatron_prune.testing.benchmarks.costs import Clock
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row, at_most
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row, at_most
 from megatron_prune.testing.benchmarks.gpu_check.shapes import Shapes, start
 from megatron_prune.testing.helpers.meters import PeakMemory
-from megatron_prune.testing.helpers.pieces import SteppedRun
+from megatron_prune.testing.helpers.stepped_run import SteppedRun
 
 GIB = 1 << 30
 GOAL_PEAK, GOAL_STALL, GOAL_ESTIMATE = 1.05, 1.0, 0.1

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from megatron_prune.config import Config
 from megatron_prune.runtime.places import rank_settings
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row, append, read_rows, table
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row, append, read_rows, table
 from megatron_prune.testing.helpers.ranks import search_path
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
 from megatron_prune.testing.benchmarks.gpu_check.way import python
 
 TEXTS = ("corpus", "text")  # beside a model of one's own, or among the real inputs

@@ -20,9 +20,9 @@ from megatron_prune.model.layout import Quanta
 from megatron_prune.model.param_axes import ParamTable
 from megatron_prune.optimizer.build import clip_and_step
 from megatron_prune.runtime.mesh import Mesh
-from megatron_prune.testing.benchmarks.gpu_check.record import Context
-from megatron_prune.testing.helpers.pieces import Setup, SteppedRun
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context
 from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 from megatron_prune.training.step import forward_backward
 
 

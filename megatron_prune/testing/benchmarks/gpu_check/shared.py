@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prune.model.layout import Quanta
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
 from megatron_prune.testing.benchmarks.gpu_check.smoke import FP32_ERROR
 from megatron_prune.testing.helpers.comparison import (
     MICRO_BATCH,

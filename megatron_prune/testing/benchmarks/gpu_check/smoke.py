@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_prune.model.layout import Quanta
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row, at_most
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row, at_most
 from megatron_prune.testing.helpers.comparison import MARGIN, MICRO_BATCH, MICRO_BATCHES, SEQUENCE, oracle_settings
 from megatron_prune.testing.helpers.oracle_cases import MODELS
 from megatron_prune.testing.helpers.ranks import run_ranks

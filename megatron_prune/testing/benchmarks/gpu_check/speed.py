@@ -20,10 +20,10 @@ from megatron_prune.model.architecture import FFN, GROUP_KINDS, Architecture, Ll
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.testing.benchmarks.costs import Clock
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row, at_least
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row, at_least
 from megatron_prune.testing.benchmarks.gpu_check.shapes import Shapes, plain_seconds, start
 from megatron_prune.testing.helpers.meters import Dispatches
-from megatron_prune.testing.helpers.pieces import SteppedRun
+from megatron_prune.testing.helpers.stepped_run import SteppedRun
 from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token
 
 GIB = 1 << 30

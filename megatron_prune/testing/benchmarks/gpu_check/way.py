@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.checkpoint.record import Progress
-from megatron_prune.testing.benchmarks.gpu_check.record import Context, Row
+from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
 from megatron_prune.testing.helpers.comparison import MARGIN
 from megatron_prune.testing.helpers.ranks import ROOT, search_path
 from megatron_prune.testing.helpers.tiny_runs import prepare

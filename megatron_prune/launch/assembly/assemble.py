@@ -21,7 +21,7 @@ from megatron_prune.checkpoint.record import COMMON_FILE
 from megatron_prune.config import Config
 from megatron_prune.data import datasets as data
 from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, wanted_samples
-from megatron_prune.launch.assembly.inputs import Inputs
+from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.launch.assembly.saving import CheckpointSaver
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters

@@ -20,7 +20,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.model.layout import Quanta
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Axis, Mesh, Ranks, agree, broadcast_object, close_mesh, init_mesh
-from megatron_prune.testing.benchmarks.gpu_check.record import Row
+from megatron_prune.testing.benchmarks.gpu_check.rows import Row
 from megatron_prune.testing.benchmarks.gpu_check.smoke import FP32_ERROR
 from megatron_prune.testing.helpers.comparison import MICRO_BATCH, SEQUENCE, hold_together, oracle_run, oracle_settings
 from megatron_prune.testing.helpers.sharded import Case, train_case

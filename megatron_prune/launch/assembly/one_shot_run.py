@@ -27,8 +27,8 @@ from megatron_prune.config import (
 )
 from megatron_prune.errors import UserError
 from megatron_prune.launch.assembly.alike import insist_alike, insist_shared
-from megatron_prune.launch.assembly.build import CheckpointSaver, build_datasets, build_model
-from megatron_prune.launch.assembly.inputs import Inputs, open_inputs
+from megatron_prune.launch.assembly.assemble import CheckpointSaver, build_datasets, build_model
+from megatron_prune.launch.assembly.opening import Inputs, open_inputs
 from megatron_prune.launch.assembly.outputs import write_config, write_summary
 from megatron_prune.launch.assembly.watch import Watch, launchers, writing
 from megatron_prune.model.architecture import Architecture

@@ -1,7 +1,7 @@
 """A small run whose pieces can be called, timed and counted one by one, as benchmarks do.
 
-Setup      model, layout and batch of such a run
-SteppedRun one rank of it: whole steps with and without pruning, and scoring, decision, retirement, compaction alone
+Setup       model, layout and batch of such a run
+SteppedRun  one rank of it: whole steps with and without pruning, and scoring, decision, retirement, compaction alone
 """
 
 from __future__ import annotations

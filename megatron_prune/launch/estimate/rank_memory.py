@@ -23,8 +23,8 @@ from megatron_prune.launch.estimate.activations import (
     recomputed_activations,
     saved_activations,
 )
+from megatron_prune.launch.estimate.hessian_costs import hessian_memory
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.launch.estimate.second_order import hessian_memory
 from megatron_prune.model.architecture import STEM, VOCAB
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.param_axes import ParamAxes, ParamTable
