@@ -28,5 +28,5 @@ if __name__ == "__main__":
     from megatron_prune.launch.jobs.job import main
     from megatron_prune.pretrain import main as train
 
-    sys.exit(main(sys.argv[1:], train, SCRIPT))
+    sys.exit(main(sys.argv[1:], train))
 # end of the Python part

@@ -124,7 +124,7 @@ class Owner:
             job=environ.get("SLURM_JOB_ID"),
             restarts=int(restarts) if restarts.isdigit() else 0,
             above=tuple((process.pid, process.start) for process in above),
-            command=Path(sys.argv[0]).name[:80],
+            command=Path(sys.argv[0]).name.replace("__main__.py", "megatron-prune")[:80],
             since=time.time(),
         )
 

@@ -21,6 +21,7 @@ warnings.filterwarnings("ignore", module=r"(torch|megatron\.core|lm_eval|dataset
 # Command -> (module, what it does).
 COMMANDS = {
     "pretrain": ("megatron_prune.pretrain", "train, prune while training, and train on"),
+    "launch": ("megatron_prune.commands.launch_job", "run a whole job: prune, train on, export, evaluate"),
     "preprocess": ("megatron_prune.commands.preprocess_data", "turn text into a data set to train on"),
     "convert-from-hf": ("megatron_prune.commands.convert_from_hf", "Hugging Face folder -> checkpoint"),
     "convert-from-megatron": ("megatron_prune.commands.convert_from_megatron", "Megatron-LM's checkpoint -> ours"),

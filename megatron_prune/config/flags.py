@@ -52,7 +52,7 @@ class CommandLine:
         """What the words (without the program's name) say; None when they ask for help. Raises UserError."""
         if "--help" in argv or "-h" in argv:
             return None
-        known, flags, arguments = self._flags(), [], list[str]()
+        known, flags, arguments = self.flags(), [], list[str]()
         for flag, words in self._split(argv):
             if flag is None:
                 arguments += words
@@ -64,6 +64,9 @@ class CommandLine:
                 cut = 0 if target.kind is bool else 1
                 words, arguments = words[:cut], arguments + words[cut:]
             flags.append((target, flag, tuple(words)))
+        for word in arguments:
+            if word.startswith("-"):
+                raise UserError(_unknown(word, known))
         return Given(self, tuple(flags), tuple(arguments))
 
     def help_text(self) -> str:
@@ -97,14 +100,15 @@ class CommandLine:
                 flag, equals, value = token.partition("=")
                 words = [value] if equals else []
             elif flag is None and self.argument is None:
-                word, known = one_line(token), self._flags()
+                word, known = one_line(token), self.flags()
                 example = "--config" if "--config" in known else next(iter(known))
                 raise UserError(f'unexpected argument "{word}": expected a flag, such as {example} {word}')
             else:
                 words.append(token)
         yield flag, words
 
-    def _flags(self) -> dict[str, Option]:
+    def flags(self) -> dict[str, Option]:
+        """Flag -> option."""
         flags = {}
         for section, cls in {OWN: self.own, **self.sections}.items():
             for found in options_of(cls, section):

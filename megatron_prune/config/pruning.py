@@ -142,12 +142,16 @@ class PruningConfig:
     quantum: Quantum = option(Quantum(), "stored widths per rank are rounded up to multiples of these")
     round_widths: RoundWidths = option(RoundWidths(), "live widths become multiples of these at the end of pruning")
     spike_guard: SpikeGuardConfig = option(SpikeGuardConfig(), "pause after a jump of the loss until it is back")
-    replay: str | None = option(None, "a pruning_history.jsonl whose removals are repeated instead of scored")
+    replay: str | None = option(
+        None,
+        "a pruning_history.jsonl whose removals are repeated instead of scored",
+        refused="replaying a recorded history is not built yet",
+    )
 
     @property
     def enabled(self) -> bool:
         """Whether this run removes anything at all."""
-        return self.target_params is not None or self.replay is not None
+        return self.target_params is not None
 
     @property
     def ratio_steps(self) -> tuple[int, int]:

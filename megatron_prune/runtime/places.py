@@ -2,6 +2,7 @@
 
     find_place       environment -> Torchrun (start the ranks of this node) or Rank (be one)
     find_rank        the same for `pretrain`, which is one rank and starts no others
+    search_path      PYTHONPATH for processes that are started here
     speaks           whether this process is the one that tells people
     first_host       `n[1-2,7],gpu03` -> `n1`, for MASTER_ADDR without asking the scheduler
     rank_settings    environment variables that matter to a rank, with their reasons
@@ -22,10 +23,13 @@ only rank would write the same folder as the others.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import megatron_prune
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 
@@ -54,12 +58,12 @@ class Torchrun:
     master_port: int | None
 
     def command(
-        self, python: str, nproc: int, script: str, arguments: list[str], logs: str | None, minutes: float = 10
+        self, python: str, nproc: int, program: Sequence[str], logs: str | None, minutes: float = 10
     ) -> list[str]:
         """The torchrun command line.
 
         Args:
-            nproc: ranks on this node.
+            nproc: ranks on this node. program: what each of them runs: a script, or -m and a module; its arguments.
             logs: folder for one file per rank and stream; the node's first rank is then shown, too. None: all on the
                 terminal.
             minutes: how long nodes may be late.
@@ -78,7 +82,7 @@ class Torchrun:
         if logs is not None:
             words += [f"--log-dir={logs}", "--redirects=3", "--tee=0:3"]
         # The others are the supervisor's to deliver (see there why); a handler for SIGHUP would undo nohup.
-        return [*words, "--signals-to-handle=SIGQUIT", script, *arguments]
+        return [*words, "--signals-to-handle=SIGQUIT", *program]
 
 
 @dataclass(frozen=True)
@@ -135,9 +139,17 @@ def find_rank(environ: Mapping[str, str]) -> Rank:
         wanted = f"{place.nnodes} nodes, {place.nproc_per_node or 1} on each"
         raise UserError(
             f"{name}: several ranks are asked for ({wanted}), and this "
-            "command is one of them; let torchrun or examples/pretrain_efficientllm.sh start it, or srun one per rank"
+            "command is one of them; let torchrun or megatron-prune launch start it, or srun one per rank"
         )
     return Rank(0, 1, {})
+
+
+def search_path(environ: Mapping[str, str]) -> str:
+    """PYTHONPATH for processes that this one starts, so that they find the package that this one runs."""
+    root = Path(megatron_prune.__file__).resolve().parents[1]
+    if root.name in ("site-packages", "dist-packages"):  # found anyway, and not to come before the standard library
+        return environ.get("PYTHONPATH", "")
+    return os.pathsep.join(filter(None, [str(root), environ.get("PYTHONPATH")]))
 
 
 def speaks(environ: Mapping[str, str]) -> bool:

@@ -25,7 +25,6 @@ def config_of(flags: str) -> Config:
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 100", 1),
         ("--prune-target-params 1M --continue-tokens 1M --continue-lr-warmup-iters 10", 1),
-        ("--prune-replay history.jsonl --continue-tokens 1M", 1),
         ("--save out --save-interval 10 --save-retain-interval 50 --keep-last 2 --async-save", 1),
         ("--load out --ckpt-step 10 --finetune", 1),
         ("--init random", 1),

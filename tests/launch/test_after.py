@@ -38,7 +38,7 @@ def options(job):
     """Option -> its words."""
     assert job.words[0] == sys.executable
     found = {}
-    for word in job.words[2:]:
+    for word in job.words[4:]:
         if word.startswith("--"):
             name = word
             found[name] = []
@@ -48,42 +48,42 @@ def options(job):
 
 
 def test_without_anything_named_the_runs_own_validation_samples_are_measured(config, tmp_path):
-    asked = options(after.evaluate(config, tmp_path))
+    asked = options(after.evaluate(config))
     assert asked["--data-path"] == ["0.5 a 0.5 b"], "a blend is one data set"
     assert (asked["--split"], asked["--seed"], asked["--seq-length"]) == (["90,10,0"], ["7"], ["64"])
     assert asked["--eval-samples"] == ["12"] and "--tasks" not in asked
     assert asked["--hf-model"] == ["runs/x/hf"] and asked["--output-dir"] == ["runs/x/evaluation"]
     (tmp_path / "model.safetensors").touch()
-    assert options(after.evaluate(config, tmp_path))["--hf-model"] == [str(tmp_path), "runs/x/hf"]
+    assert options(after.evaluate(config))["--hf-model"] == [str(tmp_path), "runs/x/hf"]
 
 
-def test_validation_data_of_their_own_are_measured_as_in_training(config, tmp_path):
+def test_validation_data_of_their_own_are_measured_as_in_training(config):
     data = dataclasses.replace(config.data, valid_data_path="1 c 2 d", tokenizer_model="spm")
-    asked = options(after.evaluate(dataclasses.replace(config, data=data), tmp_path))
+    asked = options(after.evaluate(dataclasses.replace(config, data=data)))
     assert (asked["--data-path"], asked["--split"], asked["--eval-samples"]) == (["1 c 2 d"], ["0,1,0"], ["12"])
     assert asked["--tokenizer-model"] == ["spm"], "for a source whose folder holds none"
 
 
-def test_what_is_named_for_it_comes_first(config, tmp_path):
-    asked = options(after.evaluate(with_evaluation(config, eval_data_path="one.txt two.txt"), tmp_path))
+def test_what_is_named_for_it_comes_first(config):
+    asked = options(after.evaluate(with_evaluation(config, eval_data_path="one.txt two.txt")))
     assert asked["--data-path"] == ["one.txt", "two.txt"] and "--eval-samples" not in asked
-    asked = options(after.evaluate(with_evaluation(config, eval_data_path="1e-1 a .2 b"), tmp_path))
+    asked = options(after.evaluate(with_evaluation(config, eval_data_path="1e-1 a .2 b")))
     assert asked["--data-path"] == ["1e-1 a .2 b"] and asked["--eval-samples"] == ["12"], "a blend has no end"
 
 
-def test_tasks_wait_for_the_harness_and_the_rest_is_done(config, tmp_path, monkeypatch):
+def test_tasks_wait_for_the_harness_and_the_rest_is_done(config, monkeypatch):
     config = with_evaluation(config, eval_tasks="piqa", eval_task_data="bench")
     with_harness(monkeypatch, True)
-    asked = after.evaluate(config, tmp_path)
+    asked = after.evaluate(config)
     assert asked.left_out is None
     assert (options(asked)["--tasks"], options(asked)["--task-data"]) == (["piqa"], ["bench"])
     with_harness(monkeypatch, False)
-    asked = after.evaluate(config, tmp_path)
+    asked = after.evaluate(config)
     assert asked.left_out == after.NO_HARNESS and "--data-path" in options(asked) and "--tasks" not in options(asked)
     nothing = dataclasses.replace(config, data=dataclasses.replace(config.data, split="100,0,0"))
-    assert after.evaluate(nothing, tmp_path) == after.Job((), after.NO_HARNESS)
+    assert after.evaluate(nothing) == after.Job((), after.NO_HARNESS)
     nothing = with_evaluation(nothing, eval_tasks=None)
-    assert "no validation data" in after.evaluate(nothing, tmp_path).left_out
+    assert "no validation data" in after.evaluate(nothing).left_out
 
 
 def test_mistakes_are_told_before_training(config, tmp_path, monkeypatch):

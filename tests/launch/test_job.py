@@ -87,7 +87,7 @@ def one_rank(_rank, _world_size, words):
     """One rank of a job, as torchrun starts it."""
     from megatron_prune.pretrain import main as train
 
-    status = main([str(word) for word in words], train, SCRIPT)
+    status = main([str(word) for word in words], train)
     if status:
         os._exit(status)
 
@@ -114,7 +114,7 @@ def test_stages_go_on_where_the_job_stopped(tmp_path, monkeypatch, caplog):
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
     with caplog.at_level("INFO"):
-        assert main([str(word) for word in words], never, SCRIPT) == 0
+        assert main([str(word) for word in words], never) == 0
     assert all(f"stage {stage}: done" in caplog.text for stage in ("prune", "continue", "export"))
 
 
@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(words, told, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID", "NODE_RANK", "NNODES"):
         monkeypatch.delenv(name, raising=False)
-    assert main(words, never, SCRIPT) == 2
+    assert main(words, never) == 2
     captured = capfd.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and told in captured.err
 
@@ -177,7 +177,7 @@ def test_only_the_first_process_tells(monkeypatch, capfd):
         with monkeypatch.context() as patch:
             patch.delenv("RANK", raising=False)
             patch.setenv(name, value)
-            assert main(["nowhere.yaml", "--stage", "x"], never, SCRIPT) == 2
+            assert main(["nowhere.yaml", "--stage", "x"], never) == 2
     assert capfd.readouterr().err == ""
 
 
@@ -187,7 +187,7 @@ def test_a_node_tells_what_is_wrong_with_its_own_variables(monkeypatch, capfd):
         monkeypatch.delenv(name, raising=False)
     for name, value in (("NNODES", "2"), ("NODE_RANK", "2"), ("MASTER_ADDR", "node0")):
         monkeypatch.setenv(name, value)
-    assert main(["nowhere.yaml"], never, SCRIPT) == 2
+    assert main(["nowhere.yaml"], never) == 2
     assert capfd.readouterr().err == "error: NODE_RANK=2 is not below NNODES=2; nodes count from 0\n"
 
 
@@ -242,5 +242,5 @@ def test_nodes_that_cannot_meet_are_one_line_in_time(tmp_path):
 def test_flags_that_only_look_start_nothing(monkeypatch):
     """--dry-run, --help and --print-default-config after -- are the training's own, in this very process."""
     seen = []
-    code = main(["run.yaml", "--", "--dry-run", "--world-size", "64"], lambda argv: seen.append(argv) or 0, SCRIPT)
+    code = main(["run.yaml", "--", "--dry-run", "--world-size", "64"], lambda argv: seen.append(argv) or 0)
     assert code == 0 and seen == [["--config", "run.yaml", "--dry-run", "--world-size", "64"]]

@@ -23,7 +23,7 @@ PER_RANK = STEP | {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11", "SLURM_LO
 def test_alone_is_one_node_with_a_port_of_its_own():
     place = find_place({})
     assert place == Torchrun(1, 0, None, None, None)
-    words = place.command("python", 4, "job.sh", ["run.yaml", "--stage", "prune"], logs=None)
+    words = place.command("python", 4, ["job.sh", "run.yaml", "--stage", "prune"], logs=None)
     assert "--standalone" in words and "--nproc-per-node=4" in words
     assert words[-4:] == ["job.sh", "run.yaml", "--stage", "prune"]
 
@@ -94,7 +94,7 @@ def test_several_nodes_from_the_usual_variables():
     usual = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "gpu0", "NPROC_PER_NODE": "8"}
     assert find_place(usual) == Torchrun(8, 3, 8, "gpu0", 29500)
     place = find_place(usual | {"MASTER_PORT": "1234"})
-    words = place.command("python", 8, "job.sh", [], logs="logs")
+    words = place.command("python", 8, ["job.sh"], logs="logs")
     assert {"--nnodes=8", "--node-rank=3", "--master-addr=gpu0", "--master-port=1234", "--log-dir=logs"} <= set(words)
 
 

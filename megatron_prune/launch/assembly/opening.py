@@ -140,8 +140,6 @@ def _check_context(config: Config, architecture: Architecture) -> None:
 
 def _check_target(config: Config, architecture: Architecture) -> None:
     pruning, target = config.pruning, config.pruning.target_params
-    if pruning.replay is not None:
-        raise UserError("pruning.replay (--prune-replay): replaying a recorded history is not built yet; leave it null")
     if target is None:
         return
     find_criterion(pruning.metric)

@@ -1,4 +1,4 @@
-"""The stages after training, as command lines of the tools; each runs in a process of its own.
+"""The stages after training, as commands of this package; each runs in a process of its own.
 
 export      checkpoint -> Hugging Face folder
 evaluate    source and exported model side by side, on what the configuration names or the run's own validation data
@@ -19,8 +19,10 @@ from pathlib import Path
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.launch.jobs.stages import EVALUATION, EXPORTED
+from megatron_prune.runtime.places import search_path
 
 NO_HARNESS = "lm-eval is not installed (megatron-prune[eval]), which evaluation.eval_tasks needs"
+_PROGRAM = (sys.executable, "-m", "megatron_prune")
 _OF_RANKS = (
     "RANK",
     "WORLD_SIZE",
@@ -46,14 +48,14 @@ class Job:
     left_out: str | None = None
 
 
-def export(config: Config, tools: Path) -> Job:
+def export(config: Config) -> Job:
     """SAVE's newest checkpoint to SAVE/hf."""
     save = str(config.checkpoint.save)
     words = ("--load", save, "--save", str(Path(save) / EXPORTED), "--overwrite")
-    return Job((sys.executable, str(tools / "convert_to_hf.py"), *words))
+    return Job((*_PROGRAM, "convert-to-hf", *words))
 
 
-def evaluate(config: Config, tools: Path) -> Job:
+def evaluate(config: Config) -> Job:
     """Source and exported model on data and tasks; without lm-eval on the data alone."""
     evaluation, save = config.evaluation, Path(str(config.checkpoint.save))
     wanted = _data_words(config)
@@ -69,7 +71,7 @@ def evaluate(config: Config, tools: Path) -> Job:
     if config.data.tokenizer_model:
         wanted += ["--tokenizer-model", config.data.tokenizer_model]
     models = [str(path) for path in (_source(config), save / EXPORTED) if path is not None]
-    command = (sys.executable, str(tools / "evaluate.py"), "--hf-model", *models, *wanted)
+    command = (*_PROGRAM, "evaluate", "--hf-model", *models, *wanted)
     return Job((*command, "--output-dir", str(save / EVALUATION)), left_out)
 
 
@@ -95,12 +97,13 @@ def check(config: Config) -> str | None:
                 field = "eval_" + flag[2:].replace("-", "_")
                 text = text.replace(flag, f"evaluation.{field} (--{field.replace('_', '-')})")
             raise UserError(text) from error
-    return evaluate(config, Path()).left_out
+    return evaluate(config).left_out
 
 
 def run(words: Sequence[str]) -> int:
     """Exit status of a command, started outside of this process's group of ranks."""
     environment = {k: v for k, v in os.environ.items() if k not in _OF_RANKS and not k.startswith("TORCHELASTIC")}
+    environment["PYTHONPATH"] = search_path(environment)
     process = subprocess.Popen(words, env=environment)
     try:
         return process.wait()

@@ -1,12 +1,11 @@
-"""A job as users start it: `SCRIPT CONFIG [--stage NAME] [-- training flags]`, in whichever way it was launched.
+"""A job as users start it: `megatron-prune launch CONFIG [--stage NAMES] [-- training flags]`, however it was launched.
 
-    Request   the command line
     main      be what `places.find_place` says: start torchrun on this node, or be a rank
     _Rank     agree with the others, train, then (rank 0) export and evaluate
 
 All ranks compare configuration and code before anything is built (`agreement`), rank 0 alone decides what is left to
-do (`stages`) and keeps SAVE/launch_status.json. Training is `megatron_prune.pretrain`; the stages after it are the
-tools, each in a process of its own, while the other ranks have left.
+do (`stages`) and keeps SAVE/launch_status.json. Training is `megatron_prune.pretrain`; the stages after it are
+commands, each in a process of its own, while the other ranks have left.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,31 +27,21 @@ from typing import Any
 from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.checkpoint.lease import acquire, live_owner
 from megatron_prune.checkpoint.record import FINISHED, PREEMPTED, STOPPED, Progress, clear_status, read_status
-from megatron_prune.config import Config, dump, load_config
+from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
 from megatron_prune.launch.assembly.watch import Watch, announce, launchers
 from megatron_prune.launch.jobs import after, stages
+from megatron_prune.launch.jobs.request import LINE, Request
 from megatron_prune.launch.jobs.stages import Ledger, Plan, make_plan
 from megatron_prune.launch.jobs.supervisor import supervise
 from megatron_prune.runtime.agreement import consult, own_facts
-from megatron_prune.runtime.places import Rank, Torchrun, find_place, rank_settings, speaks
+from megatron_prune.runtime.places import Rank, Torchrun, find_place, rank_settings, search_path, speaks
 from megatron_prune.runtime.rendezvous import NotMetError, check_port
 from megatron_prune.runtime.signals import STOP_SIGNALS, heeded_signals
 
 logger = logging.getLogger(__name__)
 
-USAGE = """\
-usage: pretrain_efficientllm.sh CONFIG [--stage prune|continue|export|evaluate|all[,...]] [-- training flags]
-
-Runs the stages that are not done yet; the same command goes on where a job stopped. Start it by torchrun, by bash
-(which starts torchrun; NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE), or by srun with one task per node
-(NPROC_PER_NODE set) or one per rank. Training flags are those of `python -m megatron_prune.pretrain --help`.
-
-  --stage NAMES      what to run, separated by commas (all)
-  --should-requeue   start nothing; exit 0 if the job was told to leave before these stages were done, else 1
-
-LOG_DIR: folder for one log file per rank. GRACE_SECONDS (240): time to save after SIGTERM or SIGUSR1.
-"""
+PROGRAM = ("-m", "megatron_prune", "launch")  # what torchrun starts for each rank
 _NO_RUN = {"--dry-run", "--help", "-h", "--print-default-config"}  # training flags that start nothing
 
 Train = Callable[[list[str]], int]
@@ -75,65 +63,11 @@ class NodeError(UserError):
     """A node's own variables are wrong: it says so itself, since it cannot meet the others."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command line.
-
-    Args:
-        stages: in order. flags: for the training. words: the command line itself, to hand on.
-    """
-
-    config_file: str
-    stages: tuple[str, ...]
-    flags: tuple[str, ...]
-    words: tuple[str, ...]
-    asks_requeue: bool = False
-
-    @classmethod
-    def parse(cls, argv: Sequence[str]) -> Request:
-        """Read the command line. Raises UserError for what is wrong with it."""
-        own, flags = list(argv), list[str]()
-        if "--" in own:
-            cut = own.index("--")
-            own, flags = own[:cut], own[cut + 1 :]
-        files, text, asks = [], stages.ALL, False
-        while own:
-            word = own.pop(0)
-            name, equals, value = word.partition("=")
-            if name == "--stage":
-                if not equals and not own:
-                    raise UserError("--stage needs a value: one of " + ", ".join((*stages.STAGES, stages.ALL)))
-                text = value if equals else own.pop(0)
-            elif word == "--should-requeue":
-                asks = True
-            elif word.startswith("-"):
-                raise UserError(f"unknown option {word}; flags of the training go after --, as in CONFIG -- {word} ...")
-            else:
-                files.append(word)
-        if len(files) != 1:
-            given = "no configuration is given" if not files else f"one configuration, please, not {len(files)}"
-            raise UserError(f"{given}: pretrain_efficientllm.sh CONFIG [--stage NAME] [-- training flags]")
-        words = tuple(word for word in argv if word != "--should-requeue")
-        return cls(files[0], stages.parse_stages(text), tuple(flags), words, asks)
-
-    def training_arguments(self, more: Sequence[str] = ()) -> list[str]:
-        """The training's command line; `more` wins over the user's own flags."""
-        return ["--config", self.config_file, *self.flags, *more]
-
-    def read(self) -> Config:
-        """The effective configuration. Raises UserError."""
-        config = load_config(self.training_arguments())
-        if config.checkpoint.save is None:
-            raise UserError("checkpoint.save (--save) is not set: stages need a folder to keep their results in")
-        return config
-
-
-def main(argv: Sequence[str], train: Train, script: Path) -> int:
+def main(argv: Sequence[str], train: Train) -> int:
     """Run a job, or this process's part of it.
 
     Args:
         train: runs a training from its command line in this process and returns the exit status.
-        script: what torchrun starts for each rank; its grandparent folder holds `tools`.
 
     Returns:
         Exit status: 0 done, or told to leave and saved; 2 a mistake of the user; else a failure.
@@ -142,13 +76,13 @@ def main(argv: Sequence[str], train: Train, script: Path) -> int:
     is_speaker = speaks(os.environ)
     logging.getLogger("megatron_prune").setLevel(logging.INFO if is_speaker else logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")
-    if set(argv[: list(argv).index("--")] if "--" in argv else argv) & {"--help", "-h"}:
-        sys.stdout.write(USAGE if is_speaker else "")
-        return 0
     for number in heeded_signals():
         signal.signal(number, _leave)
     try:
         request = Request.parse(argv)
+        if request is None:
+            sys.stdout.write(LINE.help_text() if is_speaker else "")
+            return 0
         if request.asks_requeue:  # asked outside of the job's container, maybe
             return _should_requeue(request)
         missing = [name for name in ("torch", "megatron.core") if not _is_installed(name)]
@@ -158,9 +92,9 @@ def main(argv: Sequence[str], train: Train, script: Path) -> int:
             return train(request.training_arguments())
         place = _own_place()
         if isinstance(place, Torchrun):
-            return _node(request, place, script)
+            return _node(request, place)
         os.environ.update(place.environment)
-        return _Rank(request, place.rank, place.world_size, train, script.resolve().parents[1]).run()
+        return _Rank(request, place.rank, place.world_size, train).run()
     except UserError as error:
         if is_speaker or isinstance(error, (NodeError, NotMetError)):
             sys.stderr.write(f"error: {error}\n")
@@ -202,7 +136,7 @@ def _should_requeue(request: Request) -> int:
 # A node ---------------------------------------------------------------------------------------------------------------
 
 
-def _node(request: Request, place: Torchrun, script: Path) -> int:
+def _node(request: Request, place: Torchrun) -> int:
     """Start torchrun and see it through."""
     if place.nnodes == 1:
         request.read()  # a mistake in it is told before anything starts; with several nodes their ranks agree on it
@@ -212,13 +146,13 @@ def _node(request: Request, place: Torchrun, script: Path) -> int:
     # torchrun would take the PET_ variables for flags, beside those it gets.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(script.parents[1]), environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = search_path(environment)
     environment.update(announce(environment))  # ranks end when this process is gone
     logs = environment.get("LOG_DIR")
     if logs is not None:
         logs = str(Path(logs) / f"node-{place.node_rank}")
         Path(logs).mkdir(parents=True, exist_ok=True)
-    command = place.command(sys.executable, nproc, str(script), list(request.words), logs, _patience(request))
+    command = place.command(sys.executable, nproc, [*PROGRAM, *request.words], logs, _patience(request))
     if logs is not None and place.node_rank:
         command.remove("--tee=0:3")
     before = _written(request)
@@ -268,8 +202,8 @@ def _visible_gpus(environ: Mapping[str, str]) -> int:
 class _Rank:
     """One rank of a job."""
 
-    def __init__(self, request: Request, rank: int, world_size: int, train: Train, root: Path) -> None:
-        self.request, self.rank, self.world_size, self.train, self.root = request, rank, world_size, train, root
+    def __init__(self, request: Request, rank: int, world_size: int, train: Train) -> None:
+        self.request, self.rank, self.world_size, self.train = request, rank, world_size, train
         self.ledger = Ledger()
         self._held, self._holds = contextlib.ExitStack(), False  # the lease of `save`, on rank 0
         self.has_trained = False  # or had nothing left to train
@@ -380,12 +314,12 @@ class _Rank:
         iteration = Progress.read(self.save).iteration
         assert iteration is not None
         for stage in todo:
-            job = (after.export if stage == stages.EXPORT else after.evaluate)(self.config, self.root / "tools")
+            job = (after.export if stage == stages.EXPORT else after.evaluate)(self.config)
             if job.words:
                 logger.info("stage %s: iteration %d", stage, iteration)
                 code = after.run(job.words)
                 if code != 0:
-                    sys.stderr.write(f"error: stage {stage}: {Path(job.words[1]).name} ended with status {code}\n")
+                    sys.stderr.write(f"error: stage {stage}: megatron-prune {job.words[3]} ended with status {code}\n")
                     self._note(stages.FAILED)
                     return code if code > 0 else 1
             if job.left_out is None:

@@ -39,6 +39,8 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.runtime import places
+
 ROOT = Path(__file__).resolve().parents[3]  # of the repository, where the package lies in one
 PRELOADED = ("megatron_prune.testing.helpers.warm",)
 PRELOADED_IF_USED = ("pytest", "hypothesis")  # a rank imports the test module, and with it these
@@ -142,7 +144,7 @@ def watch_ranks(
 
 def search_path() -> str:
     """PYTHONPATH for processes that are to run this package: where it lies, then what is set."""
-    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return places.search_path(os.environ)
 
 
 def free_port() -> int:
