@@ -62,7 +62,7 @@ def test_what_others_wrote_is_named(tmp_path):
         (megatrons / name).touch()
     (tmp_path / files.LATEST).write_text("5")
     for path in (tmp_path, megatrons):
-        with pytest.raises(UserError, match=r"iter_0000005: not a checkpoint of .*convert_from_megatron\.py"):
+        with pytest.raises(UserError, match=r"iter_0000005: not a checkpoint of .*convert-from-megatron"):
             resolve(path)
 
 
