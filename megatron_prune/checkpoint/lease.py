@@ -9,8 +9,11 @@
     refuse_others   last look before a folder is cleared or a checkpoint published
 
 A file is made under a name of its own and then linked to the next number, which fails where there is one: of any number
-of starters one wins. It then looks again, and steps back if somebody else has come meanwhile; who took over removes the
-dead owner's file. So a file's owner holds DIR as long as that file is there, and nobody ever removes a live one's.
+of starters one wins. It then looks again, and steps back unless every other file is a dead owner's: of two that link,
+the later sees the earlier. Files are judged anew at that second look, never by the names seen at the first: numbers
+begin again once a folder was given back, and a starter that stood still between its looks would take a live owner's
+file for the dead one's that had this name before. Only who has won removes dead owners' files. So a file's owner holds
+DIR as long as that file is there, and nobody ever removes a live one's.
 
 Dead is: no process of that pid and start on the same machine (at once); the same Slurm job, started again since (at
 once); else no heartbeat for `EXPIRY` seconds, by the file server's clock alone.
@@ -59,25 +62,29 @@ class Process:
     @classmethod
     def find(cls, pid: int) -> Process:
         """The process that has this pid now."""
-        return cls(pid, _start(pid))
+        try:
+            return cls(pid, _start(pid))
+        except OSError:
+            return cls(pid, None)
 
     def is_running(self) -> bool:
         """Whether it still is there, itself and not one that was given its number later; a zombie is not."""
+        is_ours = True
         try:
             os.kill(self.pid, 0)
         except (ProcessLookupError, OverflowError):  # the latter: no system has that many
             return False
-        except PermissionError:  # it is somebody else's
-            pass
-        return self.start is None or _start(self.pid) == self.start
+        except PermissionError:
+            is_ours = False
+        try:
+            return self.start is None or _start(self.pid) == self.start
+        except OSError:  # /proc may hide somebody else's (hidepid), or this process may open no more files
+            return not is_ours or Path(f"/proc/{self.pid}").exists()
 
 
 def _start(pid: int) -> int | None:
-    """Start of a process from /proc; None when it is gone, a zombie, or there is no /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
+    """Start of a process from /proc; None when it is a zombie. Raises OSError: it is gone, or /proc does not say."""
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 

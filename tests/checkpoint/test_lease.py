@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
+import threading
 import time
 
 import pytest
@@ -110,6 +112,21 @@ def test_who_is_dead(theirs, mine, age, dies):
     assert death(owner(**theirs), owner(**mine), age) == dies
 
 
+def test_a_process_that_proc_does_not_show_is_no_dead_one(monkeypatch):
+    """Where /proc hides what others run (hidepid), and where this process may open no more files."""
+    mine = Process.find(os.getpid())
+
+    def unseen(pid):
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(lease, "_start", unseen)
+    assert mine.is_running(), "its folder in /proc is there"
+    monkeypatch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    assert Process(2**22 + 1, 5).is_running(), "somebody else's"
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    assert not Process(2**22 + 1, 5).is_running(), "ended just now"
+
+
 def test_an_owner_elsewhere_is_waited_out_by_its_heartbeat(tmp_path):
     write(tmp_path, owner(machine=AWAY, host="node7", pid=4, job="31"), age=30)
     with pytest.raises(
@@ -198,6 +215,112 @@ def test_a_newer_iteration_is_not_replaced_by_an_older_one_unless_told_to(tmp_pa
     assert (tmp_path / files.LATEST).read_text() == "11\n" and files.steps(tmp_path) == [11]
     save(4, goes_back=True)
     assert (tmp_path / files.LATEST).read_text() == "4\n"
+
+
+class Ended(BaseException):
+    """An actor is killed, or the play is over."""
+
+
+class Interleaving:
+    """Three starters in one process, of which one at a time does one line of lease.py; which one is drawn, and one of
+    them often stands still for long. They take the folder, hold it, are killed at any line, or give it back.
+    """
+
+    def __init__(self, seed, folder, monkeypatch):
+        self.random, self.folder, self.over, self.two_at_once = random.Random(seed), folder, False, False
+        self.turn, self.back = [threading.Semaphore(0) for _ in range(3)], threading.Semaphore(0)
+        self.here, self.dead, self.holders, self.turns, self.tokens = threading.local(), set(), set(), 0, 0
+        real = Owner.of_this_process({})
+        monkeypatch.setattr(
+            Owner,
+            "of_this_process",
+            lambda *_: dataclasses.replace(real, token=str(self.here.token), pid=self.here.token),
+        )
+        monkeypatch.setattr(
+            lease, "death", lambda found, *_: "killed" if found is not None and found.pid in self.dead else None
+        )
+        monkeypatch.setattr(lease.time, "sleep", lambda _: None)
+
+    def line(self):
+        """Let the others go on."""
+        self.back.release()
+        self.turn[self.here.number].acquire()
+        if self.over:
+            raise Ended
+
+    def trace(self, frame, event, _):
+        if frame.f_code.co_filename != lease.__file__:
+            return None
+        if event == "line":
+            if self.here.may_die and self.random.random() < 0.004:
+                self.here.may_die = False  # what runs in a `finally` is no more than a kill leaves behind
+                raise Ended
+            self.line()
+        return self.trace
+
+    def traced(self, function, *args):
+        sys.settrace(self.trace)
+        try:
+            return function(*args)
+        finally:
+            sys.settrace(None)
+
+    def actor(self, number):
+        self.here.number = number
+        self.turn[number].acquire()
+        while not self.over:
+            self.tokens += 1
+            self.here.token, self.here.may_die = self.tokens, True
+            try:
+                mine = self.traced(acquire, self.folder)
+                self.holders.add(number)
+                self.turns += 1
+                self.two_at_once |= self.holders != {number}
+                for _ in range(self.random.randrange(80)):
+                    self.line()
+                self.holders.discard(number)
+                if self.random.random() < 0.4:
+                    raise Ended
+                self.traced(mine.release)
+            except UserError:
+                continue
+            except Ended:
+                self.holders.discard(number)
+                self.dead.add(self.here.token)
+        self.back.release()
+
+    def play(self, lines=3000):
+        actors = [threading.Thread(target=self.actor, args=(number,), daemon=True) for number in range(3)]
+        for actor in actors:
+            actor.start()
+        now = asleep = 0
+        for _ in range(lines):
+            if self.random.random() < 0.003:
+                asleep = self.random.randrange(3)
+            if now == asleep or self.random.random() < 0.03:
+                now = self.random.choice([number for number in range(3) if number != asleep])
+            self.turn[now].release()
+            self.back.acquire()
+            if self.two_at_once or not actors[now].is_alive():
+                break
+        self.over = True
+        for turn, actor in zip(self.turn, actors, strict=True):
+            while actor.is_alive():
+                turn.release()
+                actor.join(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files of actors that were killed
+@pytest.mark.parametrize("first", [0, *(pytest.param(10 * n, marks=pytest.mark.full) for n in range(1, 60))])
+def test_never_two_at_once_in_any_order_of_lines(tmp_path, monkeypatch, first):
+    turns = 0
+    for seed in range(first, first + 10):
+        with monkeypatch.context() as patch:
+            play = Interleaving(seed, tmp_path / str(seed), patch)
+            play.play()
+        assert not play.two_at_once, f"seed {seed}"
+        turns += play.turns
+    assert turns > 20
 
 
 def scramble(directory, seed, end):
