@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_prune.checkpoint.files import LATEST, latest_number, step_name
+from megatron_prune.checkpoint.files import LATEST, iteration_of, latest_number, step_name
 from megatron_prune.checkpoint.guarded_reader import load_plain, read_metadata
 from megatron_prune.checkpoint.storage import irregular, read_into
 from megatron_prune.errors import UserError
@@ -101,8 +101,7 @@ class MegatronCheckpoint:
     @property
     def iteration(self) -> int:
         """As the folder's name says, else 0."""
-        found = re.search(r"iter_(\d+)$", self.path.name)
-        return int(found[1]) if found else 0
+        return iteration_of(self.path) or 0
 
     # The shape -------------------------------------------------------------------------------------------------------
 

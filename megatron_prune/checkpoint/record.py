@@ -138,6 +138,14 @@ def one_of(*words: str) -> FieldType:
     return FieldType(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
 
 
+def table_with(**fields: FieldType) -> FieldType:
+    """A table that holds these, and maybe others."""
+    return FieldType(
+        f"a table with {', '.join(fields)}",
+        lambda value: isinstance(value, dict) and all(kind.fits(value.get(name)) for name, kind in fields.items()),
+    )
+
+
 COUNT = FieldType("a whole number", lambda value: type(value) is int and 0 <= value < 1 << 62)
 NUMBER = FieldType("a number", lambda value: type(value) in (int, float) and -1e300 < value < 1e300)
 TEXT, LIST, TABLE = _instance(str, "text"), _instance(list, "a list"), _instance(dict, "a table")
@@ -146,14 +154,6 @@ TABLE_OF_TABLES = FieldType("a table of tables", lambda value: TABLE.fits(value)
 _TRIPLES = FieldType(
     "lists of three", lambda value: LIST.fits(value) and all(LIST.fits(v) and len(v) == 3 for v in value)
 )
-_SHUFFLE = FieldType(
-    "a table with samples, epochs and digest",
-    lambda value: (
-        TABLE.fits(value)
-        and all(kind.fits(value.get(name)) for name, kind in (("samples", COUNT), ("epochs", LIST), ("digest", TEXT)))
-    ),
-)
-
 STATE_FIELDS = {
     # How far it is.
     "phase": one_of(PRUNING, CONTINUED),
@@ -164,7 +164,7 @@ STATE_FIELDS = {
     "data_tokenizers": _TRIPLES,
     "source": TABLE,
     "data_order": TABLE,
-    "data_shuffle": _SHUFFLE,
+    "data_shuffle": table_with(samples=COUNT, epochs=LIST, digest=TEXT),
     # What came of it.
     "history": TABLES,
     "stages": TABLE_OF_TABLES,

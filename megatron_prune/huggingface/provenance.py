@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from megatron_prune.errors import UserError, first_line
 from megatron_prune.huggingface.config import read_source
 from megatron_prune.huggingface.model_card import CardFacts
 from megatron_prune.huggingface.shards import DTYPES
@@ -89,8 +90,11 @@ def dtypes_of(meta: Mapping[str, Any], stored: str) -> tuple[str, dict[str, str]
 
 
 def config_of(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's configuration as plain mappings; an older version's is read as well."""
-    content = yaml.safe_load(meta.get("config") or "{}")
+    """The run's configuration as plain mappings; an older version's is read as well. Raises UserError."""
+    try:
+        content = yaml.safe_load(meta.get("config") or "{}")
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"config of the checkpoint's run: no YAML ({first_line(error)})") from error
     return content if isinstance(content, dict) else {}
 
 

@@ -12,6 +12,7 @@ from megatron_prune.checkpoint.plain import pack
 from megatron_prune.checkpoint.record import Facts, Progress, RunRecord, record_files
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
+from megatron_prune.huggingface.provenance import config_of
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.saliency.scores import UnitScores
@@ -89,7 +90,7 @@ def test_weights_to_start_from_are_no_run(tmp_path):
         ({"consumed_samples": "many"}, "consumed_samples: expected a whole number, found 'many'"),
         ({"config": {"training": {}}}, "config: expected text"),
         ({"source": [1]}, "source: expected a table"),
-        ({"data_shuffle": {"samples": 9}}, "data_shuffle: expected a table with samples, epochs and digest"),
+        ({"data_shuffle": {"samples": 9}}, "data_shuffle: expected a table with samples, epochs, digest"),
         ({"data_tokenizers": [["sp", "0"]]}, "data_tokenizers: expected lists of three"),
         ({"history": [3]}, "history: expected a list of tables"),
         ({"stages": {"source": 1.5}}, "stages: expected a table of tables"),
@@ -109,6 +110,12 @@ def test_what_is_no_record_of_a_run_is_one_line(tmp_path):
         path = saved(tmp_path / str(number), 5, {}, common=common)
         with pytest.raises(UserError, match=f"^{path / 'common.pt'}: "):
             RunRecord.read(tmp_path / str(number))
+
+
+@pytest.mark.parametrize("text", ["training: [", "\0", "[" * 5000])
+def test_a_configuration_that_is_no_yaml_is_one_line(text):
+    with pytest.raises(UserError, match="^config of the checkpoint's run: no YAML"):
+        config_of({"config": text})
 
 
 # The run's own state --------------------------------------------------------------------------------------------------
