@@ -33,6 +33,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_prune.model.kinds import find_kind
+
 SEQUENCE, CALIBRATION, HELD_OUT, FFN_SAMPLE = 256, 64, 64, 32
 TARGET_SHARE, STEPS, BATCH = 0.5, 600, 8
 KINDS = {
@@ -84,7 +86,7 @@ class Changes:
 
 def true_changes(model: Any, losses: Callable[[], tuple[float, float]]) -> Changes:
     """Remove one unit at a time, measure, put it back."""
-    a = model.layout.architecture
+    a = model.architecture
     base, changes, random = losses(), Changes(), np.random.default_rng(0)
     jobs = [("head", layer, unit) for layer in range(a.shape.num_layers) for unit in range(a.num_attention_heads)]
     for layer in range(a.shape.num_layers):
@@ -104,14 +106,16 @@ def true_changes(model: Any, losses: Callable[[], tuple[float, float]]) -> Chang
 @contextlib.contextmanager
 def removed(model: Any, kind: str, layer: int, unit: int) -> Iterator[None]:
     """Without one unit: a head or channel loses its output weights, which is all it does; a stem channel is retired."""
-    from megatron_prune.model.architecture import STEM, Group
+    from megatron_prune.model.architecture import Group
     from megatron_prune.model.llama import bind_layout
-    from megatron_prune.resharding.retire import retire
+    from megatron_prune.resharding.retire import zero_units
 
     parameters = dict(model.module.named_parameters())
     before, layout = {name: p.data.clone() for name, p in parameters.items()}, model.layout
-    if kind == STEM:
-        retire(model, Group(STEM, ((int(layout.architecture.stem[unit]),),)))
+    if kind == "stem":
+        group = Group.of(kind, ((unit,),))
+        zero_units(model, group, layout)
+        bind_layout(model.module, layout.without(group), model.mesh)
     else:
         which = "self_attention.linear_proj" if kind == "head" else "mlp.linear_fc2"
         width = layout.architecture.shape.kv_channels if kind == "head" else 1
@@ -119,7 +123,6 @@ def removed(model: Any, kind: str, layer: int, unit: int) -> Iterator[None]:
     yield
     for name, parameter in parameters.items():
         parameter.data.copy_(before[name])
-    model.layout = layout
     bind_layout(model.module, layout, model.mesh)
 
 
@@ -138,9 +141,7 @@ def correlations(scores: Any, changes: Changes, truth: Sequence[float]) -> dict[
     """Spearman's correlation per kind; `... within` is the mean over layers of each layer's own."""
     true, kinds = np.array(truth), np.array([kind for kind, _, _ in changes.units])
     layers = np.array([layer for _, layer, _ in changes.units])
-    values = np.array(
-        [scores.stem[u] if k == "stem" else getattr(scores, k)[layer][u] for k, layer, u in changes.units]
-    )
+    values = np.array([scores.of(find_kind(kind), layer)[unit] for kind, layer, unit in changes.units])
     found = {kind: spearman(values[kinds == kind], true[kinds == kind]) for kind in ("head", "ffn", "stem")}
     for kind in ("head", "ffn"):
         masks = [(kinds == kind) & (layers == layer) for layer in np.unique(layers[kinds == kind])]
@@ -158,7 +159,8 @@ def all_scores(config: Any, run: Any, names: Sequence[str]) -> dict[str, Any]:
     scores = {name: usual.unit_scores(name) for name in (FIRST, SECOND, BOTH)}
     scores[BOTH + PER_TOKEN] = token.unit_scores(BOTH)
     first = scores[FIRST]
-    scores[ABSOLUTE] = UnitScores(first.architecture, *(np.abs(a) for a in (first.head, first.ffn, first.stem)))
+    absolute = {kind: tuple(np.abs(values) for values in sites) for kind, sites in first.values.items()}
+    scores[ABSOLUTE] = UnitScores(first.architecture, absolute)
     scores |= {f"`{name}`": usual.unit_scores(name) for name in names if name != "random"}
     return scores | {f"`taylor_mix`{PER_TOKEN}": token.unit_scores("taylor_mix")}
 
@@ -211,7 +213,7 @@ def draw(units: Any, changes: Changes, found: Any, output: Path) -> None:
         predicted = []
         mine = [(u, c) for u, c in zip(changes.units, changes.scored) if u[0] == kind]
         for (_, layer, unit), _ in mine:
-            predicted.append(units.stem[unit] if kind == "stem" else getattr(units, kind)[layer][unit])
+            predicted.append(units.of(find_kind(kind), layer)[unit])
         axes.scatter(predicted, [c for _, c in mine], s=6, c=[u[1] for u, _ in mine], cmap="viridis")
         axes.set_title(f"{KINDS[kind]}: rank correlation {found[BOTH][kind]:.2f}", fontsize=9)
         axes.set(xlabel="predicted loss change", ylabel="true loss change")
@@ -260,15 +262,14 @@ def pruned_losses(config: Any, names: Sequence[str], output: Path) -> tuple[list
                     pruning=dataclasses.replace(config.pruning, **changes),
                     checkpoint=dataclasses.replace(config.checkpoint, save=str(output / folder)),
                 )
-                changed = check_pruning(one_shot_config(changed, None, every), 1)
+                changed = check_pruning(one_shot_config(changed, None), 1)
                 with opened(changed) as run:
-                    prune_and_save(changed, run, lambda _: None)
+                    prune_and_save(changed, run, lambda _: None, every)
             results.append((json.loads((output / folder / "summary.json").read_text())["stages"]["pruned"], folder))
         losses = [stage["validation_loss"] for stage, _ in results]
         best[title] = min(zip(losses, (folder for _, folder in results)))
         widths = " and ".join(
-            f"{stage['num_attention_heads']} / {stage['ffn_hidden_size']} / {stage['hidden_size']}"
-            for stage, _ in results
+            " / ".join(str(stage["widths"][kind]) for kind in ("head", "ffn", "stem")) for stage, _ in results
         )
         lines.append(f"| {title} | {losses[0]:.3f} | {losses[1]:.3f} | {widths} |")
     return lines, min(found for title, found in best.items() if title != "`random`")[1]

@@ -4,11 +4,11 @@ The rooms, in the order in which data flows (none imports a later one):
 
     config       what to run: frozen dataclasses, strict YAML, Megatron's flag names
     runtime      the device and the process groups: CUDA/NCCL or CPU/gloo
-    model        what can shrink: Architecture, ShardLayout, param_axes (THE table), layers
+    model        what can shrink: kinds of units, Architecture, ShardLayout, the table of parameters, layers
     optimizer    megatron-core's DDP and optimizer, and a view of what each rank owns
+    resharding   the live model: groups retire and shards are compacted on every rank
     saliency     what a unit costs: criteria, Fisher, group scores, sharded reducer
-    pruning      which group, when: selector, schedule, history
-    resharding   apply it everywhere: retire, compact, coordinator
+    pruning      which group, when: kinds of groups, selector, schedule, history
     data         tokenizers, preprocessing, blends
     checkpoint   live units only, loadable on any layout
     training     the loop

@@ -37,19 +37,25 @@ def table(source: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[tuple[st
     rows: list[tuple[str, ...]] = [HEADINGS]
     for stage, label in STAGES.items():
         facts = pruned["stages"][stage]
+        heads, kv_heads, ffn, hidden = (_most(facts["widths"][kind]) for kind in ("head", "kv_head", "ffn", "stem"))
         rows.append(
             (
                 label,
                 f"{facts['parameters']:,}",
-                f"{facts['num_attention_heads']} ({facts['num_query_groups']})",
-                str(facts["ffn_hidden_size"]),
-                str(facts["hidden_size"]),
+                f"{heads} ({kv_heads})",
+                str(ffn),
+                str(hidden),
                 f"{source['consumed_tokens'] + facts['tokens']:,}",
                 f"{facts['validation_loss']:.3f}",
                 f"{facts['evaluation_tokens_per_second']:,.0f}",
             )
         )
     return rows
+
+
+def _most(width: int | list[int]) -> int:
+    """Of a width that is a list where layers differ."""
+    return max(width) if isinstance(width, list) else width
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -16,13 +16,13 @@ from megatron_prune.checkpoint.record import RunRecord
 from megatron_prune.checkpoint.rng import restore_rng
 from megatron_prune.checkpoint.tensors import load_moments, load_weights
 from megatron_prune.errors import UserError
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import Mesh, agree, broadcast_object
 
 
 @torch.no_grad()
 def load_checkpoint(
-    model: ShardedModel, directory: str | Path, step: int | None = None, *, load_optim: bool = True
+    model: LiveModel, directory: str | Path, step: int | None = None, *, load_optim: bool = True
 ) -> dict[str, Any]:
     """Load into `model`, which must have been built with the checkpoint's architecture (see `RunRecord`); collective.
 
@@ -41,7 +41,7 @@ def load_checkpoint(
             architecture.
     """
     record = verified_record(model.mesh, directory, step)
-    if record.architecture != model.layout.architecture:
+    if record.architecture != model.architecture:
         raise UserError(f"{record.path}: the model was built with another architecture than the one stored there")
     load_weights(model, record.path, record.facts)
     if load_optim:

@@ -30,7 +30,7 @@ from megatron_prune.checkpoint.files import LATEST, iteration_of, latest_number,
 from megatron_prune.checkpoint.guarded_reader import load_plain, read_metadata
 from megatron_prune.checkpoint.storage import irregular, read_into
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import LlamaShape
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import finite
 
 logger = logging.getLogger(__name__)

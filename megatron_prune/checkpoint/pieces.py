@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_prune.checkpoint.streams import Scratch
-from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.layout import EMPTY, ShardLayout
-from megatron_prune.model.param_axes import Dim, ParamAxes, expand, live_ids, slot_ids
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.table import EMPTY, Dim, Param, expand
 from megatron_prune.optimizer.owned import blocks
 
 
@@ -101,11 +100,11 @@ class _Axis:
     total: int
 
     @classmethod
-    def of(cls, dim: Dim, row: ParamAxes, layout: ShardLayout, rank: int) -> _Axis:
+    def of(cls, dim: Dim, row: Param, layout: ShardLayout, rank: int) -> _Axis:
         below = range(rank) if dim.is_sharded else ()
-        first = sum(int((slot_ids(dim, layout, row.layer, r) != EMPTY).sum()) for r in below) * dim.size
-        ids = expand(slot_ids(dim, layout, row.layer, rank), dim.size)
-        return cls(ids != EMPTY, first, _live_elements(dim, layout.architecture, row.layer))
+        first = sum(int((layout.slots(dim.kind, row.site, r) != EMPTY).sum()) for r in below) * dim.size
+        ids = expand(layout.slots(dim.kind, row.site, rank), dim.size)
+        return cls(ids != EMPTY, first, layout.architecture.width(dim.kind, row.site) * dim.size)
 
     def live(self, start: int, stop: int) -> tuple[np.ndarray, int]:
         """(live positions counted from `start`, canonical position of the first) of the stored range [start, stop)."""
@@ -115,11 +114,7 @@ class _Axis:
 _ONE_COLUMN = _Axis(np.ones(1, dtype=bool), 0, 1)  # a vector is a matrix of one column
 
 
-def _live_elements(dim: Dim, architecture: Architecture, layer: int) -> int:
-    return len(live_ids(dim, architecture, layer)) * dim.size
-
-
-def pieces(row: ParamAxes, layout: ShardLayout, rank: int, start: int, end: int) -> Iterator[Piece]:
+def pieces(row: Param, layout: ShardLayout, rank: int, start: int, end: int) -> Iterator[Piece]:
     """Cut the flat range [start, end) of parameter `row` on tensor-parallel `rank` into pieces.
 
     The range's own flat tensor has length end - start. Rectangles without a live element give no piece.

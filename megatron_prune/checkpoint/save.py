@@ -53,9 +53,8 @@ from megatron_prune.checkpoint.streams import Scratch
 from megatron_prune.checkpoint.tensors import facts_of, sources, weight_key
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.layout import Quanta, ShardLayout
-from megatron_prune.model.param_axes import ParamTable
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import Mesh, agree, broadcast_object
 
 logger = logging.getLogger(__name__)
@@ -209,7 +208,7 @@ class AsyncSaver:
 
 @torch.no_grad()
 def save_checkpoint(
-    model: ShardedModel,
+    model: LiveModel,
     directory: str | Path,
     iteration: int,
     state: dict[str, Any],
@@ -235,7 +234,7 @@ def save_checkpoint(
     """
     if saver is not None:
         saver.finalize(blocking=True)
-    model.force_param_sync()
+    model.synchronise()
     facts, rng = facts_of(model), agree(model.mesh, capture_rng())
     files = record_files(iteration, model.layout, facts, state, rng)
     parts = sources(model, facts)
@@ -269,7 +268,7 @@ def save_weights(
         CheckpointSaveError: on all ranks.
         UserError: on all ranks: another process writes into the folder.
     """
-    shapes = ParamTable.build(architecture.shape).hf_shapes(architecture)
+    shapes = architecture.table.hf_shapes(architecture)
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     writers = spread(sizes, mesh.world_size)
     parts = [
@@ -278,7 +277,7 @@ def save_weights(
         if writer == mesh.rank
     ]
     facts = Facts(str(dtype).removeprefix("torch."), (), 0, 1, 1, 1)
-    files = record_files(iteration, ShardLayout.pack(architecture, 1, Quanta()), facts, state, [])
+    files = record_files(iteration, ShardLayout.pack(architecture, 1, {}), facts, state, [])
     with hold(mesh, Path(directory), "--save"):
         save = _start(mesh, directory, iteration, parts, files, KEEP_ALL)
         save.write()

@@ -25,10 +25,9 @@ from torch import Tensor
 from megatron_prune.checkpoint.pieces import Piece, pieces, spread
 from megatron_prune.checkpoint.record import Facts
 from megatron_prune.checkpoint.storage import Source, irregular, read_into
-from megatron_prune.model.llama import named_rows
-from megatron_prune.model.param_axes import ParamAxes
-from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, adam_step, owned_shards, set_adam_step, set_moments
+from megatron_prune.model.table import Param
+from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, set_moments
+from megatron_prune.resharding.live import LiveModel
 
 MAIN = "main"
 
@@ -43,17 +42,17 @@ def optimizer_key(kind: str, hf_name: str) -> str:
     return f"optimizer/{kind}/{hf_name}"
 
 
-def facts_of(model: ShardedModel) -> Facts:
+def facts_of(model: LiveModel) -> Facts:
     """What `sources` of all ranks together will store (collective)."""
-    step, mesh = adam_step(model), model.mesh
+    step, mesh = model.adam_step(), model.mesh
     kinds = (*(MOMENTS if step else ()), *((MAIN,) if model.dtype != torch.float32 else ()))
     return Facts(str(model.dtype).removeprefix("torch."), kinds, step, mesh.tp_size, mesh.pp_size, mesh.dp_size)
 
 
-def sources(model: ShardedModel, facts: Facts) -> list[Source]:
-    """The rectangles that this rank writes. Model weights must be in step on all ranks (`force_param_sync`)."""
+def sources(model: LiveModel, facts: Facts) -> list[Source]:
+    """The rectangles that this rank writes. Model weights must be in step on all ranks (`synchronise`)."""
     layout, mesh = model.layout, model.mesh
-    rows = [entry for entry in named_rows(model.module, model.table) if not _is_copy(entry[0], entry[2], model)]
+    rows = [entry for entry in model.rows() if not _is_copy(entry[0], entry[2], model)]
     replicas = mesh.over("replicas")
     writers = spread([parameter.numel() for _, parameter, _ in rows], replicas.size)
     mine = {name for (name, _, _), writer in zip(rows, writers, strict=True) if writer == replicas.rank}
@@ -63,7 +62,7 @@ def sources(model: ShardedModel, facts: Facts) -> list[Source]:
             flat = parameter.data.view(-1)
             for piece in pieces(row, layout, mesh.tp_rank, 0, parameter.numel()):
                 found.append(_source(weight_key(piece.hf_name), piece, flat))
-    for shard in owned_shards(model):
+    for shard in model.owned():
         is_whole = not model.options.use_distributed_optimizer  # then all data-parallel ranks own the same
         if _is_copy(shard.name, shard.row, model) or (is_whole and shard.name not in mine):
             continue
@@ -78,12 +77,12 @@ def _source(key: str, piece: Piece, flat: Tensor) -> Source:
     return Source(key, piece.global_shape, piece.offset, piece.shape, flat.dtype, partial(piece.read, flat))
 
 
-def _is_copy(name: str, row: ParamAxes, model: ShardedModel) -> bool:
+def _is_copy(name: str, row: Param, model: LiveModel) -> bool:
     """True for what another rank of this model copy holds as well and saves."""
     return name != row.name or (not row.is_sharded and model.mesh.tp_rank != 0)
 
 
-def load_weights(model: ShardedModel, folder: Path, facts: Facts) -> None:
+def load_weights(model: LiveModel, folder: Path, facts: Facts) -> None:
     """Fill weights and main weights; empty slots become zero (collective).
 
     Precision is kept where there is some: an fp32 run's weights, and a bf16 run's main weights, are the stored main
@@ -92,26 +91,26 @@ def load_weights(model: ShardedModel, folder: Path, facts: Facts) -> None:
     best = partial(optimizer_key, MAIN) if MAIN in facts.optimizer else weight_key
     weights = best if model.dtype == torch.float32 else weight_key
     targets: list[_Target] = []
-    for _, parameter, row in named_rows(model.module, model.table):
+    for _, parameter, row in model.rows():
         flat = parameter.data.view(-1).zero_()
         targets.extend(_targets(model, row, 0, parameter.numel(), weights, flat))
     _fill(folder, targets)
     targets = []
-    for shard in owned_shards(model):
+    for shard in model.owned():
         if shard.has_separate_main:
             targets.extend(_targets(model, shard.row, shard.start, shard.end, best, shard.main.zero_()))
     if model.dtype != torch.float32:
         _fill(folder, targets)
 
 
-def load_moments(model: ShardedModel, folder: Path, facts: Facts) -> None:
+def load_moments(model: LiveModel, folder: Path, facts: Facts) -> None:
     """Fill Adam's moments and step (collective); one kind after the other, so that one is in host memory at a time."""
     for kind in MOMENTS:
         if kind not in facts.optimizer:
             continue
         flats: list[tuple[OwnedShard, Tensor]] = []
         targets: list[_Target] = []
-        for shard in owned_shards(model):
+        for shard in model.owned():
             flat = torch.zeros(shard.end - shard.start, dtype=torch.float32, device=shard.key.device)
             flats.append((shard, flat))
             key = partial(optimizer_key, kind)
@@ -119,7 +118,7 @@ def load_moments(model: ShardedModel, folder: Path, facts: Facts) -> None:
         _fill(folder, targets)
         for shard, flat in flats:
             set_moments(shard, {kind: flat})
-    set_adam_step(model, facts.adam_step)
+    model.set_adam_step(facts.adam_step)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class _Target:
 
 
 def _targets(
-    model: ShardedModel, row: ParamAxes, start: int, end: int, key: Callable[[str], str], flat: Tensor
+    model: LiveModel, row: Param, start: int, end: int, key: Callable[[str], str], flat: Tensor
 ) -> Iterator[_Target]:
     for piece in pieces(row, model.layout, model.mesh.tp_rank, start, end):
         yield _Target(key(piece.hf_name), piece, flat)

@@ -23,10 +23,11 @@ import torch
 
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
-from megatron_prune.model.layout import Quanta
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups import known_groups
 from megatron_prune.testing.benchmarks.costs import CostRow, Preset, measure, measure_memory, tied_shape
 from megatron_prune.testing.helpers.ranks import run_ranks
-from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.sharded import Case, rounded
 from megatron_prune.testing.helpers.stepped_run import Setup
 
 NOT_MEASURED = "not measured"
@@ -36,15 +37,26 @@ def cpu_presets(tiny: bool) -> list[Preset]:
     """Two gloo ranks. `tiny` is for the tool's own test: its fractions mean nothing."""
     shape = tied_shape(32, 48, 8, 2, 64, 16) if tiny else tied_shape(256, 1024, 16, 4, 2048, 512)
     counts = (2, 1) if tiny else (20, 3)
-    quanta = Quanta(1, 4, 4, 64)
+    quanta = rounded(ffn=4, stem=4, vocab=64)
     cases = {
         "TP 2": Case(tp=2, quanta=quanta),
         "DP 2, distributed optimizer": Case(dp=2, distributed_optimizer=True, quanta=quanta),
     }
     return [
-        Preset(title, Setup(shape, case, shape.max_position_embeddings, 1, 8), "cpu", (10, 6), *counts)
+        Preset(
+            title,
+            Setup(shape, case, shape.max_position_embeddings, 1, 8),
+            "cpu",
+            _thinned(shape, 6 if tiny else 10),
+            *counts,
+        )
         for title, case in cases.items()
     ]
+
+
+def _thinned(shape: LlamaShape, groups: int) -> dict[str, int]:
+    """So many groups of every kind that costs one pruning step."""
+    return {kind.name: groups for kind in known_groups() if kind.default_cost(shape) == 1}
 
 
 def gpu_presets(tiny: bool) -> list[Preset]:
@@ -53,9 +65,9 @@ def gpu_presets(tiny: bool) -> list[Preset]:
     counts = (3, 1) if tiny else (20, 5)
     presets = []
     for quantum in (1, 64, 128):
-        case = Case(bf16=True, distributed_optimizer=True, quanta=Quanta(1, quantum, quantum, 128))
+        case = Case(bf16=True, distributed_optimizer=True, quanta=rounded(ffn=quantum, stem=quantum))
         setup = Setup(shape, case, shape.max_position_embeddings, micro_batch_size=1, micro_batches=8)
-        presets.append(Preset(f"quantum {quantum}", setup, "cuda", (100, 70), *counts))
+        presets.append(Preset(f"quantum {quantum}", setup, "cuda", _thinned(shape, 100), *counts))
     return presets
 
 

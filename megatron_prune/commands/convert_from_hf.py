@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups import Rules, known_groups
+from megatron_prune.saliency.scores import UnitScores, score_length
 
 if TYPE_CHECKING:
     from megatron_prune.huggingface.weights import Reader
@@ -88,23 +92,15 @@ def convert(arguments: ImportOptions) -> int:
 
 def plan(architecture: Architecture) -> list[str]:
     """Lines that say what the model is, what groups cost, and what training it takes."""
-    shape, layers = architecture.shape, range(architecture.shape.num_layers)
-
-    def first(kind: str) -> Group:
-        return Group(kind, tuple((int(architecture.live(kind, layer)[0]),) for layer in layers))
-
-    groups = {
-        "a query head of every layer": first(HEAD),
-        "an FFN channel of every layer": first(FFN),
-        "a stem channel": Group(STEM, ((int(architecture.stem[0]),),)),
-    }
-    kv_heads = sorted({len(architecture.kv_heads(layer)) for layer in layers})
+    shape, rules = architecture.shape, Rules(target_params=1, gqa="cluster")
+    blank = UnitScores.from_vector(architecture, np.zeros(score_length(architecture)))
+    groups = {kind.name: kind.offer(blank, architecture, rules).group for kind in known_groups()}
+    widths = ", ".join(f"{kind.title} {architecture.span(kind)}" for kind in architecture.table.varying)
     lines = [
-        f"{shape.model_type}: {architecture.parameters:,} parameters; {shape.num_layers} layers, "
-        f"{architecture.num_attention_heads} query and {' to '.join(map(str, sorted({kv_heads[0], kv_heads[-1]})))} KV "
-        f"heads of {shape.kv_channels}, ffn {architecture.ffn_hidden_size}, hidden {architecture.hidden_size}, "
-        f"vocabulary {shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'separate'} embeddings",
-        "groups: "
+        f"{shape.model_type}: {architecture.parameters:,} parameters; {shape.num_layers} layers, {widths}, heads of "
+        f"{shape.kv_channels}, vocabulary {shape.vocab_size:,}, "
+        f"{'tied' if shape.tie_word_embeddings else 'separate'} embeddings",
+        "a group of each kind, such as single query heads: "
         + ", ".join(f"{name} {architecture.cost(group):,}" for name, group in groups.items())
         + " parameters",
         "memory per rank for weights, gradients and AdamW state (activations come on top):",

@@ -45,7 +45,7 @@ def convert(arguments: MegatronImportOptions) -> int:
     from megatron_prune.checkpoint import CheckpointSaveError, save_weights
     from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
     from megatron_prune.model.architecture import Architecture
-    from megatron_prune.model.param_axes import ParamTable
+    from megatron_prune.model.table import ParamTable
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 

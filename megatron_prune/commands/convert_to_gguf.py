@@ -54,7 +54,7 @@ def quantized(done: Converted) -> str:
     names = dict.fromkeys(re.sub(r"^blk\.\d+\.", "blk.*.", name) for name in done.fallbacks)  # layers are alike
     text += f"; the others in f16, since their rows are no multiple of 32: {', '.join(names)}"
     if done.rounding:
-        text += f"\nprune with --prune-round-widths {done.rounding}, and all of them can be quantized"
+        text += f"\nprune with --prune-groups {done.rounding}, and all of them can be quantized"
     return text
 
 

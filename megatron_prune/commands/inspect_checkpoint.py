@@ -21,7 +21,10 @@ import numpy as np
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.errors import one_line
-from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, Architecture
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.first_format import group_name
+from megatron_prune.model.kinds import HEAD, KV_HEAD, find_kind
+from megatron_prune.model.shape import LlamaShape
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint import CheckpointReader
@@ -57,36 +60,27 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
         "saved_on": dict(zip(("tensor", "pipeline", "data"), record.facts.mesh, strict=True)),
         "parameters": a.parameters,
         "source_parameters": source.parameters,
-        "widths": {
-            "num_attention_heads": a.num_attention_heads,
-            "ffn_hidden_size": a.ffn_hidden_size,
-            "hidden_size": a.hidden_size,
-        },
+        "widths": a.widths(),
         "source": a.shape.to_json(),
         "layers": [
             {
-                "heads": a.heads[layer].tolist(),
-                "kv_heads": a.kv_heads(layer).tolist(),
-                "queries_per_kv_head": _queries_per_kv_head(a, layer),
-                "ffn_hidden_size": len(a.ffn[layer]),
+                "heads": a.ids(HEAD, layer).tolist(),
+                "kv_heads": a.ids(KV_HEAD, layer).tolist(),
+                "queries_per_kv_head": a.clusters(KV_HEAD)[layer].tolist(),
+                "widths": {kind.name: a.width(kind, layer) for kind in a.table.varying},
             }
             for layer in range(a.shape.num_layers)
         ],
         "layout": {
             "tensor_parallel": layout.tp,
-            "slots_per_rank": {kind: layout.width(kind) for kind in (HEAD, KV_HEAD, FFN, STEM, VOCAB)},
-            "empty_slots": {kind: layout.empty_slots(kind) for kind in (HEAD, KV_HEAD, FFN, STEM, VOCAB)},
+            "slots_per_rank": {kind.name: layout.width(kind) for kind in layout.placed},
+            "empty_slots": {kind.name: layout.empty_slots(kind) for kind in layout.placed},
         },
         "kv_cache_elements_per_token": a.kv_cache_channels,
         "source_kv_cache_elements_per_token": source.kv_cache_channels,
         "trained": _trained(record.state),
         "removals": _removals(record.history),
     }
-
-
-def _queries_per_kv_head(architecture: Architecture, layer: int) -> list[int]:
-    owners = architecture.heads[layer] // architecture.shape.heads_per_group
-    return np.unique(owners, return_counts=True)[1].tolist()
 
 
 def _trained(state: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +98,10 @@ def _trained(state: dict[str, Any]) -> dict[str, Any]:
 def _removals(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The record of removals in a few numbers."""
     margins = [line["margin"] for line in history if line.get("margin") is not None]
-    found: dict[str, Any] = {"groups": len(history), "by_kind": dict(Counter(line["kind"] for line in history))}
+    found: dict[str, Any] = {
+        "groups": len(history),
+        "by_kind": dict(Counter(map(group_name, history))),
+    }
     if history:
         found |= {"first_iteration": history[0]["iteration"], "last_iteration": history[-1]["iteration"]}
     if margins:
@@ -116,7 +113,7 @@ def problems(reader: CheckpointReader) -> Iterator[str]:
     """What contradicts the record, one line each (sums were checked when the reader was opened)."""
     import torch
 
-    from megatron_prune.model.param_axes import ParamTable
+    from megatron_prune.model.table import ParamTable
 
     a = reader.architecture
     shapes = ParamTable.build(a.shape).hf_shapes(a)
@@ -142,9 +139,16 @@ def problems(reader: CheckpointReader) -> Iterator[str]:
         yield f"the last removal left {history[-1]['parameters']} parameters, the architecture counts {a.parameters}"
 
 
+def _width(name: str, width: int | list[int], shape: LlamaShape) -> str:
+    """`ffn 40 of 48`; `KV heads 2 to 4 of 4` where layers differ."""
+    kind, counts = find_kind(name), [width] if isinstance(width, int) else width
+    shown = f"{min(counts)} to {max(counts)}" if min(counts) != max(counts) else f"{counts[0]}"
+    return f"{kind.label} {shown} of {kind.size(shape)}"
+
+
 def lines(facts: dict[str, Any]) -> Iterator[str]:
     """The description as text."""
-    widths, source, layout = facts["widths"], facts["source"], facts["layout"]
+    widths, shape, layout = facts["widths"], LlamaShape.from_json(facts["source"]), facts["layout"]
     yield f"checkpoint   {facts['path']}, iteration {facts['iteration']}, {facts['bytes']:,} bytes"
     state = ", ".join(facts["optimizer_state"]) or "none"
     yield f"             {facts['dtype']} weights; optimizer state: {state}; Adam step {facts['adam_step']}"
@@ -153,10 +157,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     share = facts["parameters"] / facts["source_parameters"]
     yield f"parameters   {facts['parameters']:,} of {facts['source_parameters']:,} ({share:.1%})"
     yield (
-        f"widths       heads {widths['num_attention_heads']} of {source['num_attention_heads']}, "
-        f"ffn {widths['ffn_hidden_size']} of {source['ffn_hidden_size']}, "
-        f"hidden {widths['hidden_size']} of {source['hidden_size']}, {source['num_layers']} layers, "
-        f"head dimension {source['kv_channels']}, vocabulary {source['vocab_size']}"
+        f"widths       {', '.join(_width(name, width, shape) for name, width in widths.items())}, "
+        f"{shape.num_layers} layers, head dimension {shape.kv_channels}, vocabulary {shape.vocab_size}"
     )
     cache, full = facts["kv_cache_elements_per_token"], facts["source_kv_cache_elements_per_token"]
     yield f"KV cache     {cache:,} of {full:,} elements per token: {2 * cache:,} bytes in 16 bits, {4 * cache:,} in 32"
@@ -188,7 +190,7 @@ def plot(architecture: Architecture, path: Path) -> None:
 
     shape = architecture.shape
     owners = np.full((shape.num_layers, shape.num_attention_heads), np.nan)
-    for layer, heads in enumerate(architecture.heads):
+    for layer, heads in enumerate(architecture.sites(HEAD)):
         owners[layer, heads] = heads // shape.heads_per_group
     figure, axes = pyplot.subplots(
         figsize=(2 + 0.3 * shape.num_attention_heads, 1.5 + 0.3 * shape.num_layers), layout="constrained"
@@ -204,7 +206,7 @@ def plot(architecture: Architecture, path: Path) -> None:
     axes.tick_params(which="minor", length=0)
     axes.set_xlabel("query head (original number)")
     axes.set_ylabel("layer")
-    live = sum(len(architecture.kv_heads(layer)) for layer in range(shape.num_layers))
+    live = sum(map(len, architecture.sites(KV_HEAD)))
     axes.set_title(
         f"Live query heads, by the KV head they share: {architecture.num_attention_heads} of "
         f"{shape.num_attention_heads} per layer, {live} of {shape.num_layers * shape.num_query_groups} KV heads",

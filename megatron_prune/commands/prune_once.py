@@ -40,13 +40,19 @@ def prune(given: Given) -> int:
     """Prune and save; the exit status. Raises UserError."""
     arguments: PruneOnceOptions = given.own()
     run_config = configured(given, arguments.config)
-    from megatron_prune.launch.assembly.one_shot_run import check_pruning, one_shot_config, opened, prune_and_save
+    from megatron_prune.launch.assembly.one_shot_run import (
+        check_count,
+        check_pruning,
+        one_shot_config,
+        opened,
+        prune_and_save,
+    )
     from megatron_prune.runtime.join import own_place
 
     place = own_place()
     world_size, is_first = place.world_size, place.rank == 0
-    config = one_shot_config(run_config, arguments.batches, arguments.rescore_every)
-    config = check_pruning(config, world_size)
+    check_count("--rescore-every", arguments.rescore_every)
+    config = check_pruning(one_shot_config(run_config, arguments.batches), world_size)
     target = config.pruning.target_params
     assert target is not None
     with opened(config) as run, tqdm(disable=not (is_first and sys.stderr.isatty()), unit=" parameters") as bar:
@@ -56,7 +62,7 @@ def prune(given: Given) -> int:
         def on_removal(now: Any) -> None:
             bar.update(min(source.parameters - now.parameters, bar.total) - bar.n)
 
-        result = prune_and_save(config, run, on_removal)
+        result = prune_and_save(config, run, on_removal, arguments.rescore_every)
     if is_first:
         print("\n".join(lines(config, source, result)))
     return 0
@@ -64,18 +70,20 @@ def prune(given: Given) -> int:
 
 def lines(config: Any, source: Any, result: Any) -> Iterator[str]:
     """What was done, as text."""
-    final, kinds = result.architecture, Counter(removal.kind for removal in result.removed)
+    final, counts = result.architecture, Counter(removal.kind for removal in result.removed)
     yield (
         f"{config.pruning.metric}, {config.training.global_batch_size} sequences of {config.data.seq_length} tokens, "
         f"scored {result.scorings} time{'s' if result.scorings > 1 else ''}: removed {len(result.removed)} groups ("
-        + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+        + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
         + ")"
     )
-    yield f"{'':8} {'parameters':>14} {'heads':>6} {'ffn':>6} {'hidden':>6} {'validation loss':>16}"
+    kinds = source.table.prunable
+    titles = " ".join(f"{kind.label:>6}" for kind in kinds)
+    yield f"{'':8} {'parameters':>14} {titles} {'validation loss':>16}"
     for name, a, stage in (("before", source, "source"), ("after", final, "pruned")):
         loss = result.state.stages.get(stage, {}).get("validation_loss")
         shown = "not measured" if loss is None else f"{loss:.4f}"
-        widths = f"{a.num_attention_heads:>6} {a.ffn_hidden_size:>6} {a.hidden_size:>6}"
+        widths = " ".join(f"{a.span(kind):>6}" for kind in kinds)
         yield f"{name:8} {a.parameters:>14,} {widths} {shown:>16}"
     yield f"saved: {result.path}"
 

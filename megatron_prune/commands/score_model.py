@@ -31,6 +31,9 @@ from megatron_prune.config.options import option, sections_of
 ALL = "all"
 
 
+LISTED = 128  # up to so many units of a layer are listed one by one
+
+
 @dataclass(frozen=True)
 class ScoreOptions:
     """The command's own options, beside those of a run."""
@@ -109,36 +112,39 @@ def check_outputs(arguments: ScoreOptions) -> None:
 def table(name: str, scores: Any, per_column: bool) -> Iterator[str]:
     """Lines for one criterion: a layer each, then the stem."""
     a = scores.architecture
-    if not (scores.ffn.any() or scores.head.any()):
+    if not any(values.any() for sites in scores.values.values() for values in sites):
         yield f"{name}: no unit has a score" + (", groups are drawn" if name == "random" else "")
         return
-    heads = scores.head / a.shape.kv_channels if per_column else scores.head
-    yield f"{name}: sums of S per unit" + (", a head's divided by its columns" if per_column else "")
+    own = [kind for kind in scores.values if not kind.is_shared]
+    divisors = {kind: a.table.columns(kind) if per_column else 1 for kind in own}
+    yield f"{name}: sums of S per unit" + (", divided by the columns it owns" if max(divisors.values()) > 1 else "")
+    few = [kind for kind in own if kind.size(a.shape) <= LISTED]
     spread = f"{'least':>10} {'median':>10} {'greatest':>10}"
-    yield f"{'':5} | {'FFN channels':^32} | {'query heads':^32} | head:score, KV heads apart"
-    yield f"{'layer':>5} | {spread} | {spread} |"
-    for layer, (ffn, head) in enumerate(zip(scores.ffn, heads, strict=True)):
-        listed = _heads(a.heads[layer], head, a.shape.heads_per_group)
-        yield f"{layer:>5} | {_spread(ffn)} | {_spread(head)} | {listed}"
-    order = np.argsort(scores.stem, kind="stable")[:8]
-    yield f" stem | {_spread(scores.stem)} | of {len(scores.stem)}; least: " + " ".join(
-        f"{a.stem[i]}:{scores.stem[i]:.2e}" for i in order
-    )
+    yield " | ".join([f"{'':5}", *(f"{kind.title:^32}" for kind in own), *(f"{kind}:score" for kind in few)])
+    yield " | ".join([f"{'layer':>5}", *(spread for _ in own)])
+    for layer in range(a.shape.num_layers):
+        values = {kind: scores.of(kind, layer) / divisors[kind] for kind in own}
+        listed = [_listed(a, kind, layer, values[kind]) for kind in few]
+        yield " | ".join([f"{layer:>5}", *(_spread(values[kind]) for kind in own), *listed])
+    for kind in (kind for kind in scores.values if kind.is_shared):
+        values, ids = scores.of(kind), a.ids(kind, 0)
+        least = " ".join(f"{ids[i]}:{values[i]:.2e}" for i in np.argsort(values, kind="stable")[:8])
+        yield f"{kind.name:>5} | {_spread(values)} | of {len(values)}; least: {least}"
 
 
 def _spread(values: np.ndarray) -> str:
     return f"{values.min():10.3e} {np.median(values):10.3e} {values.max():10.3e}"
 
 
-def _heads(ids: np.ndarray, values: np.ndarray, per_group: int) -> str:
-    """`id:score` of each head; heads that share a KV head stand together."""
-    words = [f"{unit}:{value:.2e}" for unit, value in zip(ids, values, strict=True)]
-    if per_group == 1:
+def _listed(architecture: Any, kind: Any, layer: int, values: np.ndarray) -> str:
+    """`id:score` of each unit; those that one unit of a following kind serves (a KV head) stand together."""
+    words = [f"{unit}:{value:.2e}" for unit, value in zip(architecture.ids(kind, layer), values, strict=True)]
+    follower = next((other for other in architecture.table.kinds if other.follows == kind), None)
+    sizes = [1] * len(words) if follower is None else architecture.clusters(follower)[layer].tolist()
+    if max(sizes) == 1:
         return " ".join(words)
-    return " / ".join(
-        " ".join(word for word, unit in zip(words, ids, strict=True) if unit // per_group == kv)
-        for kv in np.unique(ids // per_group)
-    )
+    ends = np.cumsum(sizes)
+    return " / ".join(" ".join(words[end - size : end]) for size, end in zip(sizes, ends, strict=True))
 
 
 def first(choice: Any) -> Iterator[str]:
@@ -147,8 +153,9 @@ def first(choice: Any) -> Iterator[str]:
         yield "first to go: nothing, every kind is at its floor"
         return
     saliencies = ", ".join(f"{kind} {score:.3e}" for kind, score in sorted(choice.scores.items(), key=lambda i: i[1]))
-    units = "; ".join(" ".join(map(str, layer)) for layer in choice.group.units)
-    yield f"first to go: {choice.group.kind} {units} (least saliency by kind: {saliencies}; margin {choice.margin:.1%})"
+    sites = [site for sites in choice.group.gone.values() for site in sites]
+    units = "; ".join(" ".join(map(str, site)) for site in sites)
+    yield f"first to go: {choice.group.name} {units} (least saliency by kind: {saliencies}; margin {choice.margin:.1%})"
 
 
 def write(arguments: ScoreOptions, scores: Mapping[str, Any], choices: Mapping[str, Any], per_column: bool) -> None:
@@ -157,17 +164,15 @@ def write(arguments: ScoreOptions, scores: Mapping[str, Any], choices: Mapping[s
     if arguments.json is not None:
         found = {
             name: {
-                "head": units.head.tolist(),
-                "ffn": units.ffn.tolist(),
-                "stem": units.stem.tolist(),
+                **{kind.name: _json_scores(kind, sites) for kind, sites in units.values.items()},
                 "first": _json_choice(choices[name]),
             }
             for name, units in scores.items()
         }
-        # Sums; what a head's is divided by where groups are compared, as the table and the figure show it.
+        # Sums; what a unit's is divided by where groups are compared, as the table and the figure show it.
         content = {
             "architecture": a.to_json(),
-            "head_divisor": a.shape.kv_channels if per_column else 1,
+            "divisors": {kind.name: a.table.columns(kind) if per_column else 1 for kind in a.table.scored},
             "criteria": found,
         }
         Path(arguments.json).write_text(json.dumps(content) + "\n")
@@ -180,11 +185,18 @@ def write(arguments: ScoreOptions, scores: Mapping[str, Any], choices: Mapping[s
         print(f"figure written: {arguments.plot}")
 
 
+def _json_scores(kind: Any, sites: Sequence[np.ndarray]) -> list[Any]:
+    """[layers, units], or [units] of a kind that all layers share."""
+    layers = [values.tolist() for values in sites]
+    return layers[0] if kind.is_shared else layers
+
+
 def _json_choice(choice: Any) -> dict[str, Any] | None:
     if choice is None:
         return None
     margin = choice.margin if np.isfinite(choice.margin) else None
-    return {"kind": choice.group.kind, "units": choice.group.units, "scores": choice.scores, "margin": margin}
+    gone = {kind.name: sites for kind, sites in choice.group.gone.items()}
+    return {"group": choice.group.name, "gone": gone, "scores": choice.scores, "margin": margin}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

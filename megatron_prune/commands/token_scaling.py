@@ -28,11 +28,10 @@ import yaml
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
+from megatron_prune.model import first_format
+from megatron_prune.model.kinds import find_kind
 
-HEADINGS = (
-    *("ratio", "pruning tokens", "all tokens", "parameters", "heads (KV)", "FFN", "hidden"),
-    *("loss at the target", "final loss"),
-)
+FIRST, LAST = ("ratio", "pruning tokens", "all tokens", "parameters"), ("loss at the target", "final loss")
 
 
 @dataclass(frozen=True)
@@ -97,23 +96,28 @@ def _accuracy(path: Path) -> float | None:
 def markdown(runs: Sequence[Run]) -> str:
     """A table; the fewest pruning tokens first."""
     has_accuracy = any(run.accuracy is not None for run in runs)
-    rows = [[*HEADINGS, *(["accuracy"] if has_accuracy else [])]]
     source = runs[0].source
+    widths = [find_kind(name).title for name in first_format.stage(source)["widths"]]
+    rows = [[*FIRST, *widths, *LAST, *(["accuracy"] if has_accuracy else [])]]
     blank = ["", "", ""] if has_accuracy else ["", ""]
     rows.append(["source", "0", "0", *_widths(source), _loss(source), *blank[1:]])
     for run in runs:
         accuracy = [] if not has_accuracy else ["" if run.accuracy is None else f"{run.accuracy:.4f}"]
         tokens = [f"{run.pruning_tokens:,}", f"{run.tokens:,}"]
         rows.append([run.ratio, *tokens, *_widths(run.final), _loss(run.pruned), _loss(run.final), *accuracy])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rule = ["-" * columns[0], *("-" * (width - 1) + ":" for width in columns[1:])]
     lines = [rows[0], rule, *rows[1:]]
-    return "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |\n" for row in lines)
+    return "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, columns)) + " |\n" for row in lines)
 
 
 def _widths(stage: dict[str, Any]) -> list[str]:
-    heads = f"{stage['num_attention_heads']} ({stage['num_query_groups']})"
-    return [f"{stage['parameters']:,}", heads, str(stage["ffn_hidden_size"]), str(stage["hidden_size"])]
+    widths = first_format.stage(stage)["widths"]
+    return [f"{stage['parameters']:,}", *map(_most, widths.values())]
+
+
+def _most(width: int | list[int]) -> str:
+    return str(max(width) if isinstance(width, list) else width)
 
 
 def _loss(stage: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
     schema.py        every section but pruning, and `Config` that holds them all: read this one first
     pruning.py       the sections `pruning` and `continued`
+    moved.py         old names of options
     options.py       a dataclass field -> `Option` (flag, type, limits, help): the only reader of the field metadata
     values.py        strict conversion of a YAML value or of flag words into an option's type
     yaml_file.py     YAML -> `Config`, `Config` -> YAML (plain, or documented with a comment above each field)
@@ -14,7 +15,7 @@ To add an option, add one field to one section: its flag, help, YAML, limits and
 
 from megatron_prune.config.command_line import Command, configured, load_config, parse_command
 from megatron_prune.config.flags import CommandLine, Given
-from megatron_prune.config.pruning import ContinuedConfig, GroupCost, PruningConfig, Quantum, RoundWidths, SecondOrder
+from megatron_prune.config.pruning import ContinuedConfig, GroupConfig, GroupConfigs, PruningConfig, SecondOrder
 from megatron_prune.config.schema import (
     CheckpointConfig,
     Config,
@@ -36,14 +37,13 @@ __all__ = [
     "ContinuedConfig",
     "DataConfig",
     "Given",
-    "GroupCost",
+    "GroupConfig",
+    "GroupConfigs",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PruningConfig",
-    "Quantum",
-    "RoundWidths",
     "SecondOrder",
     "TrainingConfig",
     "check_fields",

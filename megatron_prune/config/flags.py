@@ -3,9 +3,9 @@
 `pretrain`, the commands in megatron_prune/commands and the launcher declare theirs so, and share spelling, help and
 messages. A flag takes the words that follow it (`--seq-length 2048`, `--seq-length=2048`); a switch takes none and may
 have a second flag (`--bf16`, `--no-bf16`); lists take several words (`--prune-types head ffn`), mappings `key=value`
-words (`--prune-quantum ffn=64`, which leaves the other keys alone); the word null unsets a field that may be null.
-Later flags win over earlier ones. Nothing is abbreviated and nothing is guessed: a wrong word is an error that names
-the nearest.
+words (`--prune-groups ffn.quantum=64`, which leaves the other keys alone); the word null unsets a field that may be
+null. Later flags win over earlier ones. Nothing is abbreviated and nothing is guessed: a wrong word is an error that
+names the nearest.
 
     CommandLine   what a command takes: its own options, and maybe sections of the configuration
     Given         what was on the command line
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from megatron_prune.config.moved import renamed_flag
 from megatron_prune.config.options import Option, options_of
 from megatron_prune.config.validation import check_option
 from megatron_prune.config.values import RawValue, convert, did_you_mean
@@ -57,6 +58,7 @@ class CommandLine:
             if flag is None:
                 arguments += words
                 continue
+            flag, words = renamed_flag(flag, words) if flag not in known else (flag, words)
             if flag not in known:
                 raise UserError(_unknown(flag, known))
             target, several = known[flag], len(words) > 1
@@ -175,12 +177,24 @@ def _raw_value(target: Option, flag: str, words: Sequence[str]) -> RawValue:
         pairs = [word.partition("=") for word in words]
         if not all(equals for _, equals, _ in pairs):
             raise UserError(f'{flag}: expected {target.metavar}, got "{one_line(" ".join(words))}"')
-        return {name: None if value == "null" else value for name, _, value in pairs}
+        values = {name: None if value == "null" else value for name, _, value in pairs}
+        return _under_names(target, flag, values) if target.is_named else values
     if target.kind is tuple:
         return list(words)
     if len(words) > 1 and not target.rules.several_words:
         raise UserError(f"{flag} takes one value, got {len(words)}: {one_line(' '.join(words))}")
     return " ".join(words if len(words) == 1 else map(_quoted, words))
+
+
+def _under_names(target: Option, flag: str, values: Mapping[str, str | None]) -> RawValue:
+    """{"ffn.quantum": "64"} -> {"ffn": {"quantum": "64"}}."""
+    nested: dict[str, dict[str, str | None]] = {}
+    for path, value in values.items():
+        name, dot, part = path.partition(".")
+        if not dot:
+            raise UserError(f'{flag}: expected {target.metavar}, got "{one_line(path)}"')
+        nested.setdefault(name, {})[part] = value
+    return dict(nested)
 
 
 def _quoted(word: str) -> str:
@@ -190,7 +204,7 @@ def _quoted(word: str) -> str:
 
 def _default(found: Option) -> str:
     if found.parts:
-        return " ".join(f"{part.name}={_default(part)}" for part in found.parts)
+        return " ".join(f"{'NAME.' * found.is_named}{part.name}={_default(part)}" for part in found.parts)
     if isinstance(found.default, tuple):
         return " ".join(found.default)
     if found.default is None:

@@ -4,15 +4,16 @@
 as `Option`s, and `all_options(cls)` those of every section of a config class. Nothing else reads the field metadata.
 
 Types a field may have: bool, int, float, str, Literal[...] of strings, tuple[Literal[...], ...] (a list of choices),
-tuple[str, ...] (a list of texts; commands only),
-each of them `| None`, or another frozen dataclass of options (a mapping of named parts, such as {head: 1, ffn: 1}).
+tuple[str, ...] (a list of texts), each of them `| None`, another frozen dataclass of options (a mapping of parts, such
+as {factor: 2, window: 20}), or `NamedParts` (such mappings by names of the user's: {head: {floor: 4}}).
 """
 
 import dataclasses
 import functools
 import types
 import typing
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 _NOUNS = {
     bool: "true or false",
@@ -21,6 +22,44 @@ _NOUNS = {
     str: "text",
 }
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+class NamedParts(Mapping[str, Any]):
+    """A frozen mapping of names to instances of the dataclass `part`; a name that is not in it has the defaults."""
+
+    part: ClassVar[type]
+
+    def __init__(self, items: Mapping[str, Any] | None = None, **named: Any) -> None:
+        self._items = {**(items or {}), **named}
+
+    def of(self, name: str) -> Any:
+        """The options called `name`."""
+        return self._items[name] if name in self._items else self.part()
+
+    def having(self, name: str, **fields: Any) -> Any:
+        """A copy in which `fields` of `name` are changed."""
+        return type(self)({**self._items, name: dataclasses.replace(self.of(name), **fields)})
+
+    def __getitem__(self, name: str) -> Any:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._changed() == other._changed()
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._changed().items()))
+
+    def _changed(self) -> dict[str, Any]:
+        return {name: part for name, part in self._items.items() if part != self.part()}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._items})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +76,7 @@ class Rules:
         refused: the reason why any value but the default is refused; None for what works.
         choices: the texts allowed, where the type does not list them. metavar: what follows the flag in the help.
         required: a command does not run without it.
+        unique: a list of names, each once and at least one.
     """
 
     at_least: float | None = None
@@ -49,6 +89,7 @@ class Rules:
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     required: bool = False
+    unique: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +101,8 @@ class Option:
         name: the field's name, which is its YAML key.
         flag: the one flag that sets it; for a switch, the flag that makes it true.
         off_flag: for a switch, the flag that makes it false; else None.
-        kind: bool, int, float, str, tuple (a list of choices or texts), or the dataclass of a mapping's parts.
+        kind: bool, int, float, str, tuple (a list of choices or texts), the dataclass of a mapping's parts, or a
+            `NamedParts`.
         choices: the texts allowed, for a Literal or a list of them; else empty.
         optional: whether null is allowed.
         default: the field's default.
@@ -87,7 +129,13 @@ class Option:
     @property
     def parts(self) -> "tuple[Option, ...]":
         """The parts of a mapping option (each an `Option` that no flag of its own sets); else empty."""
-        return options_of(self.kind, self.key) if dataclasses.is_dataclass(self.kind) else ()
+        kind = self.kind.part if issubclass(self.kind, NamedParts) else self.kind
+        return options_of(kind, self.key) if dataclasses.is_dataclass(kind) else ()
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the parts stand under names of the user's."""
+        return issubclass(self.kind, NamedParts)
 
     @property
     def meaning(self) -> str:
@@ -100,11 +148,12 @@ class Option:
         """What the option accepts, as a phrase for messages: "a whole number or null"."""
         if self.parts:
             noun = "a mapping with the keys " + ", ".join(part.name for part in self.parts)
+            noun = f"names, each with {noun}" if self.is_named else noun
         elif self.choices:
             several = "a list of " if self.kind is tuple else "one of "
             noun = (several if len(self.choices) > 1 else "") + ", ".join(self.choices)
         elif self.kind is tuple:
-            noun = "one or more words"
+            noun = "a list of names" if self.rules.unique else "one or more words"
         else:
             noun = _NOUNS[self.kind] + (" such as 469e6 or 469M" if self.rules.count else "")
         return noun + (" or null" if self.optional else "")
@@ -117,7 +166,7 @@ class Option:
         if self.rules.metavar:
             return self.rules.metavar + (" ..." if self.kind is tuple else "")
         if self.parts:
-            return " ".join(f"{part.name}={part.metavar}" for part in self.parts)
+            return " ".join(f"{'NAME.' * self.is_named}{part.name}={part.metavar}" for part in self.parts)
         if self.choices:
             return " ".join(self.choices) if self.kind is tuple else "|".join(self.choices)
         return _METAVARS[self.kind]
@@ -137,9 +186,10 @@ def option(
     choices: tuple[str, ...] = (),
     metavar: str | None = None,
     required: bool = False,
+    unique: bool = False,
 ) -> Any:
     """Declare a field of a section; see `Rules` for the keyword arguments."""
-    rules = Rules(at_least, above, below, count, several_words, refused, at_most, choices, metavar, required)
+    rules = Rules(at_least, above, below, count, several_words, refused, at_most, choices, metavar, required, unique)
     return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
 
 
@@ -171,7 +221,8 @@ def _read_field(field: "dataclasses.Field[Any]", hint: Any, section: str, prefix
         kind, choices = tuple, typing.get_args(typing.get_args(hint)[0])
     elif typing.get_origin(hint) is Literal:
         kind, choices = str, typing.get_args(hint)
-    assert kind in (*_NOUNS, tuple) or dataclasses.is_dataclass(kind), f"{section}.{field.name}: type {hint}"
+    is_mapping = dataclasses.is_dataclass(kind) or issubclass(kind, NamedParts)
+    assert kind in (*_NOUNS, tuple) or is_mapping, f"{section}.{field.name}: type {hint}"
     word = prefix + field.name.replace("_", "-")
     off_flag = None
     if kind is bool:

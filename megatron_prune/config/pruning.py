@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megatron_prune.config.options import option
+from megatron_prune.config.options import NamedParts, option
 from megatron_prune.errors import UserError, one_line
 
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
@@ -30,33 +30,41 @@ def parse_ratio(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class GroupCost:
-    """How many pruning steps one group of each kind consumes."""
+class GroupConfig:
+    """One kind of group."""
 
-    head: int | None = option(None, "pruning steps per head group; null: the model's kv_channels", at_least=1)
-    ffn: int = option(1, "pruning steps per FFN channel group", at_least=1)
-    stem: int = option(1, "pruning steps per stem channel", at_least=1)
+    cost: int | None = option(
+        None, "pruning steps that one group uses up; null: the kind's own (kv_channels for head, else 1)", at_least=1
+    )
+    floor: int = option(1, "units that every layer keeps", at_least=1)
+    quantum: int = option(
+        1,
+        "multiple to which each rank rounds its *stored* width up; changes memory and speed, never the results (64 or "
+        "128 keep GEMM shapes aligned on GPUs)",
+        at_least=1,
+    )
+    round_to: int = option(
+        1,
+        "multiple to which the *live* width is brought at the end of pruning, by removing the least salient rest",
+        at_least=1,
+    )
 
-    def resolved(self, kv_channels: int) -> dict[str, int]:
-        """Group kind -> pruning steps, for a model with heads of `kv_channels` columns."""
-        return {"head": kv_channels if self.head is None else self.head, "ffn": self.ffn, "stem": self.stem}
+
+class GroupConfigs(NamedParts):
+    """Options by name of the kind of group (see `pruning.groups`); kinds not named have the defaults."""
+
+    part = GroupConfig
 
 
-@dataclass(frozen=True)
-class Quantum:
-    """Multiples to which each rank rounds its *stored* widths up; they change memory and speed, never the results."""
-
-    head: int = option(1, "query heads per rank", at_least=1)
-    ffn: int = option(1, "FFN channels per rank (64 or 128 keep GEMM shapes aligned on GPUs)", at_least=1)
-    stem: int = option(1, "stem channels", at_least=1)
-
-
-@dataclass(frozen=True)
-class RoundWidths:
-    """Multiples to which the *live* widths are brought at the end of pruning, by removing the least salient rest."""
-
-    ffn: int = option(1, "ffn_hidden_size becomes a multiple of this", at_least=1)
-    hidden: int = option(1, "hidden_size becomes a multiple of this", at_least=1)
+# What these keys were called before every kind of group had a section: (field, kind or key -> kind).
+MOVED: dict[str, tuple[str, str | dict[str, str]]] = {
+    "min_heads": ("floor", "head"),
+    "min_ffn": ("floor", "ffn"),
+    "min_hidden": ("floor", "stem"),
+    "group_cost": ("cost", {"head": "head", "ffn": "ffn", "stem": "stem"}),
+    "quantum": ("quantum", {"head": "head", "ffn": "ffn", "stem": "stem"}),
+    "round_widths": ("round_to", {"ffn": "ffn", "hidden": "stem"}),
+}
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,8 @@ class PruningConfig:
     )
     ratio: str = option("1:1", "pruning steps : gradient steps, such as 4:1 or 1:9")
     first_prune_iter: int = option(0, "iteration from which gradient steps count toward pruning steps", at_least=0)
-    types: tuple[Literal["head", "ffn", "stem"], ...] = option(
-        ("head", "ffn", "stem"), "kinds of groups that may be removed"
+    types: tuple[str, ...] = option(
+        ("head", "ffn", "stem"), "kinds of groups that may be removed, by name", metavar="NAME", unique=True
     )
     metric: str = option(
         "taylor_mix",
@@ -128,7 +136,9 @@ class PruningConfig:
         "unit of a head group under grouped-query attention: a KV head with all its queries, one query head of each KV "
         "head together, or single query heads (the paper's cluster attention)",
     )
-    group_cost: GroupCost = option(GroupCost(), "pruning steps that one group of each kind consumes")
+    groups: GroupConfigs = option(
+        GroupConfigs(head=GroupConfig(), ffn=GroupConfig(), stem=GroupConfig()), "options of each kind of group"
+    )
     finish: Literal["exact", "first"] = option(
         "exact",
         "exact: avoid groups that would end more than 0.5 percent below the target; first: always the least salient",
@@ -136,11 +146,6 @@ class PruningConfig:
     second_order: SecondOrder = option(
         SecondOrder(), "second-order weight update before each removal, and the Hessians of metric obc"
     )
-    min_heads: int = option(1, "query heads that every layer keeps", at_least=1)
-    min_ffn: int = option(1, "FFN channels that every layer keeps", at_least=1)
-    min_hidden: int = option(1, "stem channels that remain", at_least=1)
-    quantum: Quantum = option(Quantum(), "stored widths per rank are rounded up to multiples of these")
-    round_widths: RoundWidths = option(RoundWidths(), "live widths become multiples of these at the end of pruning")
     spike_guard: SpikeGuardConfig = option(SpikeGuardConfig(), "pause after a jump of the loss until it is back")
     replay: str | None = option(
         None,

@@ -59,8 +59,11 @@ def check_option(option: Option, value: Any, where: str) -> None:
     if rules.refused is not None and value != option.default:
         shown = "null" if option.default is None else str(option.default).lower()
         raise UserError(f"{where}: {rules.refused}; leave it at {shown}")
+    named = value.items() if option.is_named else [("", value)]
     for part in option.parts:
-        check_option(part, getattr(value, part.name), f"{where}: {part.name}")
+        for name, values in named:
+            place = f"{where}: {one_line(name)}: {part.name}" if name else f"{where}: {part.name}"
+            check_option(part, getattr(values, part.name), place)
     if value is None:
         return
     _check_range(option, value, where)

@@ -38,6 +38,8 @@ def convert(option: Option, raw: RawValue, where: str, current: Any) -> Any:
     """
     if raw is None and option.optional:
         return None
+    if isinstance(raw, dict) and option.is_named:
+        return _convert_named(option, raw, where, current)
     if isinstance(raw, dict) and option.parts:
         return _convert_parts(option, raw, where, current)
     if isinstance(raw, list) and option.kind is tuple:
@@ -65,13 +67,22 @@ def _convert_parts(option: Option, raw: dict[str, Any], where: str, current: Any
     return dataclasses.replace(current, **changes)
 
 
+def _convert_named(option: Option, raw: dict[str, Any], where: str, current: Any) -> Any:
+    changed = {}
+    for name, parts in raw.items():
+        if not isinstance(parts, dict):
+            raise UserError(f"{where}: {one_line(name)}: expected {option.expected}, got {_shown(parts)}")
+        changed[name] = _convert_parts(option, parts, f"{where}: {one_line(name)}", current.of(name))
+    return option.kind({**current, **changed})
+
+
 def _convert_list(option: Option, raw: list[Any], where: str) -> tuple[str, ...]:
-    if not option.choices:
+    if not option.choices and not option.rules.unique:
         if not all(isinstance(item, str) and item.strip() for item in raw):
             raise UserError(f"{where}: expected {option.expected}, got an empty one")
         return tuple(raw)
     for item in raw:
-        if item not in option.choices:
+        if not isinstance(item, str) or (option.choices and item not in option.choices):
             raise UserError(f"{where}: expected {option.expected}, got {_shown(item)} in it")
     if not raw or len(set(raw)) < len(raw):
         problem = "an item twice" if raw else "an empty list"

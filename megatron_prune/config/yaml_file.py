@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from megatron_prune.config.options import Option, all_options, options_of, sections_of
+from megatron_prune.config.moved import renamed_entry
+from megatron_prune.config.options import NamedParts, Option, all_options, options_of, sections_of
 from megatron_prune.config.schema import Config
 from megatron_prune.config.values import RawValue, convert, did_you_mean
 from megatron_prune.errors import UserError, one_line
@@ -85,13 +86,14 @@ def limits(option: Option) -> Iterator[str]:
 def _read_section(section: str, entries: dict[str, Any], source: str) -> Any:
     cls = sections_of(Config)[section]
     known = {option.name: option for option in options_of(cls, section)}
-    values = {}
+    values: dict[str, Any] = {}
     for name, raw in entries.items():
+        name, raw = renamed_entry(section, name, raw, source)
         if name not in known:
             hint = _nearest_key(name, list(known)) or _where_it_belongs(name)
             raise UserError(f'{source}: unknown key "{one_line(name)}" in section {section}; {hint}')
         option = known[name]
-        values[name] = convert(option, raw, f"{option.key} in {source}", option.default)
+        values[name] = convert(option, raw, f"{option.key} in {source}", values.get(name, option.default))
     return cls(**values)
 
 
@@ -150,6 +152,8 @@ def _plain(node: yaml.Node, source: str, depth: int) -> RawValue:
 def _yaml_value(value: Any) -> str:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
+    elif isinstance(value, NamedParts):
+        value = {name: dataclasses.asdict(part) for name, part in value.items()}
     elif isinstance(value, tuple):
         value = list(value)
     escaped = isinstance(value, str) and not value.isprintable()

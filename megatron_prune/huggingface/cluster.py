@@ -27,6 +27,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface import config as stock
 from megatron_prune.huggingface.replacing import refresh_list
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import HEAD, KV_HEAD
 
 MODEL_TYPE, CLASS = "cluster_llama", "ClusterLlamaForCausalLM"
 CONFIGURATION, MODELING = "configuration_cluster_llama", "modeling_cluster_llama"
@@ -41,8 +42,8 @@ def served_by(architecture: Architecture) -> list[np.ndarray]:
     """Per layer, for each live query head: the position of its KV head among the live ones, int64, ascending."""
     per_group = architecture.shape.heads_per_group
     return [
-        np.searchsorted(architecture.kv_heads(layer), heads // per_group).astype(np.int64)
-        for layer, heads in enumerate(architecture.heads)
+        np.searchsorted(kv_heads, heads // per_group).astype(np.int64)
+        for heads, kv_heads in zip(architecture.sites(HEAD), architecture.sites(KV_HEAD), strict=True)
     ]
 
 

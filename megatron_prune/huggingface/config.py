@@ -25,7 +25,8 @@ from typing import Any
 import yaml
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import MOST_UNITS, Architecture, LlamaShape
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.shape import MOST_UNITS, LlamaShape
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -389,7 +390,15 @@ def config_json(
         dtype: torch's name of the stored dtype, e.g. `bfloat16`.
         num_key_value_heads: stored KV heads of every layer (see `kv_policy`).
         special_ids: values for `SPECIAL_IDS`; null where absent.
+
+    Raises:
+        UserError: layers keep different numbers of units, of which these files state one.
     """
+    for unit in architecture.table.prunable:
+        if len(set(map(len, architecture.sites(unit)))) > 1:
+            raise UserError(
+                f"layers keep {architecture.span(unit)} {unit.title}; Hugging Face's classes want one number of them"
+            )
     shape, kind = architecture.shape, model_class(architecture)
     config: dict[str, Any] = {
         "architectures": [CLASSES[kind]],

@@ -44,7 +44,7 @@ from megatron_prune.huggingface.shards import (
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.param_axes import ParamTable, Part
+from megatron_prune.model.table import Part
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _write_weights(
     folder: Path, read: Reader, architecture: Architecture, plan: KvPlan, dtypes: StoredDtypes, max_bytes: int
 ) -> tuple[list[Path], int]:
     """Stream all tensors; returns the files and how many parameters they hold."""
-    live = ParamTable.build(architecture.shape).hf_shapes(architecture)
+    live = architecture.table.hf_shapes(architecture)
     where = _parts(architecture)
     shapes = {name: plan.stored_shape(part, layer, live[name]) for name, (part, layer) in where.items()}
     entries = [ShardEntry(name, shape, dtypes.of(name)) for name, shape in shapes.items()]
@@ -185,8 +185,7 @@ def _stored(read: Reader, plan: KvPlan, part: Part, layer: int, name: str, dtype
 
 
 def _parts(architecture: Architecture) -> dict[str, tuple[Part, int]]:
-    table = ParamTable.build(architecture.shape)
-    return {part.hf_name: (part, row.layer) for row in table.rows for part in row.parts}
+    return {part.hf_name: (part, row.site) for row in architecture.table.rows for part in row.parts}
 
 
 def _write_settings(

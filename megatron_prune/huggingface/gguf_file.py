@@ -31,8 +31,10 @@ from megatron_prune.huggingface.config import read_json, read_shape
 from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabulary
 from megatron_prune.huggingface.leftovers import remove_leftovers
 from megatron_prune.huggingface.weights import FolderWeights
-from megatron_prune.model.architecture import Architecture, LlamaShape
-from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import ParamTable
+from megatron_prune.pruning.groups import known_groups
 
 # --dtype -> GGUF's type of matrices.
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -71,7 +73,7 @@ class Converted:
         parameters: their elements.
         matrices: how many of the tensors are matrices (of q8_0, those that are quantized and `fallbacks`).
         fallbacks: names of tensors stored in f16 instead of Q8_0.
-        rounding: widths by whose rounding all of them would be quantized, as `--prune-round-widths` takes them
+        rounding: widths by whose rounding all of them would be quantized, as `--prune-groups` takes them
             ("hidden=32 ffn=32"); empty where there is nothing to gain, or a head's own width is in the way.
     """
 
@@ -141,11 +143,15 @@ def convert(
 
 
 def _rounding(shape: LlamaShape) -> str:
-    """What `--prune-round-widths` would need for every row to be a multiple of 32; empty where it cannot do it."""
-    if shape.num_attention_heads * shape.kv_channels % BLOCK:  # rows of the attention's output projection
-        return ""
-    widths = {"hidden": shape.hidden_size, "ffn": shape.ffn_hidden_size}
-    return " ".join(f"{name}={BLOCK}" for name, width in widths.items() if width % BLOCK)
+    """What `--prune-groups` would need for every row to be a multiple of 32; empty where it cannot do it."""
+    table, found = ParamTable.build(shape), []
+    for group in known_groups():
+        unit = table.columns(group.kind)
+        if group.kind.size(shape) * unit % BLOCK:
+            if unit > 1:  # heads cannot be rounded to it
+                return ""
+            found.append(f"{group.name}.round_to={BLOCK}")
+    return " ".join(found)
 
 
 def _package() -> Any:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import queries_per_kv_head, served_by
-from megatron_prune.model.architecture import KV_HEAD, Architecture
-from megatron_prune.model.param_axes import Part
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.table import Part
 
 NATIVE, EXPAND, CLUSTER, AUTO = "native", "expand", "cluster", "auto"
 POLICIES = (AUTO, NATIVE, EXPAND, CLUSTER)
@@ -56,12 +56,11 @@ class KvPlan:
         obstacle = _why_not_native(architecture)
         if requested == NATIVE and obstacle:
             raise UserError(f"--kv-policy {NATIVE}: {obstacle}; use {EXPAND} or {CLUSTER}")
-        layers = architecture.shape.num_layers
+        queries = queries_per_kv_head(architecture)
         if requested == EXPAND or (requested == AUTO and obstacle):
             repeats = tuple(served_by(architecture))
-            return cls(EXPAND, (architecture.num_attention_heads,) * layers, repeats, obstacle)
-        live = tuple(len(architecture.kv_heads(layer)) for layer in range(layers))
-        return cls(CLUSTER if requested == CLUSTER else NATIVE, live, None, obstacle)
+            return cls(EXPAND, tuple(map(sum, queries)), repeats, obstacle)
+        return cls(CLUSTER if requested == CLUSTER else NATIVE, tuple(map(len, queries)), None, obstacle)
 
     @property
     def num_key_value_heads(self) -> int:
@@ -74,13 +73,13 @@ class KvPlan:
 
     def stored_shape(self, part: Part, layer: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the exported file of a tensor whose live shape is `shape`."""
-        if part.dims[0].kind != KV_HEAD:
+        if part.dims[0].kind.follows is None:
             return shape
         return (self.kv_heads[layer] * part.dims[0].size, *shape[1:])
 
     def apply(self, part: Part, layer: int, tensor: Tensor) -> Tensor:
         """The tensor as stored: KV rows repeated under `expand`, else as it is."""
-        if self.repeats is None or part.dims[0].kind != KV_HEAD:
+        if self.repeats is None or part.dims[0].kind.follows is None:
             return tensor
         rows = tensor.unflatten(0, (-1, part.dims[0].size))
         return rows.index_select(0, torch.from_numpy(self.repeats[layer])).flatten(0, 1)

@@ -111,16 +111,12 @@ def _opening(architecture: Architecture, full: Architecture, facts: CardFacts) -
 
 
 def _widths(architecture: Architecture, full: Architecture, plan: KvPlan) -> list[str]:
-    def kv(of: Architecture) -> str:
-        counts = sorted({len(of.kv_heads(layer)) for layer in range(of.shape.num_layers)})
-        return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
     rows = [
         ("parameters", f"{full.parameters:,}", f"{architecture.parameters:,}"),
-        ("query heads of a layer", str(full.num_attention_heads), str(architecture.num_attention_heads)),
-        ("KV heads of a layer", kv(full), kv(architecture)),
-        ("FFN channels of a layer", str(full.ffn_hidden_size), str(architecture.ffn_hidden_size)),
-        ("hidden size", str(full.hidden_size), str(architecture.hidden_size)),
+        *(
+            (kind.title + " of a layer" * (not kind.is_shared), full.span(kind), architecture.span(kind))
+            for kind in full.table.varying
+        ),
         ("KV cache, elements per token", f"{full.kv_cache_channels:,}", f"{plan.cache_elements(architecture):,}"),
     ]
     return ["| | source | this model |", "| --- | ---: | ---: |", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]

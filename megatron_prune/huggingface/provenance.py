@@ -22,6 +22,7 @@ from megatron_prune.errors import UserError, first_line
 from megatron_prune.huggingface.config import read_source
 from megatron_prune.huggingface.model_card import CardFacts
 from megatron_prune.huggingface.shards import DTYPES
+from megatron_prune.model.first_format import group_name
 
 _TOLD = {
     "pruning": None,
@@ -56,7 +57,7 @@ def run_facts(meta: Mapping[str, Any]) -> CardFacts:
         iteration=meta.get("iteration") or None,
         tokens=tokens or None,
         pruning_tokens=history[-1].get("tokens") if history else None,
-        removed=dict(Counter(str(removal["kind"]) for removal in history)),
+        removed=dict(Counter(map(group_name, history))),
         losses=losses,
         settings=_settings(config_of(meta)),
     )

@@ -23,10 +23,11 @@ from torch import Tensor
 from megatron_prune.checkpoint.guarded_reader import load_plain
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import LFS_HINT, is_lfs_pointer, read_json, what_else
-from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.llama import take
-from megatron_prune.model.param_axes import ParamTable, expand, live_ids
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import finite
+from megatron_prune.model.table import ParamTable, expand
 
 logger = logging.getLogger(__name__)
 
@@ -286,11 +287,11 @@ def _listing(names: Iterable[str]) -> str:
 
 def live_view(read: Reader, architecture: Architecture) -> Reader:
     """Reader of the live tensors of `architecture`, from one of tensors in the source's shape."""
-    where = {part.hf_name: (part, row.layer) for row in ParamTable.build(architecture.shape).rows for part in row.parts}
+    where = {part.hf_name: (part, row.site) for row in architecture.table.rows for part in row.parts}
 
     def read_live(hf_name: str) -> Tensor:
         part, layer = where[hf_name]
-        ids = [expand(live_ids(dim, architecture, layer), dim.size) for dim in part.dims]
+        ids = [expand(architecture.ids(dim.kind, layer), dim.size) for dim in part.dims]
         return take(read(hf_name), ids)
 
     return read_live
@@ -304,14 +305,14 @@ def source_view(read: Reader, architecture: Architecture) -> Reader:
     full = Architecture.full(architecture.shape)
     if architecture == full:
         return read
-    table = ParamTable.build(architecture.shape)
+    table = architecture.table
     shapes = table.hf_shapes(full)
-    where = {part.hf_name: (part, row.layer) for row in table.rows for part in row.parts}
+    where = {part.hf_name: (part, row.site) for row in table.rows for part in row.parts}
 
     def read_source(hf_name: str) -> Tensor:
         part, layer = where[hf_name]
         live = read(hf_name)
-        ids = [torch.from_numpy(expand(live_ids(dim, architecture, layer), dim.size)) for dim in part.dims]
+        ids = [torch.from_numpy(expand(architecture.ids(dim.kind, layer), dim.size)) for dim in part.dims]
         assert tuple(live.shape) == tuple(map(len, ids)), f"{hf_name}: {tuple(live.shape)}"
         result = live.new_zeros(shapes[hf_name])
         result[torch.meshgrid(*ids, indexing="ij")] = live

@@ -1,19 +1,16 @@
 """Widths: which units of the source model are still alive, and how many parameters that is.
 
-    LlamaShape     the source model as it came (frozen facts: sizes, RoPE, biases, tying)
     Group          what one pruning step removes
     Architecture   LlamaShape + the live units by their ORIGINAL ids; the one owner of widths and of the parameter count
 
-Every layer has the same number of query heads and of FFN channels (EfficientLLM, arXiv 2502.06663, constraint ii);
-which ones survive differs per layer. KV heads follow their query heads: a KV head lives while one of its query heads
-does.
+Each layer has its own live units of a kind (a shared kind has one set for all), and nothing here asks layers to be
+equally wide: groups decide that. Units that follow others (a KV head its query heads) live while one of those does.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,74 +18,12 @@ from typing import Any
 import numpy as np
 
 from megatron_prune.errors import UserError
+from megatron_prune.model import first_format
+from megatron_prune.model.kinds import Kind, find_kind
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import ATTENTION_OUTPUT, FFN_DOWN, QKV, ParamTable
 
-HEAD, KV_HEAD, FFN, STEM, VOCAB, FIXED = "head", "kv_head", "ffn", "stem", "vocab", "fixed"
-GROUP_KINDS = (HEAD, FFN, STEM)
-
-
-MOST_UNITS = 1 << 26  # heads and FFN channels: ten times those of the largest models; damaged files say more
-
-
-@dataclass(frozen=True)
-class LlamaShape:
-    """The source model's shape, in Megatron's nouns. `kv_channels` is the head dimension and never changes."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
-    max_position_embeddings: int
-    norm_epsilon: float = 1e-5
-    rotary_base: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    tie_word_embeddings: bool = False
-    add_qkv_bias: bool = False
-    qk_layernorm: bool = False
-    model_type: str = "llama"
-
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_query_groups:
-            raise UserError(
-                f"num_query_groups ({self.num_query_groups}) must divide num_attention_heads "
-                f"({self.num_attention_heads})"
-            )
-
-    @property
-    def heads_per_group(self) -> int:
-        """Query heads that share one KV head in the source model."""
-        return self.num_attention_heads // self.num_query_groups
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON object with the field names of this class."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LlamaShape:
-        """Inverse of `to_json`; raises ValueError or TypeError for values that are no model's."""
-        for name, value in data.items():
-            default = cls.__dataclass_fields__[name].default
-            if isinstance(default, (bool, str)):
-                is_fit = type(value) is type(default)
-            elif isinstance(default, float):
-                is_fit = type(value) in (int, float) and 0 < value < 1e18
-            elif default is None:
-                is_fit = value is None or isinstance(value, dict)
-            else:
-                is_fit = type(value) is int and 0 < value <= 1 << 31
-            if not is_fit:
-                raise ValueError(f"{name} is {str(value)[:60]!r}")
-        shape = cls(**data)
-        if shape.units > MOST_UNITS or shape.hidden_size > MOST_UNITS:
-            raise ValueError(f"{shape.units} heads and FFN channels are too many")
-        return shape
-
-    @property
-    def units(self) -> int:
-        """Heads and FFN channels of all layers: what an architecture keeps a number for."""
-        return self.num_layers * (self.num_attention_heads + self.ffn_hidden_size)
+Units = tuple[tuple[int, ...], ...]  # original ids, a tuple per site
 
 
 @dataclass(frozen=True)
@@ -96,28 +31,22 @@ class Group:
     """What one pruning step removes.
 
     Args:
-        kind: `head`, `ffn` or `stem`.
-        units: original ids; for `head` and `ffn` one tuple per layer, for `stem` one tuple with the one channel.
+        name: of the kind of group (see `pruning.groups`).
+        gone: for each kind of unit that it takes, the original ids by site: a tuple per layer, for a shared kind one.
     """
 
-    kind: str
-    units: tuple[tuple[int, ...], ...]
+    name: str
+    gone: Mapping[Kind, Units]
 
-    def of_layer(self, layer: int) -> tuple[int, ...]:
-        """Ids that leave `layer` (the stem channel is the same one everywhere)."""
-        return self.units[0] if self.kind == STEM else self.units[layer]
+    @classmethod
+    def of(cls, kind: Kind | str, units: Iterable[Iterable[int]], name: str | None = None) -> Group:
+        """A group of `units` of one kind (or the one of that name), called like it unless it has its own name."""
+        kind = find_kind(kind) if isinstance(kind, str) else kind
+        return cls(name or kind.name, {kind: tuple(tuple(int(i) for i in site) for site in units)})
 
-
-def _ids(values: Iterable[int]) -> np.ndarray:
-    array = np.array(sorted(int(v) for v in values), dtype=np.int32)
-    array.setflags(write=False)
-    return array
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array = np.asarray(array, dtype=np.int32)
-    array.setflags(write=False)
-    return array
+    def units(self, kind: Kind, layer: int) -> tuple[int, ...]:
+        """Ids of `kind` that it takes from `layer` (units of a shared kind are the same ones everywhere)."""
+        return self.gone[kind][kind.site(layer)] if kind in self.gone else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,85 +55,110 @@ class Architecture:
 
     Args:
         shape: the source model.
-        heads: per layer, int32 ids of the live query heads.
-        ffn: per layer, int32 ids of the live FFN channels.
-        stem: int32 ids of the live residual channels.
+        live: for each prunable kind of the shape's table and each of its sites, the int32 ids of the live units.
     """
 
     shape: LlamaShape
-    heads: tuple[np.ndarray, ...]
-    ffn: tuple[np.ndarray, ...]
-    stem: np.ndarray
+    live: Mapping[Kind, tuple[np.ndarray, ...]]
 
     def __post_init__(self) -> None:
-        if not len(self.heads) == len(self.ffn) == self.shape.num_layers:
-            raise ValueError(f"live units of {len(self.heads)} and {len(self.ffn)} layers, not {self.shape.num_layers}")
-        if len({len(h) for h in self.heads}) != 1:
-            raise ValueError("layers differ in their number of query heads")
-        if len({len(f) for f in self.ffn}) != 1:
-            raise ValueError("layers differ in their FFN width")
+        for kind in self.table.prunable:
+            sites = self.live.get(kind, ())
+            if len(sites) != kind.sites(self.shape):
+                raise ValueError(f"live units of {kind} at {len(sites)} sites, not {kind.sites(self.shape)}")
 
     @classmethod
     def full(cls, shape: LlamaShape) -> Architecture:
         """The unpruned source model."""
-        heads = _frozen(np.arange(shape.num_attention_heads))
-        ffn = _frozen(np.arange(shape.ffn_hidden_size))
-        return cls(shape, (heads,) * shape.num_layers, (ffn,) * shape.num_layers, _frozen(np.arange(shape.hidden_size)))
+        kinds = ParamTable.build(shape).prunable
+        return cls(shape, {kind: (_frozen(np.arange(kind.size(shape))),) * kind.sites(shape) for kind in kinds})
+
+    @property
+    def table(self) -> ParamTable:
+        """The parameters of a model of this shape."""
+        return ParamTable.build(self.shape)
 
     # Widths --------------------------------------------------------------------------------------------------------
 
-    @property
-    def num_attention_heads(self) -> int:
-        """Live query heads of every layer."""
-        return len(self.heads[0])
-
-    @property
-    def ffn_hidden_size(self) -> int:
-        """Live FFN channels of every layer."""
-        return len(self.ffn[0])
-
-    @property
-    def hidden_size(self) -> int:
-        """Live residual (stem) channels."""
-        return len(self.stem)
-
-    def kv_heads(self, layer: int) -> np.ndarray:
-        """Original ids of the KV heads of `layer` that still have a live query head, ascending int32."""
-        return self._kv_heads[layer]
+    def sites(self, kind: Kind) -> tuple[np.ndarray, ...]:
+        """Live original ids of `kind` at each of its sites, ascending int32."""
+        if kind in self.live:
+            return self.live[kind]
+        if kind not in self._derived:
+            self._derived[kind] = self._serving(kind) if kind.follows else self._all(kind)
+        return self._derived[kind]
 
     @cached_property
-    def _kv_heads(self) -> tuple[np.ndarray, ...]:
-        return tuple(_frozen(np.unique(heads // self.shape.heads_per_group)) for heads in self.heads)
+    def _derived(self) -> dict[Kind, tuple[np.ndarray, ...]]:
+        return {}
 
-    def live(self, kind: str, layer: int) -> np.ndarray:
-        """Live original ids of `kind` (`head`, `kv_head`, `ffn`, `stem`, `vocab`) in `layer`."""
-        if kind == HEAD:
-            return self.heads[layer]
-        if kind == KV_HEAD:
-            return self.kv_heads(layer)
-        if kind == FFN:
-            return self.ffn[layer]
-        if kind == STEM:
-            return self.stem
-        assert kind == VOCAB, kind
-        return np.arange(self.shape.vocab_size, dtype=np.int32)
+    def _all(self, kind: Kind) -> tuple[np.ndarray, ...]:
+        return (_frozen(np.arange(kind.size(self.shape))),) * kind.sites(self.shape)
+
+    def _serving(self, kind: Kind) -> tuple[np.ndarray, ...]:
+        assert kind.follows is not None and kind.served is not None
+        return tuple(_frozen(np.unique(kind.served(ids, self.shape))) for ids in self.sites(kind.follows))
+
+    def ids(self, kind: Kind, layer: int) -> np.ndarray:
+        """Live original ids of `kind` in `layer`, ascending int32."""
+        return self.sites(kind)[kind.site(layer)]
+
+    def width(self, kind: Kind, layer: int | None = None) -> int:
+        """Live units of `kind` in `layer`; without a layer, in the one that has most."""
+        return max(map(len, self.sites(kind))) if layer is None else len(self.ids(kind, layer))
+
+    def widths(self, kinds: Iterable[Kind] | None = None) -> dict[str, int | list[int]]:
+        """Live units by name of kind (of all that can vary, unless told): a number where all layers have as many."""
+        chosen = self.table.varying if kinds is None else kinds
+        counted = {kind.name: [len(ids) for ids in self.sites(kind)] for kind in chosen}
+        return {name: counts[0] if len(set(counts)) == 1 else counts for name, counts in counted.items()}
+
+    def clusters(self, kind: Kind) -> tuple[np.ndarray, ...]:
+        """Per site of a kind that follows another: how many live units each of its live units serves, in order."""
+        assert kind.follows is not None and kind.served is not None
+        return tuple(np.unique(kind.served(ids, self.shape), return_counts=True)[1] for ids in self.sites(kind.follows))
+
+    def elements(self, roles: tuple[str, ...] | None = None) -> int:
+        """Live elements of all parameters, or of those of `roles` (see `ParamTable.elements`)."""
+        kinds = self.table.kinds
+        return self.table.elements({k: np.array([len(ids) for ids in self.sites(k)]) for k in kinds}, roles)
 
     @cached_property
     def parameters(self) -> int:
         """Live parameters: padding and empty slots not counted, a tied LM head counted once."""
-        s, h = self.shape, self.hidden_size
-        kv = [len(k) for k in self._kv_heads]
-        qkv_rows = sum((self.num_attention_heads + 2 * k) * s.kv_channels for k in kv)
-        attention = qkv_rows * h + s.num_layers * h * self.num_attention_heads * s.kv_channels
-        extras = (qkv_rows if s.add_qkv_bias else 0) + (2 * s.num_layers * s.kv_channels if s.qk_layernorm else 0)
-        ffn = s.num_layers * 3 * self.ffn_hidden_size * h
-        norms = (2 * s.num_layers + 1) * h
-        return attention + extras + ffn + norms + s.vocab_size * h * (1 if s.tie_word_embeddings else 2)
+        return self.elements()
+
+    def span(self, kind: Kind) -> str:
+        """Live units of `kind` in a layer, for people: `9`, or `7 to 9` where layers differ."""
+        counts = sorted(map(len, self.sites(kind)))
+        return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+
+    # In Megatron's and Hugging Face's nouns, of the widest layer:
+
+    def _of_outputs(self, role: str, dim: int) -> int:
+        dims = [(row.dims[dim], row.site) for row in self.table.rows if row.role == role]
+        return max(self.width(d.kind, site) * d.size for d, site in dims)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Live query heads of a layer."""
+        return self._of_outputs(ATTENTION_OUTPUT, 1) // self.shape.kv_channels
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Live FFN channels of a layer."""
+        return self._of_outputs(FFN_DOWN, 1)
+
+    @property
+    def hidden_size(self) -> int:
+        """Live residual (stem) channels."""
+        return self._of_outputs(ATTENTION_OUTPUT, 0)
 
     @property
     def kv_cache_channels(self) -> int:
-        """Elements that a KV cache holds per token (keys and values of the live KV heads of all layers)."""
-        return sum(2 * len(k) * self.shape.kv_channels for k in self._kv_heads)
+        """Elements that a KV cache holds per token: keys and values of all layers."""
+        parts = [(part, row.site) for row in self.table.rows if row.role == QKV for part in row.parts[1:]]
+        return sum(self.width(part.dims[0].kind, site) * part.dims[0].size for part, site in parts)
 
     # Removal -------------------------------------------------------------------------------------------------------
 
@@ -212,20 +166,29 @@ class Architecture:
         """The architecture after `group` is removed; every unit of it must be alive (asserted)."""
 
         def drop(live: np.ndarray, units: Sequence[int]) -> np.ndarray:
+            if not units:
+                return live
             at = np.searchsorted(live, units)  # ids ascend
             kept = np.delete(live, at[live.take(at, mode="clip") == units])
-            assert len(kept) == len(live) - len(units), f"{group.kind} {units}: not all of them are alive"
+            assert len(kept) == len(live) - len(units), f"{group.name} {units}: not all of them are alive"
             return _frozen(kept)
 
-        if group.kind == STEM:
-            return dataclasses.replace(self, stem=drop(self.stem, group.units[0]))
-        assert group.kind in (HEAD, FFN) and len(group.units) == self.shape.num_layers
-        live = self.heads if group.kind == HEAD else self.ffn
-        after = tuple(drop(ids, units) for ids, units in zip(live, group.units, strict=True))
-        return dataclasses.replace(self, heads=after) if group.kind == HEAD else dataclasses.replace(self, ffn=after)
+        changed = {
+            kind: tuple(drop(ids, units) for ids, units in zip(self.live[kind], sites, strict=True))
+            for kind, sites in group.gone.items()
+        }
+        return Architecture(self.shape, {**self.live, **changed})
+
+    def leaving(self, group: Group, kind: Kind, layer: int) -> np.ndarray:
+        """int32 ids of `kind` that leave `layer` with `group`: its own, or those that served only units of it."""
+        if kind.follows is None or kind.follows not in group.gone:
+            return np.array(group.units(kind, layer), dtype=np.int32)
+        assert kind.served is not None
+        left = np.setdiff1d(self.ids(kind.follows, layer), group.units(kind.follows, layer))
+        return np.setdiff1d(self.ids(kind, layer), kind.served(left, self.shape)).astype(np.int32)
 
     def cost(self, group: Group) -> int:
-        """Parameters that leave with `group`, the KV heads that lose their last query head included."""
+        """Parameters that leave with `group`, and with the units that served only units of it."""
         return self.parameters - self.without(group).parameters
 
     # Identity and storage ------------------------------------------------------------------------------------------
@@ -233,8 +196,9 @@ class Architecture:
     def fingerprint(self) -> str:
         """Hex digest of shape and live ids; equal on all ranks that agree."""
         digest = hashlib.sha256(repr(self.shape).encode())
-        for array in (*self.heads, *self.ffn, self.stem):
-            digest.update(np.ascontiguousarray(array).tobytes() + b"|")
+        for kind in self.table.prunable:
+            for ids in self.live[kind]:
+                digest.update(np.ascontiguousarray(ids).tobytes() + b"|")
         return digest.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -245,47 +209,55 @@ class Architecture:
 
     def to_json(self) -> dict[str, Any]:
         """Human-readable JSON object: widths, parameters, and live ids as ranges such as `0-17,19`."""
+        live = {kind.name: [to_ranges(ids) for ids in self.live[kind]] for kind in self.table.prunable}
         return {
             "shape": self.shape.to_json(),
             "parameters": self.parameters,
-            "num_attention_heads": self.num_attention_heads,
-            "num_query_groups": [len(k) for k in self._kv_heads],
-            "ffn_hidden_size": self.ffn_hidden_size,
-            "hidden_size": self.hidden_size,
-            "live": {
-                "heads": [to_ranges(h) for h in self.heads],
-                "ffn": [to_ranges(f) for f in self.ffn],
-                "stem": to_ranges(self.stem),
-            },
+            "widths": self.widths(),
+            "live": {name: sites[0] if find_kind(name).is_shared else sites for name, sites in live.items()},
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Architecture:
         """Inverse of `to_json`; raises `UserError` when the live ids do not fit the shape or the stated widths."""
         try:
-            shape, live = LlamaShape.from_json(data["shape"]), data["live"]
-            if not len(live["heads"]) == len(live["ffn"]) == shape.num_layers:
-                raise ValueError(f"live units of other than {shape.num_layers} layers")
-            result = cls(
-                shape,
-                tuple(from_ranges(h, shape.num_attention_heads) for h in live["heads"]),
-                tuple(from_ranges(f, shape.ffn_hidden_size) for f in live["ffn"]),
-                from_ranges(live["stem"], shape.hidden_size),
-            )
+            shape = LlamaShape.from_json(data["shape"])
+            live = first_format.live(data["live"])
+            kinds = ParamTable.build(shape).prunable
+            if set(live) != {kind.name for kind in kinds}:
+                raise ValueError(f"live units of {', '.join(live)}, not of {', '.join(map(repr, kinds))}")
+            result = cls(shape, {kind: _read_live(live[kind.name], kind, shape) for kind in kinds})
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(f"architecture.json: not an architecture of this project ({error!r})") from error
-        for ids, size in (
-            *((h, shape.num_attention_heads) for h in result.heads),
-            *((f, shape.ffn_hidden_size) for f in result.ffn),
-            (result.stem, shape.hidden_size),
-        ):
-            if not len(ids) or ids[-1] >= size:
-                raise UserError(f"architecture.json: live ids {to_ranges(ids)!r} do not fit the source's {size} units")
+        for kind in kinds:
+            size = kind.size(shape)
+            for ids in result.live[kind]:
+                if not len(ids) or ids[-1] >= size:
+                    raise UserError(
+                        f"architecture.json: live ids {to_ranges(ids)!r} do not fit the source's {size} units"
+                    )
         if result.parameters != data.get("parameters", result.parameters):
             raise UserError(
                 "architecture.json: `parameters` contradicts the live units; the file was edited or damaged"
             )
         return result
+
+
+def _read_live(sites: Any, kind: Kind, shape: LlamaShape) -> tuple[np.ndarray, ...]:
+    sites = [sites] if kind.is_shared else sites
+    if len(sites) != kind.sites(shape):
+        raise ValueError(f"live units of other than {kind.sites(shape)} layers")
+    return tuple(from_ranges(ids, kind.size(shape)) for ids in sites)
+
+
+def _ids(values: Iterable[int]) -> np.ndarray:
+    return _frozen(np.array(sorted(int(v) for v in values)))
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array, dtype=np.int32)
+    array.setflags(write=False)
+    return array
 
 
 def to_ranges(ids: np.ndarray) -> str:

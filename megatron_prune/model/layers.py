@@ -22,7 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prune.model.layout import EMPTY
+from megatron_prune.model.table import EMPTY
 
 
 class RMSNorm(torch.nn.Module):

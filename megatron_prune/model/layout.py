@@ -4,21 +4,21 @@ A *slot* is a position along a prunable dimension of a stored weight shard. It i
 original id) or empty (-1; all coupled weights are zero). Stored widths are equal on all ranks and layers, so that
 megatron-core's regular layers keep working:
 
-    Quanta        how far stored widths are rounded up, per kind
+    StoredWidths  what comes of it on one rank
     ShardLayout   int32 id arrays per kind; `pack` (pure function of live ids, TP and quanta), `without`, `is_due`
 
-After `pack` each rank holds a contiguous range of a layer's live units in original-id order. Under grouped-query
-attention whole clusters (a KV head with its live query heads) are packed, so a KV head always stays with its queries:
-no replicated KV weights, hence no summed gradients and no double ownership, at the price of empty slots where there
-are fewer KV heads than ranks (multi-query attention on TP 2 keeps all heads on one rank). Stored query and KV widths
-are separate maxima.
+After `pack` each rank holds a contiguous range of a layer's live units in original-id order. A kind that another one
+follows is packed in whole clusters (a KV head with its live query heads), so that a KV head always stays with its
+queries: no replicated KV weights, hence no summed gradients and no double ownership, at the price of empty slots where
+there are fewer KV heads than ranks (multi-query attention on TP 2 keeps all heads on one rank). Stored query and KV
+widths are separate maxima. Units that never leave (the vocabulary) sit at their own number, as megatron-core expects.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,19 +27,12 @@ from typing import Any
 import numpy as np
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, Architecture, Group
+from megatron_prune.model import first_format
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FIXED, Kind, find_kind
+from megatron_prune.model.table import ATTENTION_OUTPUT, EMBEDDING, EMPTY, FFN_DOWN, QKV, holds
 
-EMPTY = -1
-
-
-@dataclass(frozen=True)
-class Quanta:
-    """Stored widths are multiples of these, per tensor-parallel rank (1 = the exact size)."""
-
-    head: int = 1
-    ffn: int = 1
-    stem: int = 1
-    vocab: int = 128
+Quanta = Mapping[Kind, int]  # stored widths are multiples of these, per rank; kinds not named have their own default
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -67,7 +60,7 @@ def _fill(sizes: np.ndarray, parts: int, capacity: int, max_items: int) -> list[
     return ranges if start == len(sizes) else None
 
 
-def _head_widths(sizes: list[np.ndarray], tp: int) -> tuple[int, int]:
+def _cluster_widths(sizes: Sequence[np.ndarray], tp: int) -> tuple[int, int]:
     """Least stored (query, KV) widths per rank over all layers, by whole contiguous clusters."""
     query = max(max(int(s.max()), -(-int(s.sum()) // tp)) for s in sizes)
     while any(_fill(s, tp, query, len(s)) is None for s in sizes):
@@ -86,66 +79,98 @@ def _place(ids: np.ndarray, ranges: list[tuple[int, int]], slots: int) -> np.nda
     return placed
 
 
+@dataclass(frozen=True)
+class StoredWidths:
+    """Per rank and layer: residual channels, query heads, KV heads, FFN channels; rows of the embedding."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+
+
 @dataclass(frozen=True, eq=False)
 class ShardLayout:
-    """Slots of every layer and tensor-parallel rank; arrays are int32, -1 marks an empty slot.
+    """Slots of every layer and rank; arrays are int32, -1 marks an empty slot.
 
     Args:
         architecture: the live units; every one of them is in exactly one slot.
         tp: tensor-parallel size.
         quanta: rounding of stored widths.
-        heads, kv_heads, ffn: [layers, tp, slots] original ids.
-        kv_index: [layers, tp, query slots], the local KV slot a query slot attends with (meaningless in empty slots).
-        stem: [slots], the same on all ranks.
-        vocab: [tp, slots].
+        placed: for each kind of the table, [sites, ranks, slots] original ids; one rank for kinds that are not split.
     """
 
     architecture: Architecture
     tp: int
     quanta: Quanta
-    heads: np.ndarray
-    kv_heads: np.ndarray
-    kv_index: np.ndarray
-    ffn: np.ndarray
-    stem: np.ndarray
-    vocab: np.ndarray
+    placed: Mapping[Kind, np.ndarray]
 
     @classmethod
     def pack(cls, architecture: Architecture, tp: int, quanta: Quanta) -> ShardLayout:
         """The compact layout: contiguous canonical ranges per rank, least stored widths."""
-        layers = architecture.shape.num_layers
-        heads, kv_heads, kv_index = _pack_heads(architecture, tp, quanta.head)
-        ffn_slots = round_up(-(-architecture.ffn_hidden_size // tp), quanta.ffn)
-        ranges = balanced_ranges(architecture.ffn_hidden_size, tp)
-        ffn = np.stack([_place(architecture.ffn[layer], ranges, ffn_slots) for layer in range(layers)])
-        stem = _place(
-            architecture.stem, [(0, architecture.hidden_size)], round_up(architecture.hidden_size, quanta.stem)
-        )[0]
-        vocab_size = architecture.shape.vocab_size
-        padded = round_up(vocab_size, quanta.vocab * tp)
-        vocab = np.arange(padded, dtype=np.int32)
-        vocab[vocab_size:] = EMPTY
-        return cls(architecture, tp, quanta, heads, kv_heads, kv_index, ffn, stem, vocab.reshape(tp, -1))
+        widths, placed = _stored_widths(architecture, tp, quanta), {}
+        for kind in architecture.table.kinds:
+            if kind.is_prunable:
+                follower = _follower(architecture, kind)
+                if follower is None:
+                    placed[kind] = _pack(architecture, kind, tp, widths[kind])
+                else:
+                    clusters = _pack_clusters(architecture, kind, follower, tp, (widths[kind], widths[follower]))
+                    placed[kind], placed[follower] = clusters
+            elif kind.follows is None:
+                slots = np.arange(widths[kind] * kind.ranks(tp), dtype=np.int32)
+                slots[kind.size(architecture.shape) :] = EMPTY
+                placed[kind] = np.stack([slots.reshape(kind.ranks(tp), -1)] * kind.sites(architecture.shape))
+        return cls(architecture, tp, quanta, {kind: placed[kind] for kind in architecture.table.kinds})
 
     # Reading -------------------------------------------------------------------------------------------------------
 
-    def slots(self, kind: str, layer: int, rank: int) -> np.ndarray:
-        """int32 ids (or -1) of the slots that tensor-parallel `rank` stores along a dimension of `kind` in `layer`."""
-        if kind == STEM:
-            return self.stem
-        if kind == VOCAB:
-            return self.vocab[rank]
-        return {HEAD: self.heads, KV_HEAD: self.kv_heads, FFN: self.ffn}[kind][layer, rank]
+    def slots(self, kind: Kind, layer: int, rank: int) -> np.ndarray:
+        """int32 ids (or -1) of the slots that tensor-parallel `rank` stores along a dimension of `kind` in `layer`; a
+        `fixed` dim is one unit with id 0."""
+        if kind is FIXED:
+            return _ONE
+        return self.placed[kind][kind.site(layer), rank if kind.axis else 0]
 
-    def width(self, kind: str) -> int:
+    def serving(self, kind: Kind, layer: int, rank: int) -> np.ndarray:
+        """int64 per slot of the kind that `kind` follows, on one rank: the local slot of `kind` that serves it (in an
+        empty slot: where it would be if the slots were shared out evenly)."""
+        assert kind.follows is not None and kind.served is not None
+        leaders, slots = self.slots(kind.follows, layer, rank), self.slots(kind, layer, rank)
+        even = np.arange(len(leaders)) // max(len(leaders) // len(slots), 1)
+        index = np.minimum(even, len(slots) - 1).astype(np.int64)
+        live, order = leaders != EMPTY, np.argsort(slots, kind="stable")
+        wanted = kind.served(leaders[live], self.architecture.shape)
+        index[live] = order[np.searchsorted(slots, wanted, sorter=order)]
+        return index
+
+    def width(self, kind: Kind) -> int:
         """Stored slots per rank."""
-        arrays = {HEAD: self.heads, KV_HEAD: self.kv_heads, FFN: self.ffn, STEM: self.stem, VOCAB: self.vocab}
-        return int(arrays[kind].shape[-1])
+        return int(self.placed[kind].shape[-1])
 
-    def empty_slots(self, kind: str) -> int:
+    @cached_property
+    def stored(self) -> StoredWidths:
+        """What one rank stores, whatever the kinds are called."""
+        table, d = self.architecture.table, self.architecture.shape.kv_channels
+        embedding = table.find(EMBEDDING)
+        attention, qkv, down = (table.find(role, layer=0) for role in (ATTENTION_OUTPUT, QKV, FFN_DOWN))
+        hidden, columns = attention.local_shape(self)
+        return StoredWidths(
+            hidden=hidden,
+            heads=columns // d,
+            kv_heads=qkv.lengths(qkv.parts[1], self, 0)[0] // d,
+            ffn=down.local_shape(self)[1],
+            vocab=embedding.local_shape(self)[0],
+        )
+
+    def quantum(self, kind: Kind) -> int:
+        """What the stored width of `kind` is rounded up to, per rank."""
+        return _quantum(kind, self.quanta)
+
+    def empty_slots(self, kind: Kind) -> int:
         """Empty slots of `kind`, summed over layers and ranks."""
-        arrays = {HEAD: self.heads, KV_HEAD: self.kv_heads, FFN: self.ffn, STEM: self.stem, VOCAB: self.vocab}
-        return int((arrays[kind] == EMPTY).sum())
+        return int((self.placed[kind] == EMPTY).sum())
 
     @property
     def is_compact(self) -> bool:
@@ -155,38 +180,31 @@ class ShardLayout:
     @cached_property
     def is_due(self) -> bool:
         """True when compacting now would free at least one quantum of some kind."""
-        a, tp = self.architecture, self.tp
-        if self.width(FFN) > round_up(-(-a.ffn_hidden_size // tp), self.quanta.ffn):
-            return True
-        if self.width(STEM) > round_up(a.hidden_size, self.quanta.stem):
-            return True
-        query, kv = _stored_head_widths(a, tp, self.quanta.head)
-        return self.width(HEAD) > query or self.width(KV_HEAD) > kv
+        widths = _stored_widths(self.architecture, self.tp, self.quanta)
+        return any(self.width(kind) > width for kind, width in widths.items())
 
     def fingerprint(self) -> str:
         """Hex digest of architecture and slots; equal on all ranks that agree."""
         digest = hashlib.sha256(self.architecture.fingerprint().encode())
-        for array in (self.heads, self.kv_heads, self.kv_index, self.ffn, self.stem, self.vocab):
+        for array in self.placed.values():
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
     # Changing ------------------------------------------------------------------------------------------------------
 
     def without(self, group: Group) -> ShardLayout:
-        """The same slots with those of `group` empty; KV heads that lose their last query head empty with it."""
-        after = self.architecture.without(group)
-        if group.kind == STEM:
-            return dataclasses.replace(self, architecture=after, stem=_emptied(self.stem, group.units[0]))
-        name = "heads" if group.kind == HEAD else "ffn"
-        array = getattr(self, name).copy()
-        for layer, units in enumerate(group.units):
-            array[layer] = _emptied(array[layer], units)
-        if group.kind == FFN:
-            return dataclasses.replace(self, architecture=after, ffn=array)
-        kv_heads = self.kv_heads.copy()
-        for layer in range(len(kv_heads)):
-            kv_heads[layer][~np.isin(kv_heads[layer], after.kv_heads(layer))] = EMPTY
-        return dataclasses.replace(self, architecture=after, heads=array, kv_heads=kv_heads)
+        """The layout after `group` is retired: its slots are empty, everything else stays in place."""
+        after, placed = self.architecture.without(group), dict(self.placed)
+        for kind, slots in self.placed.items():
+            touched = kind.follows if kind.follows is not None else kind
+            if touched not in group.gone:
+                continue
+            emptied = slots.copy()
+            for site, units in enumerate(group.gone[touched]):
+                gone = self.architecture.leaving(group, kind, site) if units else units
+                emptied[site][holds(emptied[site], np.asarray(gone))] = EMPTY
+            placed[kind] = emptied
+        return dataclasses.replace(self, architecture=after, placed=placed)
 
     def compacted(self) -> ShardLayout:
         """The layout after a compaction: a pure function of the live ids, TP and quanta."""
@@ -196,17 +214,17 @@ class ShardLayout:
 
     def to_state(self) -> dict[str, Any]:
         """Slot map for a checkpoint (plain lists and numbers)."""
-        arrays = {n: getattr(self, n).tolist() for n in ("heads", "kv_heads", "kv_index", "ffn", "stem", "vocab")}
-        return {"tp": self.tp, "quanta": dataclasses.asdict(self.quanta), **arrays}
+        quanta = named_quanta(self.architecture, self.quanta)
+        return {"tp": self.tp, "quanta": quanta, "slots": {k.name: slots.tolist() for k, slots in self.placed.items()}}
 
     @classmethod
     def from_state(cls, architecture: Architecture, state: dict[str, Any]) -> ShardLayout:
         """Inverse of `to_state`; raises UserError unless the slots hold exactly the live units."""
         try:
-            arrays = {
-                n: np.array(state[n], dtype=np.int32) for n in ("heads", "kv_heads", "kv_index", "ffn", "stem", "vocab")
-            }
-            layout = cls(architecture, state["tp"], Quanta(**state["quanta"]), **arrays)
+            named = first_format.slots(state)
+            placed = {kind: np.array(named[kind.name], dtype=np.int32) for kind in architecture.table.kinds}
+            quanta = {find_kind(name): int(quantum) for name, quantum in state["quanta"].items()}
+            layout = cls(architecture, int(state["tp"]), quanta, placed)
             layout._check_slots()
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise UserError(f"layout.json: not the slot map of this architecture ({error!r})") from error
@@ -214,38 +232,50 @@ class ShardLayout:
 
     def _check_slots(self) -> None:
         """Raise ValueError unless the slots hold exactly the live units."""
-        for kind in (HEAD, KV_HEAD, FFN, STEM, VOCAB):
-            for layer in range(self.architecture.shape.num_layers):
-                ranks = range(1 if kind == STEM else self.tp)
-                stored = np.concatenate([self.slots(kind, layer, r) for r in ranks])
-                if not np.array_equal(stored[stored != EMPTY], self.architecture.live(kind, layer)):
-                    raise ValueError(f"slots of {kind} in layer {layer} are not the live units")
+        for kind, slots in self.placed.items():
+            if slots.shape[:-1] != (kind.sites(self.architecture.shape), kind.ranks(self.tp)):
+                raise ValueError(f"slots of {kind} for other layers or ranks")
+            for site, ids in enumerate(self.architecture.sites(kind)):
+                stored = slots[site][slots[site] != EMPTY]
+                if not np.array_equal(stored, ids):
+                    raise ValueError(f"slots of {kind} in layer {site} are not the live units")
 
 
-def holds(slots: np.ndarray, units: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Bool per slot: does it hold one of `units`? Those are few, and one comparison each beats a general search."""
-    found = np.zeros(slots.shape, dtype=bool)
-    for unit in units:
-        found |= slots == unit
-    return found
+_ONE = np.zeros(1, dtype=np.int32)
 
 
-def _emptied(slots: np.ndarray, units: tuple[int, ...]) -> np.ndarray:
-    emptied = slots.copy()
-    emptied[holds(slots, units)] = EMPTY
-    return emptied
+def named_quanta(architecture: Architecture, quanta: Quanta) -> dict[str, int]:
+    """What the stored width of every kind is rounded up to, by name."""
+    return {kind.name: _quantum(kind, quanta) for kind in architecture.table.kinds if kind.follows is None}
 
 
-def _clusters(architecture: Architecture) -> list[np.ndarray]:
-    """Per layer: how many live query heads each live KV head serves, in KV order."""
-    per_group = architecture.shape.heads_per_group
-    return [np.unique(heads // per_group, return_counts=True)[1] for heads in architecture.heads]
+def _quantum(kind: Kind, quanta: Quanta) -> int:
+    return quanta.get(kind, kind.quantum)
 
 
-def _stored_head_widths(architecture: Architecture, tp: int, quantum: int) -> tuple[int, int]:
+def _follower(architecture: Architecture, kind: Kind) -> Kind | None:
+    """The kind whose units serve those of `kind`, if there is one."""
+    return next((other for other in architecture.table.kinds if other.follows == kind), None)
+
+
+def _stored_widths(architecture: Architecture, tp: int, quanta: Quanta) -> dict[Kind, int]:
+    """Least stored slots per rank of every kind of the table."""
+    widths: dict[Kind, int] = {}
+    for kind in architecture.table.kinds:
+        follower, ranks = _follower(architecture, kind), kind.ranks(tp)
+        if follower is not None:
+            sizes = architecture.clusters(follower)
+            widths[kind], widths[follower] = _stored_clusters(sizes, ranks, _quantum(kind, quanta))
+        elif kind.is_prunable:
+            widths[kind] = round_up(-(-architecture.width(kind) // ranks), _quantum(kind, quanta))
+        elif kind.follows is None:
+            widths[kind] = round_up(kind.size(architecture.shape), _quantum(kind, quanta) * ranks) // ranks
+    return widths
+
+
+def _stored_clusters(sizes: Sequence[np.ndarray], tp: int, quantum: int) -> tuple[int, int]:
     """(query slots, KV slots) per rank; uniform clusters keep query = cluster x KV so that kernels stay grouped."""
-    sizes = _clusters(architecture)
-    query, kv = _head_widths(sizes, tp)
+    query, kv = _cluster_widths(sizes, tp)
     distinct = {int(n) for s in sizes for n in np.unique(s)}
     if len(distinct) == 1:
         cluster = distinct.pop()
@@ -254,20 +284,23 @@ def _stored_head_widths(architecture: Architecture, tp: int, quantum: int) -> tu
     return round_up(query, quantum), kv
 
 
-def _pack_heads(architecture: Architecture, tp: int, quantum: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    query_slots, kv_slots = _stored_head_widths(architecture, tp, quantum)
-    sizes = _clusters(architecture)
-    heads, kv_heads, kv_index = [], [], []
-    for layer, counts in enumerate(sizes):
+def _pack(architecture: Architecture, kind: Kind, tp: int, width: int) -> np.ndarray:
+    """Balanced contiguous ranges of the live units of each site."""
+    ranks = kind.ranks(tp)
+    return np.stack([_place(ids, balanced_ranges(len(ids), ranks), width) for ids in architecture.sites(kind)])
+
+
+def _pack_clusters(
+    architecture: Architecture, kind: Kind, follower: Kind, tp: int, widths: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Contiguous ranges of whole clusters: the slots of `kind` and of `follower`."""
+    leaders, followers = [], []
+    for site, counts in enumerate(architecture.clusters(follower)):
         uniform = len(set(counts.tolist())) == 1
-        ranges = balanced_ranges(len(counts), tp) if uniform else _fill(counts, tp, query_slots, kv_slots)
+        ranges = balanced_ranges(len(counts), tp) if uniform else _fill(counts, tp, *widths)
         assert ranges is not None
         ends = np.concatenate([[0], np.cumsum(counts)])
-        heads.append(_place(architecture.heads[layer], [(int(ends[a]), int(ends[b])) for a, b in ranges], query_slots))
-        kv_heads.append(_place(architecture.kv_heads(layer), ranges, kv_slots))
-        index = np.arange(query_slots) // max(query_slots // kv_slots, 1)
-        local = np.tile(np.minimum(index, kv_slots - 1), (tp, 1))
-        for row, (a, b) in zip(local, ranges, strict=True):
-            row[: int(ends[b] - ends[a])] = np.repeat(np.arange(b - a), counts[a:b])
-        kv_index.append(local.astype(np.int32))
-    return np.stack(heads), np.stack(kv_heads), np.stack(kv_index)
+        units = [(int(ends[a]), int(ends[b])) for a, b in ranges]
+        leaders.append(_place(architecture.sites(kind)[site], units, widths[0]))
+        followers.append(_place(architecture.sites(follower)[site], ranges, widths[1]))
+    return np.stack(leaders), np.stack(followers)

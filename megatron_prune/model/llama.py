@@ -29,10 +29,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, LlamaShape
+from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layers import PrunableSelfAttention, RMSNorm
-from megatron_prune.model.layout import EMPTY, ShardLayout
-from megatron_prune.model.param_axes import ParamAxes, ParamTable
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import EMPTY, LINEARS, NORM, QKV, Param, ParamTable
 from megatron_prune.runtime.mesh import Mesh
 
 
@@ -52,11 +53,12 @@ class ModelOptions:
 
 def stored_sizes(layout: ShardLayout) -> dict[str, int]:
     """megatron-core's config fields that follow the stored widths (all ranks' slots together)."""
+    stored, tp = layout.stored, layout.tp
     return {
-        "num_attention_heads": layout.width(HEAD) * layout.tp,
-        "num_query_groups": layout.width(KV_HEAD) * layout.tp,
-        "ffn_hidden_size": layout.width(FFN) * layout.tp,
-        "hidden_size": layout.width(STEM),
+        "num_attention_heads": stored.heads * tp,
+        "num_query_groups": stored.kv_heads * tp,
+        "ffn_hidden_size": stored.ffn * tp,
+        "hidden_size": stored.hidden,
     }
 
 
@@ -135,7 +137,7 @@ def build_llama(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: Mod
     model = PrunableLlama(
         config,
         _block_spec(config, shape),
-        vocab_size=layout.width(VOCAB) * layout.tp,
+        vocab_size=layout.stored.vocab * layout.tp,
         max_sequence_length=options.seq_length,
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
@@ -144,7 +146,7 @@ def build_llama(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: Mod
         rotary_base=shape.rotary_base,
         parallel_output=True,
         pg_collection=groups,
-        live_vocab=int((layout.vocab[mesh.tp_rank] != EMPTY).sum()),
+        live_vocab=int((layout.slots(VOCAB, 0, mesh.tp_rank) != EMPTY).sum()),
     ).to(mesh.device.device)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(mesh.device.device)
     _mark_sharding(model, ParamTable.build(shape))
@@ -218,20 +220,33 @@ def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh) -> None
     llama = inner_model(model)
     for name, value in stored_sizes(layout).items():
         setattr(llama.config, name, value)
-    live = layout.architecture.hidden_size
+    rank = mesh.tp_rank
     for layer in llama.decoder.layers:
-        index, rank = layer.layer_number - 1, mesh.tp_rank
-        layer.input_layernorm.live_width = layer.pre_mlp_layernorm.live_width = live
+        index = layer.layer_number - 1
+        queries, keys = (part.dims[0].kind for part in layout.architecture.table.find(QKV, index).parts[:2])
+        layer.input_layernorm.live_width = layer.pre_mlp_layernorm.live_width = _live_width(layout, index)
         layer.self_attention.core_attention.set_slots(
-            layout.heads[index, rank], layout.kv_heads[index, rank], layout.kv_index[index, rank], mesh.device.device
+            layout.slots(queries, index, rank),
+            layout.slots(keys, index, rank),
+            layout.serving(keys, index, rank),
+            mesh.device.device,
         )
     if llama.decoder.final_layernorm is not None:
-        llama.decoder.final_layernorm.live_width = live
+        llama.decoder.final_layernorm.live_width = _live_width(layout, None)
     if llama.post_process:  # megatron-core checks a tied weight against it
-        llama.output_layer.input_size = layout.width(STEM)
+        llama.output_layer.input_size = llama.config.hidden_size
 
 
-def named_rows(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[str, torch.nn.Parameter, ParamAxes]]:
+def _live_width(layout: ShardLayout, layer: int | None) -> int:
+    """Live channels that the norms of `layer` (None: the final one) divide by."""
+    row = layout.architecture.table.find(NORM, layer)
+    return layout.architecture.width(row.dims[0].kind, row.site) * row.dims[0].size
+
+
+NamedRow = tuple[str, torch.nn.Parameter, Param]
+
+
+def named_rows(model: torch.nn.Module, table: ParamTable) -> Iterator[NamedRow]:
     """(name, parameter, row) of each local parameter, in model order; layers are numbered over all stages.
 
     The second copy of a tied embedding (last stage of a pipeline) comes under its own name `output_layer.weight` with
@@ -241,25 +256,24 @@ def named_rows(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[str,
         yield name, parameter, row
 
 
-def named_linears(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[str, torch.nn.Module, ParamAxes]]:
+def named_linears(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[str, torch.nn.Module, Param]]:
     """(name of its weight, module, row) of each local linear layer, in model order: qkv, attention output, gate/up,
     FFN down of every layer, and an LM head of its own (a tied one is the embedding)."""
     llama = inner_model(model)
-    for local_name, name, parameter, row in _local_rows(llama, table):
-        if parameter.dim() == 2 and "embedding" not in row.name:
+    for local_name, name, _, row in _local_rows(llama, table):
+        if row.role in LINEARS:
             yield name, llama.get_submodule(local_name.removesuffix(".weight")), row
 
 
-def _local_rows(llama: PrunableLlama, table: ParamTable) -> Iterator[tuple[str, str, torch.nn.Parameter, ParamAxes]]:
+def _local_rows(llama: PrunableLlama, table: ParamTable) -> Iterator[tuple[str, str, torch.nn.Parameter, Param]]:
     """(name inside this stage, name in the whole model, parameter, row)."""
     numbers = {i: layer.layer_number - 1 for i, layer in enumerate(llama.decoder.layers)}
-    rows = {row.name: row for row in table.rows}
     for local_name, parameter in list(llama.named_parameters()):
         name = local_name
         if name.startswith("decoder.layers."):
             local, rest = name.removeprefix("decoder.layers.").split(".", 1)
             name = f"decoder.layers.{numbers[int(local)]}.{rest}"
-        yield local_name, name, parameter, rows[name] if name in rows else table.row(name)
+        yield local_name, name, parameter, table.row(name)
 
 
 def replace_parameters(model: torch.nn.Module, table: ParamTable, change: Callable[[str, Tensor], Tensor]) -> None:
@@ -293,7 +307,7 @@ def load_parameters(
     with torch.no_grad():
         for _, parameter, row in named_rows(model, table):
             for part, start, end in row.part_rows(layout, mesh.tp_rank):
-                piece = ParamAxes(row.name, row.layer, (part,))
+                piece = Param(row.name, row.layer, row.role, (part,))
                 ids = [piece.element_ids(dim, layout, mesh.tp_rank) for dim in range(len(part.dims))]
                 parameter[start:end].copy_(take(read(part.hf_name), ids))
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import Architecture, LlamaShape
-from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import BIAS, ParamTable
 
 
 class RandomWeights:
@@ -25,13 +26,14 @@ class RandomWeights:
         table = ParamTable.build(shape)
         self._shapes = table.hf_shapes(Architecture.full(shape))
         self._outputs = {part.hf_name for row in table.rows if row.is_output for part in row.parts}
+        self._biases = {part.hf_name for row in table.rows if row.role == BIAS for part in row.parts}
         self._seed, self._std, self._layers = seed, std, shape.num_layers
 
     def __call__(self, hf_name: str) -> Tensor:
         """The full source tensor of that name."""
         size = self._shapes[hf_name]
         if len(size) == 1:
-            return torch.zeros(size) if hf_name.endswith(".bias") else torch.ones(size)
+            return torch.zeros(size) if hf_name in self._biases else torch.ones(size)
         digest = hashlib.sha256(f"{self._seed}/{hf_name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         std = self._std / (2 * self._layers) ** 0.5 if hf_name in self._outputs else self._std

@@ -1,1 +1,2 @@
-"""megatron-core's DDP and optimizer around the model (`build`), and what of it this rank owns (`owned`)."""
+"""megatron-core's DDP and optimizer around a model (`build`), what of it this rank owns (`owned`), and both as one
+thing (`wrapped`)."""

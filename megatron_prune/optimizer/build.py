@@ -1,7 +1,6 @@
-"""Wrap a model in megatron-core's DDP and optimizer, and hold the whole as one thing that resharding may rebuild.
+"""megatron-core's DDP and optimizer around a model.
 
     OptimizerOptions   Adam, clipping, distributed optimizer, overlap
-    ShardedModel       module + DDP + optimizer + layout of this rank; the only mutable holder of them
     wrap               module -> (DDP, optimizer)
 
 Which Adam runs: TransformerEngine's FusedAdam if installed, else apex's, else torch's AdamW with its fused kernel
@@ -17,14 +16,9 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import Float16Module
 
-from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.llama import PrunableLlama, inner_model
-from megatron_prune.model.param_axes import ParamTable
-from megatron_prune.runtime.mesh import Mesh
+from megatron_prune.model.llama import inner_model
 
 
 @dataclass(frozen=True)
@@ -42,50 +36,6 @@ class OptimizerOptions:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     ddp_bucket_size: int | None = None
-
-
-@dataclass
-class ShardedModel:
-    """This rank's part of the model in training. Compaction replaces `ddp`, `optimizer` and `layout`.
-
-    Args:
-        module: the bare model (or its Float16 wrapper); stays, while a compaction replaces its parameters.
-        ddp: megatron-core's data-parallel wrapper around `module`.
-        optimizer: megatron-core's optimizer over `ddp`.
-        layout: which unit sits in which slot, for all layers and ranks.
-        table: the meaning of every parameter's dims.
-    """
-
-    module: torch.nn.Module
-    ddp: DistributedDataParallel
-    optimizer: MegatronOptimizer
-    layout: ShardLayout
-    table: ParamTable
-    mesh: Mesh
-    options: OptimizerOptions
-    dtype: torch.dtype
-
-    @classmethod
-    def build(
-        cls,
-        model: PrunableLlama,
-        layout: ShardLayout,
-        table: ParamTable,
-        mesh: Mesh,
-        options: OptimizerOptions,
-        dtype: torch.dtype,
-    ) -> ShardedModel:
-        """Wrap `model` for training; its weights must be there already (fp32 main weights are copied from them)."""
-        module = Float16Module(model.config, model) if dtype == torch.bfloat16 else model
-        ddp, optimizer = wrap(module, options, dtype)
-        return cls(module, ddp, optimizer, layout, table, mesh, options, dtype)
-
-    def force_param_sync(self) -> None:
-        """Make every rank see the stepped weights: with overlapped gathers, ranks still hold old values of what
-        others own.
-        """
-        if self.options.use_distributed_optimizer and self.options.overlap_param_gather:
-            self.ddp.start_param_sync(force_sync=True)
 
 
 def wrap(
@@ -141,23 +91,3 @@ def wrap(
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = ddp.no_sync if options.overlap_grad_reduce else None
     return ddp, optimizer
-
-
-@torch.no_grad()
-def clip_and_step(model: ShardedModel) -> tuple[bool, float]:
-    """Clip by the global norm and step, unless a gradient is not finite; returns (stepped, gradient norm before
-    clipping).
-
-    The norm is over the whole model (tied and tensor-parallel copies counted once), so all ranks take the same branch.
-    """
-    optimizer = model.optimizer
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not torch.isfinite(torch.tensor(norm)):
-        return False, norm
-    for inner in optimizer.chained_optimizers:
-        parameters = inner.get_parameters()
-        if parameters and model.options.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=model.options.clip_grad, total_norm=norm)
-    optimizer.step_with_ready_grads()
-    return True, norm

@@ -3,7 +3,7 @@
     OwnedShard      a flat range of one local parameter with its main weight, gradient and Adam moments
     owned_shards    all of them
     blocks          a flat range of a matrix as up to three rectangles
-    adam_step / set_adam_step
+    steps_taken     Adam's count, for bias correction
 
 Without the distributed optimizer a rank owns its parameters whole. With it, ownership is by flat ranges of a buffer
 that cross parameter borders: a rank may own the middle of a row, or nothing of a parameter at all.
@@ -11,18 +11,17 @@ that cross parameter borders: a rank may own the middle of a row, or nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_prune.model.llama import named_rows
-from megatron_prune.model.param_axes import ParamAxes
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.model.llama import NamedRow
+from megatron_prune.model.table import Param
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,7 +40,7 @@ class OwnedShard:
 
     name: str
     parameter: torch.nn.Parameter
-    row: ParamAxes
+    row: Param
     start: int
     end: int
     main: Tensor
@@ -104,10 +103,10 @@ def blocks(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[int, 
         position = stop
 
 
-def owned_shards(model: ShardedModel) -> Iterator[OwnedShard]:
-    """What this rank's optimizer steps, in model order; a parameter of which it owns nothing is left out."""
-    (inner,) = model.optimizer.chained_optimizers
-    for name, parameter, row in named_rows(model.module, model.table):
+def owned_shards(rows: Iterable[NamedRow], optimizer: MegatronOptimizer) -> Iterator[OwnedShard]:
+    """What this rank's `optimizer` steps, in the order of `rows`; a parameter of which it owns nothing is left out."""
+    (inner,) = optimizer.chained_optimizers
+    for name, parameter, row in rows:
         start, end = 0, parameter.numel()
         if isinstance(inner, DistributedOptimizer):
             if parameter not in inner.model_param_group_index_map:
@@ -123,23 +122,21 @@ def owned_shards(model: ShardedModel) -> Iterator[OwnedShard]:
         yield OwnedShard(name, parameter, row, start, end, key.data.view(-1), key, inner.optimizer.state[key])
 
 
-def adam_step(model: ShardedModel) -> int:
-    """Adam steps taken so far (bias correction), agreed over all ranks; 0 before the first."""
-    (inner,) = model.optimizer.chained_optimizers
+def steps_taken(optimizer: MegatronOptimizer) -> int:
+    """Adam steps that this rank's `optimizer` has counted; 0 before the first, or where it owns nothing."""
+    (inner,) = optimizer.chained_optimizers
     steps = [int(group["step"]) for group in inner.optimizer.param_groups if "step" in group]
     steps += [int(state["step"]) for state in inner.optimizer.state.values() if "step" in state]
-    latest = torch.tensor([max(steps, default=0)], dtype=torch.int64, device=model.mesh.device.device)
-    dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=model.mesh.over("world").group)
-    return int(latest)
+    return max(steps, default=0)
 
 
-def set_adam_step(model: ShardedModel, step: int) -> None:
-    """Continue the bias correction at `step`; call after the moments were set. Does nothing for step 0."""
+def set_steps(optimizer: MegatronOptimizer, shards: Iterable[OwnedShard], step: int) -> None:
+    """Continue the bias correction at `step`; call after the moments of `shards` were set. Does nothing for step 0."""
     if step == 0:
         return
-    (inner,) = model.optimizer.chained_optimizers
+    (inner,) = optimizer.chained_optimizers
     if isinstance(inner.optimizer, torch.optim.AdamW):
-        for shard in owned_shards(model):
+        for shard in shards:
             shard.state["step"] = torch.tensor(float(step), dtype=torch.float32, device=shard.key.device)
     else:  # TransformerEngine's and apex's FusedAdam count per group
         for group in inner.optimizer.param_groups:

@@ -1,1 +1,8 @@
-"""Which group, and when: the choice (`selector`), the schedule (`schedule`) and the record (`history`)."""
+"""Which group, and when.
+
+groups         a module per kind of group: what may leave together
+selector       the choice of one
+schedule       when: an account of credits;  spike_guard  when not
+second_order   survivors take over
+history        the record;  plots  as figures
+"""

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,9 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.model import first_format
+from megatron_prune.model.architecture import Architecture, Group, Units
+from megatron_prune.model.kinds import Kind, find_kind
 
 logger = logging.getLogger(__name__)
 
@@ -33,38 +35,47 @@ class Removal:
 
     Args:
         iteration: iteration after whose optimizer step it left (from 1). tokens: consumed until then.
-        kind, units: see `Group`.
-        scores: the saliencies it was chosen by, per kind. margin: gap to the runner-up, relative (null: no
-        alternative). parameters: live parameters after it; the three widths after it follow.
+        group: what left.
+        scores: the saliencies it was chosen by, by kind of group. margin: gap to the runner-up, relative (null: no
+            alternative). parameters: live parameters after it. widths: live units by prunable kind after it; a list
+            where layers differ.
         layer_errors: with a second-order update, the layers' mean squared output error, `removed` without it and
             `compensated` with it; else null.
     """
 
     iteration: int
     tokens: int
-    kind: str
-    units: tuple[tuple[int, ...], ...]
+    group: Group
     scores: dict[str, float]
     margin: float | None
     parameters: int
-    num_attention_heads: int
-    ffn_hidden_size: int
-    hidden_size: int
+    widths: dict[str, int | list[int]]
     layer_errors: dict[str, float] | None = None
 
     @property
-    def group(self) -> Group:
-        """The removed group."""
-        return Group(self.kind, self.units)
+    def kind(self) -> str:
+        """Name of the kind of group."""
+        return self.group.name
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON object."""
-        return dataclasses.asdict(self)
+        """Plain JSON object; units as lists of ids per layer, by kind of unit."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        gone = {kind.name: [list(units) for units in sites] for kind, sites in self.group.gone.items()}
+        return {**fields, "group": self.group.name, "gone": gone}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Removal:
-        """Inverse of `to_json`."""
-        return cls(**{**data, "units": tuple(tuple(int(i) for i in units) for units in data["units"])})
+        """Inverse of `to_json`; also reads lines of the first format. Raises ValueError, TypeError or KeyError for
+        anything else."""
+        data = first_format.removal(data)
+        if not all(isinstance(data[name], dict) for name in ("gone", "scores", "widths")):
+            raise TypeError("gone, scores and widths are mappings")
+        gone = {find_kind(name): _units(sites) for name, sites in data.pop("gone").items()}
+        return cls(group=Group(str(data.pop("group")), gone), **data)
+
+
+def _units(sites: list[list[int]]) -> Units:
+    return tuple(tuple(int(i) for i in units) for units in sites)
 
 
 class HistoryWriter:
@@ -136,10 +147,14 @@ def read_history(path: Path) -> list[Removal]:
 def before(architecture: Architecture, history: Sequence[Removal]) -> Architecture:
     """What the first removal was taken from, given the architecture after the last one."""
 
-    def whole(kind: str, layer: int) -> np.ndarray:
-        gone: Iterable[int] = (u for r in history if r.kind == kind for u in r.group.of_layer(layer))
-        return np.union1d(architecture.live(kind, layer), np.fromiter(gone, np.int32)).astype(np.int32)
+    def whole(kind: Kind, site: int, live: np.ndarray) -> np.ndarray:
+        gone = [r.group.gone[kind][site] for r in history if kind in r.group.gone]
+        return np.union1d(live, np.concatenate([live[:0], *gone])).astype(np.int32)
 
-    layers = range(architecture.shape.num_layers)
-    heads, ffn = (tuple(whole(kind, layer) for layer in layers) for kind in (HEAD, FFN))
-    return Architecture(architecture.shape, heads, ffn, whole(STEM, 0))
+    return Architecture(
+        architecture.shape,
+        {
+            kind: tuple(whole(kind, site, ids) for site, ids in enumerate(sites))
+            for kind, sites in architecture.live.items()
+        },
+    )

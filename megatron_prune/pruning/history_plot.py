@@ -7,15 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.model.architecture import GROUP_KINDS, Architecture
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.pruning.groups import group_names
 from megatron_prune.pruning.history import Removal, before
-
-_WIDTHS = {
-    "num_attention_heads": "query heads",
-    "ffn_hidden_size": "FFN channels",
-    "hidden_size": "stem channels",
-    "parameters": "parameters",
-}
 
 
 def plot_history(history: Sequence[Removal], architecture: Architecture, directory: Path) -> list[Path]:
@@ -49,7 +43,7 @@ def plot_history(history: Sequence[Removal], architecture: Architecture, directo
 def _draw_saliencies(axes: Any, times: Sequence[int], history: Sequence[Removal], unit: str) -> None:
     """A curve per kind. The legend says where a kind could not be chosen, and which points a log axis cannot show."""
     passed_over: list[tuple[int, float]] = []
-    for kind in GROUP_KINDS:
+    for kind in group_names():
         scored = [(time, removal) for time, removal in zip(times, history, strict=True) if kind in removal.scores]
         if not scored:
             axes.plot([], [], " ", label=f"{kind}: off, or at its floor")
@@ -79,13 +73,22 @@ def _draw_saliencies(axes: Any, times: Sequence[int], history: Sequence[Removal]
 
 def _draw_widths(axes: Any, times: Sequence[int], history: Sequence[Removal], source: Architecture) -> None:
     """Steps from the source's widths, at the left end, to what is there now."""
-    for field, label in _WIDTHS.items():
-        values = [getattr(source, field), *(getattr(removal, field) for removal in history)]
-        style = {"color": "black", "linestyle": "--", "linewidth": 1} if field == "parameters" else {}
-        label = f"{label} ({values[0]:,} to {values[-1]:,})"
-        axes.step([0, *times], [value / values[0] for value in values], where="post", label=label, **style)
+    for kind in source.table.prunable:
+        values = [source.width(kind), *(_most(removal.widths[kind.name]) for removal in history)]
+        _step(axes, times, values, kind.title)
+    parameters = [source.parameters, *(removal.parameters for removal in history)]
+    _step(axes, times, parameters, "parameters", color="black", linestyle="--", linewidth=1)
     axes.set_ylim(0, 1.05)
     axes.legend(loc="lower left")
+
+
+def _step(axes: Any, times: Sequence[int], values: Sequence[int], label: str, **style: Any) -> None:
+    label = f"{label} ({values[0]:,} to {values[-1]:,})"
+    axes.step([0, *times], [value / values[0] for value in values], where="post", label=label, **style)
+
+
+def _most(width: int | list[int]) -> int:
+    return max(width) if isinstance(width, list) else width
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

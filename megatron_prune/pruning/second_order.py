@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune.model.architecture import STEM, Group
+from megatron_prune.model.architecture import Group
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.param_axes import ParamAxes, positions
-from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.optimizer.edit import WeightEditor
+from megatron_prune.model.table import Param, positions
+from megatron_prune.resharding.edit import WeightEditor
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import all_reduce_sum
 from megatron_prune.saliency.hessian import Hessian, local_columns, solve_on_owners
 from megatron_prune.saliency.inputs import KeptInputs
@@ -63,10 +63,10 @@ def block_update(hessian: Hessian, columns: Tensor) -> Tensor:
     return torch.cat([m, removed, compensated], dim=1)
 
 
-def source_columns(row: ParamAxes, group: Group) -> np.ndarray:
+def source_columns(row: Param, group: Group) -> np.ndarray:
     """Source positions (int64, ascending) of the columns of weight `row` that read `group`."""
-    units = np.array(sorted(group.of_layer(row.layer)), dtype=np.int32)
-    return positions(units, row.parts[0].dims[1].size)
+    units = np.array(sorted(group.units(row.dims[1].kind, row.site)), dtype=np.int32)
+    return positions(units, row.dims[1].size)
 
 
 class SecondOrderUpdate:
@@ -76,19 +76,19 @@ class SecondOrderUpdate:
         damping: of the Hessians, relative to their mean diagonal.
     """
 
-    def __init__(self, model: ShardedModel, kept: KeptInputs, damping: float) -> None:
+    def __init__(self, model: LiveModel, kept: KeptInputs, damping: float) -> None:
         self._model, self._kept, self._damping = model, kept, damping
 
     @torch.no_grad()
     def compensate(self, group: Group) -> LayerErrors | None:
         """Update all weights that read `group`, which is then to be retired (a collective over the whole model).
 
-        Weights must be in step over DP. Returns None when none of them may be updated: a stem channel whose inputs were
+        Returns None when none of them may be updated: a stem channel whose inputs were
         not kept.
         """
         model, kept = self._model, self._kept
-        names = [name for name, row in kept.rows.items() if row.parts[0].dims[1].kind == group.kind]
-        if group.kind == STEM and not names:
+        names = [name for name, row in kept.rows.items() if row.dims[1].kind in group.gone]
+        if not names and any(kind.is_shared for kind in group.gone):
             return None
         live = {name: self._live_columns(name, group) for name in names}
         editor, errors = WeightEditor(model), torch.zeros(2, dtype=torch.float64, device=model.mesh.device.device)
@@ -115,7 +115,7 @@ class SecondOrderUpdate:
         m, removed, compensated = solution.split([solution.shape[1] - 2 * size, size, size], dim=1)
         editor.add_product(name, -gone, local_columns(m, self._model, name, empty=0.0))
         both = torch.stack([((gone @ matrix) * gone).sum() for matrix in (removed, compensated)])
-        is_copy = row.parts[0].dims[1].is_sharded and mesh.tp_rank != 0  # every TP rank has the same rows then
+        is_copy = row.dims[1].is_sharded and mesh.tp_rank != 0  # every TP rank has the same rows then
         return torch.zeros_like(both) if is_copy else both
 
     def _columns(self, name: str, group: Group, editor: WeightEditor, layout: ShardLayout) -> Tensor:
@@ -123,7 +123,7 @@ class SecondOrderUpdate:
         row, mesh = self._kept.rows[name], self._model.mesh
         local = row.group_positions(group, layout, mesh.tp_rank)[1]
         own = editor.columns(name, local)
-        if not row.parts[0].dims[1].is_sharded:
+        if not row.dims[1].is_sharded:
             return own
         wanted = source_columns(row, group)
         gone = own.new_zeros(len(own), len(wanted))
@@ -134,6 +134,6 @@ class SecondOrderUpdate:
     def _live_columns(self, name: str, group: Group) -> np.ndarray:
         """Positions of the group's columns among the live columns of weight `name`."""
         row = self._kept.rows[name]
-        dim = row.parts[0].dims[1]
-        canonical = positions(self._model.layout.architecture.live(dim.kind, row.layer), dim.size)
+        dim = row.dims[1]
+        canonical = positions(self._model.architecture.ids(dim.kind, row.site), dim.size)
         return np.searchsorted(canonical, source_columns(row, group))

@@ -1,2 +1,8 @@
-"""Apply a decision everywhere: pure plans (`plan`), in-place removal (`retire`), shrinking (`compact`), checks
-(`verify`), and the one who orders them (`coordinator`)."""
+"""Units leave a model in training, on every rank.
+
+live          LiveModel: the wrapped model and its layout, `retire` and `compact`
+retire        zero a group in weights and optimizer state
+plan          how old local tensors become new ones (pure);  compact  carries it out
+edit          change weights between steps
+coordinator   agree on a decision, commit it, compact when due;  verify  checks of all that
+"""

@@ -14,7 +14,6 @@ Losses and graphs from before the compaction must be dropped first: they would k
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +22,12 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_prune.model.llama import bind_layout, named_rows, replace_parameters
-from megatron_prune.optimizer.build import ShardedModel, wrap
-from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, adam_step, owned_shards, set_adam_step, set_moments
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.llama import replace_parameters
+from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, set_moments
+from megatron_prune.optimizer.wrapped import WrappedModel
 from megatron_prune.resharding.plan import TransferPlan, plan_transfer
 from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,47 +39,46 @@ class _OldState:
     tensors: dict[str, Tensor]
 
 
-@torch.no_grad()
-def compact(model: ShardedModel) -> None:
-    """Bring `model` to the compact layout of its live units; does nothing when it is there already.
+class Compaction:
+    """Brings `model` from one layout to another; `move_weights`, then (with the new layout bound) `move_optimizer`.
 
-    Raises:
-        MemoryError-like torch errors unchanged; the last checkpoint stays good since none is touched here.
+    Attributes:
+        plans: per parameter, how this rank's old tensor becomes the new one.
     """
-    old_layout, new_layout, mesh = model.layout, model.layout.compacted(), model.mesh
-    if old_layout.fingerprint() == new_layout.fingerprint():
-        return
-    step = adam_step(model)
-    groups = [dict(group, params=None) for group in model.optimizer.param_groups]
-    old = {shard.name: _set_aside(shard) for shard in owned_shards(model)}
-    names = sorted({key for state in old.values() for key in state.tensors} | set(_state_names(model, step)))
-    shapes = {name: tuple(p.shape) for name, p, _ in named_rows(model.module, model.table)}
-    plans: dict[str, TransferPlan] = {}
 
-    _free_gradients(model)
-    for name, _, row in named_rows(model.module, model.table):
-        plans[name] = plan_transfer(row, old_layout, new_layout, mesh.tp_rank)
+    def __init__(self, model: WrappedModel, old: ShardLayout, new: ShardLayout) -> None:
+        self._model = model
+        self._step = model.adam_step()
+        self._groups = [dict(group, params=None) for group in model.optimizer.param_groups]
+        self._old = {shard.name: _set_aside(shard) for shard in model.owned()}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter, _ in model.rows()}
+        self.plans = {name: plan_transfer(row, old, new, model.mesh.tp_rank) for name, _, row in model.rows()}
 
-    def resized(name: str, data: Tensor) -> Tensor:
-        moved = move(data, plans[name], mesh)
-        return moved.clone() if moved is data else moved  # the old memory goes with the old parameter
+    def move_weights(self) -> None:
+        """Steps 1 and 2: gradients are gone afterwards, and the module has its new parameters."""
+        model = self._model
+        _free_gradients(model)
 
-    replace_parameters(model.module, model.table, resized)
-    _free_parameter_buffers(model)
-    model.layout = new_layout
-    bind_layout(model.module, new_layout, mesh)
-    gradients = _GradientMemory()
-    with torch.enable_grad():  # DDP finds the gradient accumulators through a graph
-        model.ddp, model.optimizer = wrap(model.module, model.options, model.dtype, before_optimizer=gradients.free)
-    for group, previous in zip(model.optimizer.param_groups, groups, strict=True):
-        group.update({key: value for key, value in previous.items() if key not in ("params", "step")})
+        def resized(name: str, data: Tensor) -> Tensor:
+            moved = move(data, self.plans[name], model.mesh)
+            return moved.clone() if moved is data else moved  # the old memory goes with the old parameter
 
-    new = {shard.name: shard for shard in owned_shards(model)}
-    for name, _, _ in named_rows(model.module, model.table):
-        for key in names:
-            _move_state(key, shapes[name], old.get(name), new.get(name), plans[name], model)
-    gradients.restore()
-    set_adam_step(model, step)
+        replace_parameters(model.module, model.table, resized)
+        _free_parameter_buffers(model)
+
+    def move_optimizer(self) -> None:
+        """Steps 3 to 5."""
+        model, gradients = self._model, _GradientMemory()
+        names = {key for state in self._old.values() for key in state.tensors} | set(_state_names(model, self._step))
+        model.rewrap(before_optimizer=gradients.free)
+        for group, previous in zip(model.optimizer.param_groups, self._groups, strict=True):
+            group.update({key: value for key, value in previous.items() if key not in ("params", "step")})
+        new = {shard.name: shard for shard in model.owned()}
+        for name, plan in self.plans.items():
+            for key in sorted(names):
+                _move_state(key, self._shapes[name], self._old.get(name), new.get(name), plan, model)
+        gradients.restore()
+        model.set_adam_step(self._step)
 
 
 def move(tensor: Tensor, plan: TransferPlan, mesh: Mesh) -> Tensor:
@@ -133,7 +130,7 @@ def _select(tensor: Tensor, dim: int, old: np.ndarray, new: np.ndarray, length: 
     return tensor.new_zeros(shape).index_copy_(dim, torch.from_numpy(new).to(tensor.device), picked)
 
 
-def _state_names(model: ShardedModel, step: int) -> list[str]:
+def _state_names(model: WrappedModel, step: int) -> list[str]:
     """Which tensors every owned shard has, known on ranks that own nothing too."""
     return [*(MOMENTS if step else ()), *(["main"] if model.dtype != torch.float32 else [])]
 
@@ -154,7 +151,7 @@ def _move_state(
     old: _OldState | None,
     new: OwnedShard | None,
     plan: TransferPlan,
-    model: ShardedModel,
+    model: WrappedModel,
 ) -> None:
     """Carry one state tensor of one parameter over to its new owners; ranks that own nothing of it take part too."""
     mesh = model.mesh
@@ -180,7 +177,7 @@ def _move_state(
         set_moments(new, {key: piece.clone() if piece.numel() < moved.numel() else piece})
 
 
-def _free_gradients(model: ShardedModel) -> None:
+def _free_gradients(model: WrappedModel) -> None:
     for inner in model.optimizer.chained_optimizers:
         for tensor in inner.get_parameters():
             tensor.grad = None
@@ -188,7 +185,7 @@ def _free_gradients(model: ShardedModel) -> None:
         buffer.grad_data.untyped_storage().resize_(0)
 
 
-def _free_parameter_buffers(model: ShardedModel) -> None:
+def _free_parameter_buffers(model: WrappedModel) -> None:
     """Free the storage of the old parameter buffers and unhook the old DDP; the weights live outside of it by now."""
     for buffer in model.ddp.buffers:
         if buffer.param_data is not None:

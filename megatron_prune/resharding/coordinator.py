@@ -13,19 +13,19 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
+from typing import TypeVar
 
 import torch
 
 from megatron_prune.errors import DisagreementError
 from megatron_prune.model.architecture import Group
-from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.pruning.selector import Decision
-from megatron_prune.resharding.compact import compact
-from megatron_prune.resharding.retire import retire
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.mesh import agree, broadcast_object
 
 logger = logging.getLogger(__name__)
+
+Decision = TypeVar("Decision")
 
 
 class Coordinator:
@@ -38,7 +38,7 @@ class Coordinator:
         last_checkpoint: iteration of the newest complete checkpoint, if there is one; named in errors.
     """
 
-    def __init__(self, model: ShardedModel, check_invariants: bool = False) -> None:
+    def __init__(self, model: LiveModel, check_invariants: bool = False) -> None:
         self.model, self.check_invariants = model, check_invariants
         self.compactions = 0
         self.last_checkpoint: int | None = None
@@ -62,8 +62,8 @@ class Coordinator:
         return agreed
 
     def commit(self, group: Group) -> None:
-        """Retire `group` everywhere; weights must be in step over DP (`ShardedModel.force_param_sync`)."""
-        retire(self.model, group)
+        """Retire `group` everywhere."""
+        self.model.retire(group)
         if self.check_invariants:
             verify(self.model, thorough=True)
 
@@ -73,11 +73,11 @@ class Coordinator:
         Raises:
             MemoryError: there was not enough of it; this rank's model is unusable then, checkpoints are untouched.
         """
-        layout = self.model.layout
-        if not (force or layout.is_due) or layout.fingerprint() == layout.compacted().fingerprint():
+        if not (force or self.model.layout.is_due):
             return False
         try:
-            compact(self.model)
+            if not self.model.compact():
+                return False
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prune.model.layout import EMPTY, ShardLayout
-from megatron_prune.model.param_axes import ParamAxes, slot_ids
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.table import EMPTY, Param
 
 _PART_STRIDE = 1 << 40  # ids of different parts of a packed dim must not collide
 
@@ -48,12 +48,12 @@ class TransferPlan:
         )
 
 
-def _tagged_ids(row: ParamAxes, dim: int, layout: ShardLayout, rank: int) -> np.ndarray:
+def _tagged_ids(row: Param, dim: int, layout: ShardLayout, rank: int) -> np.ndarray:
     """int64 per element: its source position, tagged with its part; -1 where the slot is empty."""
     pieces = []
     for number, part in enumerate(row.parts if dim == 0 else row.parts[:1]):
         spec = part.dims[dim]
-        slots = slot_ids(spec, layout, row.layer, rank).astype(np.int64)
+        slots = layout.slots(spec.kind, row.site, rank).astype(np.int64)
         ids = slots[:, None] * spec.size + np.arange(spec.size) + number * _PART_STRIDE
         ids[slots == EMPTY] = EMPTY
         pieces.append(ids.reshape(-1))
@@ -68,9 +68,9 @@ def _common(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return live_old[at_old][order], live_new[at_new][order]
 
 
-def plan_transfer(row: ParamAxes, old: ShardLayout, new: ShardLayout, rank: int) -> TransferPlan:
+def plan_transfer(row: Param, old: ShardLayout, new: ShardLayout, rank: int) -> TransferPlan:
     """The plan for parameter `row` on tensor-parallel `rank`; a pure function of the two layouts."""
-    dims = row.parts[0].dims
+    dims = row.dims
     sharded = next((i for i, dim in enumerate(dims) if dim.is_sharded), None)
     ids_old = [_tagged_ids(row, dim, old, rank) for dim in range(len(dims))]
     ids_new = [_tagged_ids(row, dim, new, rank) for dim in range(len(dims))]

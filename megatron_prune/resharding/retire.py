@@ -11,26 +11,20 @@ import numpy as np
 import torch
 
 from megatron_prune.model.architecture import Group
-from megatron_prune.model.llama import bind_layout, named_rows
-from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.optimizer.owned import owned_shards
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.optimizer.wrapped import WrappedModel
 
 
 @torch.no_grad()
-def retire(model: ShardedModel, group: Group) -> None:
-    """Empty the slots of `group` in weights, main weights and moments, and bind the new layout. No communication.
-
-    Weights must be in step on all ranks (`force_param_sync`).
-    """
-    before, rank = model.layout, model.mesh.tp_rank
-    gone: dict[str, tuple[np.ndarray, ...]] = {}
-    for name, parameter, row in named_rows(model.module, model.table):
-        gone[name] = row.group_positions(group, before, rank)
+def zero_units(model: WrappedModel, group: Group, layout: ShardLayout) -> None:
+    """Zero the units of `group` in weights, main weights and moments of `model`, which are in `layout` and in step on
+    all ranks. No communication."""
+    rank, gone = model.mesh.tp_rank, dict[str, tuple[np.ndarray, ...]]()
+    for name, parameter, row in model.rows():
+        gone[name] = row.group_positions(group, layout, rank)
         for dim, positions in enumerate(gone[name]):
             if len(positions):
                 parameter.data.index_fill_(dim, torch.from_numpy(positions).to(parameter.device), 0)
-    for shard in owned_shards(model):
+    for shard in model.owned():
         tensors = [*shard.moments.values(), *([shard.main] if shard.has_separate_main else [])]
         shard.zero(tensors, gone[shard.name])
-    model.layout = before.without(group)
-    bind_layout(model.module, model.layout, model.mesh)

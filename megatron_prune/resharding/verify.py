@@ -9,17 +9,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_prune.model.layout import EMPTY
-from megatron_prune.model.llama import named_rows
-from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.optimizer.owned import OwnedShard, owned_shards
+from megatron_prune.model.table import EMPTY
+from megatron_prune.optimizer.owned import OwnedShard
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import all_reduce_sum
 
 
-def live_parameters(model: ShardedModel) -> int:
+def live_parameters(model: LiveModel) -> int:
     """Live elements in this model's optimizers, over all ranks, copies not counted (a collective)."""
     mesh, total = model.mesh, 0
-    for shard in owned_shards(model):
+    for shard in model.owned():
         is_tied_copy = shard.name not in {row.name for row in model.table.rows}
         is_tp_copy = not shard.row.is_sharded and mesh.tp_rank != 0
         is_dp_copy = not model.options.use_distributed_optimizer and mesh.over("replicas").rank != 0
@@ -29,25 +28,25 @@ def live_parameters(model: ShardedModel) -> int:
     return int(all_reduce_sum(count, mesh.over("world")))
 
 
-def _live_elements(shard: OwnedShard, model: ShardedModel) -> int:
+def _live_elements(shard: OwnedShard, model: LiveModel) -> int:
     masks = _live_masks(shard, model)
     columns = masks[1] if len(masks) > 1 else np.ones(1, dtype=bool)
     return sum(int(masks[0][rows].sum()) * int(columns[cols].sum()) for _, _, rows, cols in shard.blocks())
 
 
-def _live_masks(shard: OwnedShard, model: ShardedModel) -> list[np.ndarray]:
+def _live_masks(shard: OwnedShard, model: LiveModel) -> list[np.ndarray]:
     rank = model.mesh.tp_rank
     return [shard.row.element_ids(dim, model.layout, rank) != EMPTY for dim in range(shard.parameter.dim())]
 
 
 @torch.no_grad()
-def verify(model: ShardedModel, thorough: bool = False) -> None:
+def verify(model: LiveModel, thorough: bool = False) -> None:
     """Raise AssertionError, on all ranks, when the model is not what its architecture says (a collective).
 
     Args:
         thorough: also look at every weight, main weight and moment; meant for debugging and tests.
     """
-    counted, stated = live_parameters(model), model.layout.architecture.parameters
+    counted, stated = live_parameters(model), model.architecture.parameters
     if counted != stated:  # raised, not asserted: a run that asks for these checks keeps them under python -O
         raise AssertionError(f"the optimizer holds {counted} live parameters, the architecture has {stated}")
     if not thorough:
@@ -59,9 +58,9 @@ def verify(model: ShardedModel, thorough: bool = False) -> None:
         raise AssertionError(f"{total} tensors have non-zero elements in empty slots, on this rank: {dirty}")
 
 
-def _dirty_weights(model: ShardedModel) -> list[str]:
+def _dirty_weights(model: LiveModel) -> list[str]:
     names = []
-    for name, parameter, row in named_rows(model.module, model.table):
+    for name, parameter, row in model.rows():
         for dim in range(parameter.dim()):
             empty = np.flatnonzero(row.element_ids(dim, model.layout, model.mesh.tp_rank) == EMPTY)
             index = torch.from_numpy(empty).to(parameter.device)
@@ -70,9 +69,9 @@ def _dirty_weights(model: ShardedModel) -> list[str]:
     return names
 
 
-def _dirty_state(model: ShardedModel) -> list[str]:
+def _dirty_state(model: LiveModel) -> list[str]:
     names = []
-    for shard in owned_shards(model):
+    for shard in model.owned():
         masks = [~torch.from_numpy(mask).to(shard.key.device) for mask in _live_masks(shard, model)]
         for key, tensor in {**shard.moments, "main": shard.main}.items():
             for offset, length, rows, cols in shard.blocks():

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.model.table import ENTRANCES
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.saliency.criteria import (
     FISHER,
     INPUT_MAGNITUDE,
@@ -27,9 +28,6 @@ from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.hessian import inverse_diagonals, local_columns
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher, KeptInputs, Moments
 from megatron_prune.saliency.reducer import ColumnStatistics, ElementScores, score_elements
-
-# The layer whose normed input stands for the stem in a criterion, beside each output projection of the same layer.
-_ENTRANCES = {"self_attention.linear_proj": "self_attention.linear_qkv", "mlp.linear_fc2": "mlp.linear_fc1"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Collected:
     diagonals: dict[str, Tensor] | None
     kept: KeptInputs | None
 
-    def score(self, model: ShardedModel, criterion: Criterion, fisher: str) -> ElementScores:
+    def score(self, model: LiveModel, criterion: Criterion, fisher: str) -> ElementScores:
         """`score_elements` with these statistics."""
         return score_elements(model, criterion, fisher, self.fisher, self.columns)
 
@@ -82,7 +80,7 @@ class Collector:
 
     def __init__(
         self,
-        model: ShardedModel,
+        model: LiveModel,
         criterion: Criterion,
         settings: CollectorSettings,
         diagonals: dict[str, Tensor] | None = None,
@@ -118,18 +116,19 @@ class Collector:
         return Collected(squares, _columns(model, moments, diagonals or {}), diagonals, kept)
 
 
-def _columns(model: ShardedModel, moments: dict[str, Moments], diagonals: dict[str, Tensor]) -> ColumnStatistics:
+def _columns(model: LiveModel, moments: dict[str, Moments], diagonals: dict[str, Tensor]) -> ColumnStatistics:
     """Statistics by output weight and name."""
     columns: dict[str, dict[str, Tensor]] = {}
     for name, found in moments.items():
-        if not model.table.row(name).is_output:
+        row = model.table.row(name)
+        if not row.is_output:
             continue
         columns[name] = {
             INPUT_NORM: found.mean_square.sqrt(),
             INPUT_VARIANCE: found.variance,
             INPUT_MAGNITUDE: found.magnitude,
         }
-        entrance = next(name.replace(ours, theirs) for ours, theirs in _ENTRANCES.items() if ours in name)
+        entrance = model.table.find(ENTRANCES[row.role], row.layer).name
         if entrance in moments:
             columns[name][STEM_MAGNITUDE] = moments[entrance].magnitude
     for name, diagonal in diagonals.items():

@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from megatron_prune.model.llama import named_rows
-from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.optimizer.owned import OwnedShard, owned_shards
+from megatron_prune.optimizer.owned import OwnedShard
+from megatron_prune.optimizer.wrapped import WrappedModel
 
 
 class MicrobatchFisher:
@@ -34,14 +33,14 @@ class MicrobatchFisher:
         scale: see the module's docstring.
     """
 
-    def __init__(self, model: ShardedModel, num_microbatches: int, scale: float) -> None:
+    def __init__(self, model: WrappedModel, num_microbatches: int, scale: float) -> None:
         self._model, self._count, self._scale = model, num_microbatches, scale
         self._sums: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def arm(self) -> None:
         """Hook the output projections; their gradients are seen once per micro-batch, before accumulation."""
-        for name, parameter, row in named_rows(self._model.module, self._model.table):
+        for name, parameter, row in self._model.rows():
             if row.is_output:
                 self._sums[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
                 self._handles.append(parameter.register_hook(lambda grad, name=name: self._add(name, grad)))
@@ -56,7 +55,7 @@ class MicrobatchFisher:
         for handle in self._handles:
             handle.remove()
         sums, self._sums, self._handles = self._sums, {}, []
-        shards = [shard for shard in owned_shards(self._model) if shard.row.is_output]
+        shards = [shard for shard in self._model.owned() if shard.row.is_output]
         tokens = self._model.mesh.over("tokens")
         factor = self._scale / (self._count * tokens.size)
         if tokens.size == 1:

@@ -26,11 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.model.architecture import FFN
-from megatron_prune.model.layout import EMPTY
-from megatron_prune.model.llama import named_rows
-from megatron_prune.model.param_axes import positions
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.model.table import EMPTY, Param, ParamTable, positions
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
 from megatron_prune.saliency.inputs import KeptInputs
 
@@ -84,7 +81,7 @@ class Hessian:
 
 def solve_on_owners(
     kept: KeptInputs,
-    model: ShardedModel,
+    model: LiveModel,
     names: Sequence[str],
     damping: float,
     solve: Callable[[str, Hessian], Tensor],
@@ -147,7 +144,7 @@ def _broadcast(solution: Tensor, mesh: Mesh, tp_rank: int, replica: int) -> Tens
 
 
 @torch.no_grad()
-def inverse_diagonals(kept: KeptInputs, model: ShardedModel, damping: float) -> dict[str, Tensor]:
+def inverse_diagonals(kept: KeptInputs, model: LiveModel, damping: float) -> dict[str, Tensor]:
     """[H^-1]_pp per live column, fp64 in canonical order, of every output projection on this stage (collective)."""
     names = [name for name, row in kept.rows.items() if row.is_output]
     found = solve_on_owners(
@@ -156,14 +153,14 @@ def inverse_diagonals(kept: KeptInputs, model: ShardedModel, damping: float) -> 
     return dict(found)
 
 
-def _source_columns(model: ShardedModel, name: str) -> np.ndarray:
+def _source_columns(model: LiveModel, name: str) -> np.ndarray:
     """Source positions (int64, ascending) of the live columns of weight `name`: their canonical order."""
     row = model.table.row(name)
-    dim = row.parts[0].dims[1]
-    return positions(model.layout.architecture.live(dim.kind, row.layer), dim.size)
+    dim = row.dims[1]
+    return positions(model.architecture.ids(dim.kind, row.site), dim.size)
 
 
-def local_columns(values: Tensor, model: ShardedModel, name: str, empty: float) -> Tensor:
+def local_columns(values: Tensor, model: LiveModel, name: str, empty: float) -> Tensor:
     """`values` [..., live columns in canonical order] of weight `name`, as this rank stores its columns; `empty` in
     empty slots."""
     stored = model.table.row(name).element_ids(1, model.layout, model.mesh.tp_rank)
@@ -187,13 +184,14 @@ class DiagonalCache:
     removals: int
 
     @classmethod
-    def of_stages(cls, diagonals: dict[str, Tensor], model: ShardedModel, removals: int) -> DiagonalCache:
+    def of_stages(cls, diagonals: dict[str, Tensor], model: LiveModel, removals: int) -> DiagonalCache:
         """From each stage's `inverse_diagonals` (collective over PP)."""
-        shape = model.table.shape
-        width = shape.num_attention_heads * shape.kv_channels + shape.ffn_hidden_size
-        values = np.zeros((shape.num_layers, width))
+        table = model.table
+        outputs = [row for row in table.rows if row.is_output]
+        width = max(end for row in outputs for end in [cls._start(table, row) + _columns(table, row)])
+        values = np.zeros((table.shape.num_layers, width))
         for name, found in diagonals.items():
-            values[model.table.row(name).layer, cls._places(model, name)] = found.cpu().numpy()
+            values[table.row(name).site, cls._places(model, name)] = found.cpu().numpy()
         total = torch.from_numpy(values).to(model.mesh.device.device)
         return cls(all_reduce_sum(total, model.mesh.over("pp")).cpu().numpy(), removals)
 
@@ -202,17 +200,26 @@ class DiagonalCache:
         """False when some layer's inputs were not."""
         return bool(np.isfinite(self.values).all())
 
-    def of_stage(self, model: ShardedModel) -> dict[str, Tensor]:
+    def of_stage(self, model: LiveModel) -> dict[str, Tensor]:
         """This stage's part for the columns that are still alive, as `inverse_diagonals` returns it."""
         found = {}
-        for name, parameter, row in named_rows(model.module, model.table):
+        for name, parameter, row in model.rows():
             if row.is_output:
-                own = self.values[row.layer, self._places(model, name)]
+                own = self.values[row.site, self._places(model, name)]
                 found[name] = torch.from_numpy(own).to(parameter.device)
         return found
 
     @staticmethod
-    def _places(model: ShardedModel, name: str) -> np.ndarray:
-        shape = model.table.shape
-        is_ffn = model.table.row(name).parts[0].dims[1].kind == FFN
-        return _source_columns(model, name) + is_ffn * shape.num_attention_heads * shape.kv_channels
+    def _start(table: ParamTable, row: Param) -> int:
+        """Where the columns of an output projection begin among those of its layer."""
+        before = [other for other in table.rows if other.is_output and other.layer == row.layer]
+        return sum(_columns(table, other) for other in before[: before.index(row)])
+
+    @classmethod
+    def _places(cls, model: LiveModel, name: str) -> np.ndarray:
+        return _source_columns(model, name) + cls._start(model.table, model.table.row(name))
+
+
+def _columns(table: ParamTable, row: Param) -> int:
+    """Columns of an output projection of the source model."""
+    return row.dims[1].kind.size(table.shape) * row.dims[1].size

@@ -27,11 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from megatron_prune.model.architecture import STEM
-from megatron_prune.model.layout import EMPTY
-from megatron_prune.model.llama import inner_model, named_linears
-from megatron_prune.model.param_axes import ParamAxes
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.model.llama import inner_model
+from megatron_prune.model.table import EMPTY, LM_HEAD, Param
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
 from megatron_prune.saliency.criteria import INPUT_MOMENTS, INVERSE_HESSIAN, STEM_MAGNITUDE
 
@@ -71,11 +69,11 @@ class InputNeeds:
         """What a criterion with these `needs` wants; `kept` counts only where it wants the inverse Hessian."""
         return cls(bool(needs & INPUT_MOMENTS), STEM_MAGNITUDE in needs, kept if INVERSE_HESSIAN in needs else 0)
 
-    def wants_moments(self, row: ParamAxes) -> bool:
+    def wants_moments(self, row: Param) -> bool:
         """Whether moments of the inputs of `row`'s layer are collected."""
-        return self.moments if row.is_output else self.stem_moments and row.name != "output_layer.weight"
+        return self.moments if row.is_output else self.stem_moments and row.role != LM_HEAD
 
-    def wants_inputs(self, row: ParamAxes) -> bool:
+    def wants_inputs(self, row: Param) -> bool:
         """Whether the inputs of `row`'s layer are kept."""
         return self.kept > 0 and (row.is_output or self.keep_stem)
 
@@ -86,7 +84,7 @@ class InputNeeds:
 class KeptInputs:
     """X of some layers over the kept micro-batches, by weight name; all ranks of a stage hold the same names."""
 
-    def __init__(self, model: ShardedModel, pieces: dict[str, list[Tensor]], rows: dict[str, ParamAxes]) -> None:
+    def __init__(self, model: LiveModel, pieces: dict[str, list[Tensor]], rows: dict[str, Param]) -> None:
         self._model, self._pieces, self.rows = model, pieces, rows
 
     def gather(self, name: str) -> Tensor:
@@ -96,7 +94,7 @@ class KeptInputs:
         """
         row, layout, mesh = self.rows[name], self._model.layout, self._model.mesh
         x = torch.cat(self._pieces[name])
-        if row.parts[0].dims[1].is_sharded:
+        if row.dims[1].is_sharded:
             x = torch.cat(_all_gather(x, mesh), dim=1)
             ids = np.concatenate([row.element_ids(1, layout, rank) for rank in range(mesh.tp_size)])
         else:
@@ -108,8 +106,8 @@ class KeptInputs:
 
     def features(self, name: str) -> int:
         """Live features of the layer now."""
-        dim = self.rows[name].parts[0].dims[1]
-        return len(self._model.layout.architecture.live(dim.kind, self.rows[name].layer)) * dim.size
+        dim = self.rows[name].dims[1]
+        return self._model.architecture.width(dim.kind, self.rows[name].site) * dim.size
 
 
 def _all_gather(x: Tensor, mesh: Mesh) -> list[Tensor]:
@@ -120,7 +118,7 @@ def _all_gather(x: Tensor, mesh: Mesh) -> list[Tensor]:
     return parts
 
 
-def splits_sequences(model: ShardedModel) -> bool:
+def splits_sequences(model: LiveModel) -> bool:
     """Whether tensor-parallel ranks see different tokens of the normed hidden states."""
     return bool(inner_model(model.module).config.sequence_parallel)
 
@@ -141,17 +139,17 @@ class InputWatcher:
         needs: what to collect.
     """
 
-    def __init__(self, model: ShardedModel, needs: InputNeeds) -> None:
+    def __init__(self, model: LiveModel, needs: InputNeeds) -> None:
         self._model, self.needs = model, needs
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = defaultdict(int)
         self._kept: dict[str, list[Tensor]] = defaultdict(list)
-        self._rows: dict[str, ParamAxes] = {}
+        self._rows: dict[str, Param] = {}
         self._handles: list[RemovableHandle] = []
 
     def arm(self) -> None:
         """Hook the layers."""
-        for name, module, row in named_linears(self._model.module, self._model.table):
+        for name, module, row in self._model.linears():
             if self.needs.wants_moments(row) or self.needs.wants_inputs(row):
                 self._rows[name] = row
 
@@ -186,7 +184,7 @@ class InputWatcher:
 
     def _reduced(self, stem: bool) -> dict[str, Moments]:
         """Moments of the layers whose features are (or are not) stem channels: one all-reduce for all of them."""
-        names = [n for n, row in self._rows.items() if n in self._sums and (row.parts[0].dims[1].kind == STEM) == stem]
+        names = [n for n, row in self._rows.items() if n in self._sums and row.dims[1].kind.is_shared == stem]
         if not names:
             return {}
         mesh = self._model.mesh

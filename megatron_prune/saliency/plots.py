@@ -1,6 +1,6 @@
 """Pictures of unit scores: what a researcher looks at before a run.
 
-plot_scores   one row per criterion: heat maps of heads and FFN channels by layer, a curve of stem channels
+plot_scores   one row per criterion: heat maps by layer, a curve for units that all layers share
 """
 
 from __future__ import annotations
@@ -11,43 +11,55 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.model.kinds import Kind
 from megatron_prune.saliency.scores import UnitScores
+
+_BY_ID = 256  # up to so many units of a layer, each stands at its own number
 
 
 def plot_scores(scores: Mapping[str, UnitScores], path: Path, title: str = "", *, per_column: bool = False) -> None:
     """Draw the scores of one model by each criterion into `path` (png, svg, pdf). Needs matplotlib.
 
-    Colours and the curve are logarithmic; units without a score (zero, or removed already) stay white. Heads stand at
-    their original numbers, FFN and stem channels in the order of their scores.
+    Colours and the curve are logarithmic; units without a score (zero, or removed already) stay white. Where a layer
+    has few units, such as heads, they stand at their original numbers, else in the order of their scores.
 
     Args:
-        per_column: divide a head's score by the columns it owns (`head_score: per_column`).
+        per_column: divide a unit's score by the columns it owns (`head_score: per_column`).
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 0.4 + 2.6 * len(scores)), layout="constrained")
-    grid = figure.subplots(len(scores), 3, squeeze=False, width_ratios=(1, 1.6, 1))
+    kinds = next(iter(scores.values())).architecture.table.scored
+    grid = figure.subplots(len(scores), len(kinds), squeeze=False)
     for row, (name, units) in zip(grid, scores.items(), strict=True):
-        heads = _by_original_id(units) / (units.architecture.shape.kv_channels if per_column else 1)
-        _heat_map(figure, row[0], heads, f"{name}: query heads{', per column' if per_column else ''}", "query head")
-        _heat_map(figure, row[1], np.sort(units.ffn, axis=1), f"{name}: FFN channels, sorted", "channel by score")
-        stem = np.sort(units.stem)
-        row[2].set_title(f"{name}: stem channels, sorted", fontsize=9)
-        row[2].set(xlabel="channel by score", ylabel="score")
-        if (stem > 0).any():
-            row[2].semilogy(np.where(stem > 0, stem, np.nan), linewidth=1.2)
+        for axes, kind in zip(row, kinds, strict=True):
+            if kind.is_shared:
+                _curve(axes, np.sort(units.of(kind)), f"{name}: {kind.title}, sorted")
+                continue
+            values, is_sorted = _by_layer(units, kind)
+            size = units.architecture.table.columns(kind) if per_column else 1
+            label = f"{name}: {kind.title}{', per column' if size > 1 else ''}{', sorted' if is_sorted else ''}"
+            _heat_map(figure, axes, values / size, label, "unit by score" if is_sorted else "unit")
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=100)
 
 
-def _by_original_id(units: UnitScores) -> np.ndarray:
-    """Head scores [layers, source's query heads]; NaN where a head is gone."""
-    shape = units.architecture.shape
-    heads = np.full((shape.num_layers, shape.num_attention_heads), np.nan)
-    for row, ids, values in zip(heads, units.architecture.heads, units.head, strict=True):
-        row[ids] = values
-    return heads
+def _by_layer(units: UnitScores, kind: Kind) -> tuple[np.ndarray, bool]:
+    """Scores [layers, units], NaN where there is none, and whether they are sorted instead of at their numbers."""
+    size, sites = kind.size(units.architecture.shape), units.values[kind]
+    is_sorted = size > _BY_ID
+    values = np.full((len(sites), max(map(len, sites)) if is_sorted else size), np.nan)
+    for row, ids, found in zip(values, units.architecture.sites(kind), sites, strict=True):
+        row[np.arange(len(found)) if is_sorted else ids] = np.sort(found) if is_sorted else found
+    return values, is_sorted
+
+
+def _curve(axes: Any, values: np.ndarray, title: str) -> None:
+    axes.set_title(title, fontsize=9)
+    axes.set(xlabel="unit by score", ylabel="score")
+    if (values > 0).any():
+        axes.semilogy(np.where(values > 0, values, np.nan), linewidth=1.2)
 
 
 def _heat_map(figure: Any, axes: Any, values: np.ndarray, title: str, across: str) -> None:

@@ -5,7 +5,8 @@
 
 Heads and FFN channels live on one tensor-parallel rank; stem sums add over TP, PP and layers; with the distributed
 optimizer each DP rank scores just the range it owns. Neither weights nor gradients are gathered. Per scoring
-layers x (heads + ffn) + hidden numbers are summed over TP x PP (and over DP with the distributed optimizer).
+layers x (heads + ffn) + hidden numbers, one per unit, are summed over TP x PP (and over DP with the distributed
+optimizer).
 No atomic adds: the sums of a rank are bit-reproducible.
 """
 
@@ -18,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune.model.architecture import FFN, HEAD, Group
-from megatron_prune.model.layout import EMPTY, ShardLayout
-from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.optimizer.owned import OwnedShard, owned_shards
+from megatron_prune.model.architecture import Group
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.table import EMPTY
+from megatron_prune.optimizer.owned import OwnedShard
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import all_reduce_sum
 from megatron_prune.saliency.criteria import FISHER, GRADIENT, LIVE, STEM_MAGNITUDE, Criterion, Elements
-from megatron_prune.saliency.scores import UnitScores, score_length
+from megatron_prune.saliency.scores import UnitScores, places, score_length
 
 # Weight name -> statistic -> one value per stored column (`stem_magnitude`: per stored row) of this rank.
 ColumnStatistics = Mapping[str, Mapping[str, Tensor]]
@@ -36,50 +38,42 @@ class ElementScores:
 
     Args:
         pieces: owned ranges and their S.
-        stem_pieces: the S to sum for stem channels, by weight name, where the criterion has one of its own.
+        row_pieces: the S to sum over rows, by weight name, where the criterion has one of its own.
     """
 
-    model: ShardedModel
+    model: LiveModel
     pieces: list[tuple[OwnedShard, Tensor]]
-    stem_pieces: dict[str, Tensor] = field(default_factory=dict)
+    row_pieces: dict[str, Tensor] = field(default_factory=dict)
 
     def drop(self, group: Group, layout: ShardLayout) -> None:
         """Forget the elements of a removed group; `layout` is the one before its removal."""
         for shard, scores in self.pieces:
-            tensors = [scores, *([self.stem_pieces[shard.name]] if self.stem_pieces else [])]
+            tensors = [scores, *([self.row_pieces[shard.name]] if self.row_pieces else [])]
             shard.zero(tensors, shard.row.group_positions(group, layout, self.model.mesh.tp_rank))
 
     @torch.no_grad()
     def reduce(self) -> UnitScores:
         """Sums per live unit over all ranks (a collective over the whole model)."""
-        mesh, layout = self.model.mesh, self.model.layout
-        architecture = layout.architecture
-        layers, heads, ffn = (
-            architecture.shape.num_layers,
-            architecture.num_attention_heads,
-            architecture.ffn_hidden_size,
-        )
+        mesh, layout, architecture = self.model.mesh, self.model.layout, self.model.architecture
         vector = torch.zeros(score_length(architecture), dtype=torch.float32, device=mesh.device.device)
-        stem = vector[layers * (heads + ffn) :]
-        live_stem = torch.from_numpy(np.flatnonzero(layout.stem != EMPTY)).to(vector.device)
+        starts = places(architecture)
         for shard, scores in self.pieces:
             row_sums, column_sums = _sums(shard, scores)
-            if self.stem_pieces:
-                row_sums, _ = _sums(shard, self.stem_pieces[shard.name])
-            stem += row_sums[live_stem]
-            dim = shard.row.parts[0].dims[1]
-            slots = layout.slots(dim.kind, shard.row.layer, mesh.tp_rank)
-            base, width = (0, heads) if dim.kind == HEAD else (layers * heads, ffn)
-            assert dim.kind in (HEAD, FFN)
-            live = np.flatnonzero(slots != EMPTY)
-            if not len(live):
-                continue
-            # Live slots of a rank are ascending ids, but not always neighbours in the canonical order of the layer.
-            first = base + shard.row.layer * width
-            places = first + np.searchsorted(architecture.live(dim.kind, shard.row.layer), slots[live])
-            units = column_sums.view(len(slots), dim.size).sum(dim=1)
-            at = torch.from_numpy(places).to(vector.device)
-            vector[at] += units[torch.from_numpy(live).to(vector.device)]
+            if self.row_pieces:
+                row_sums, _ = _sums(shard, self.row_pieces[shard.name])
+            for dim, sums in zip(shard.row.dims, (row_sums, column_sums), strict=True):
+                if dim.kind not in starts:
+                    continue
+                slots = layout.slots(dim.kind, shard.row.site, mesh.tp_rank)
+                live = np.flatnonzero(slots != EMPTY)
+                if not len(live):
+                    continue
+                # Live slots of a rank are ascending ids, but not always neighbours in the canonical order of the layer.
+                first = starts[dim.kind][dim.kind.site(shard.row.site)]
+                order = np.searchsorted(architecture.ids(dim.kind, shard.row.site), slots[live])
+                units = sums if dim.size == 1 else sums.view(len(slots), dim.size).sum(dim=1)
+                at = torch.from_numpy(first + order).to(vector.device)
+                vector[at] += units[torch.from_numpy(live).to(vector.device)]
         axes = [mesh.over("model"), *([mesh.over("owners")] if self.model.options.use_distributed_optimizer else [])]
         all_reduce_sum(vector, *axes)
         return UnitScores.from_vector(architecture, vector.cpu().numpy())
@@ -98,7 +92,7 @@ def _sums(shard: OwnedShard, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def score_elements(
-    model: ShardedModel,
+    model: LiveModel,
     criterion: Criterion,
     fisher: str,
     microbatch_fisher: dict[str, Tensor] | None = None,
@@ -112,8 +106,8 @@ def score_elements(
             unscaled: a squared mean gradient is far smaller than the mean of squares.
         inputs: what the criterion needs to know of the layers' inputs (see `saliency.collector`).
     """
-    pieces, stem_pieces = [], {}
-    for shard in owned_shards(model):
+    pieces, row_pieces = [], {}
+    for shard in model.owned():
         if not shard.row.is_output:
             continue
         gradient, weight, statistics = shard.grad.float(), shard.main.float(), {}
@@ -128,8 +122,8 @@ def score_elements(
         elements = Elements(weight, gradient, statistics)
         pieces.append((shard, criterion.score(elements)))
         if criterion.stem is not None:
-            stem_pieces[shard.name] = criterion.stem(elements)
-    return ElementScores(model, pieces, stem_pieces)
+            row_pieces[shard.name] = criterion.stem(elements)
+    return ElementScores(model, pieces, row_pieces)
 
 
 def _fisher(shard: OwnedShard, gradient: Tensor, source: str, microbatch_fisher: dict[str, Tensor] | None) -> Tensor:
@@ -141,7 +135,7 @@ def _fisher(shard: OwnedShard, gradient: Tensor, source: str, microbatch_fisher:
     return gradient.square()
 
 
-def _live(shard: OwnedShard, model: ShardedModel) -> Tensor:
+def _live(shard: OwnedShard, model: LiveModel) -> Tensor:
     """1 where both row and column of an element hold a unit, else 0."""
     masks = [
         torch.from_numpy(shard.row.element_ids(dim, model.layout, model.mesh.tp_rank) != EMPTY).to(shard.key.device)

@@ -1,17 +1,21 @@
 """Group scores as plain arrays: one number per live unit, the same on every layout.
 
-UnitScores   sums of S per head, FFN channel and stem channel, aligned with an Architecture's live ids
+UnitScores   sums of S per unit of each scored kind, aligned with an Architecture's live ids
 smooth       exponential moving average over scoring steps; scores follow their units through removals
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import Kind
+
+_OLD_FORM = 2  # dimensions of a kind's scores in old checkpoints: [layers, units]; [units] for shared kinds
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,59 +23,73 @@ class UnitScores:
     """Sums of S, fp64, aligned with the live ids of `architecture` (ascending).
 
     Args:
-        head: [layers, live query heads], sums over a head's kv_channels columns of W_o.
-        ffn: [layers, live FFN channels], sums over a channel's column of W_down.
-        stem: [live stem channels], sums over a channel's rows of W_o and W_down of all layers.
+        values: for each scored kind of the table and each of its sites [live units]: sums over the columns of the
+            output projections that hold a unit (heads and FFN channels of a layer), or over their rows in all layers
+            (stem channels).
     """
 
     architecture: Architecture
-    head: np.ndarray
-    ffn: np.ndarray
-    stem: np.ndarray
+    values: Mapping[Kind, tuple[np.ndarray, ...]]
+
+    def of(self, kind: Kind, layer: int = 0) -> np.ndarray:
+        """Scores of the live units of `kind` in `layer`."""
+        return self.values[kind][kind.site(layer)]
 
     @property
     def not_finite(self) -> tuple[str, ...]:
-        """Kinds of groups of which a sum is NaN or infinite, with the layers: ("head in layers 0, 3", "stem")."""
+        """Kinds of units of which a sum is NaN or infinite, with the layers: ("head in layers 0, 3", "stem")."""
         found = []
-        for kind, values in ((HEAD, self.head), (FFN, self.ffn)):
-            layers = np.flatnonzero(~np.isfinite(values).all(axis=1))
-            if len(layers):
-                found.append(f"{kind} in layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}")
-        return tuple(found) if np.isfinite(self.stem).all() else (*found, STEM)
+        for kind, sites in self.values.items():
+            bad = [str(site) for site, values in enumerate(sites) if not np.isfinite(values).all()]
+            if bad:
+                found.append(kind.name if kind.is_shared else f"{kind} in layer{'s' * (len(bad) > 1)} {', '.join(bad)}")
+        return tuple(found)
 
     @classmethod
     def from_vector(cls, architecture: Architecture, vector: np.ndarray) -> UnitScores:
-        """Split one flat vector [layers * heads | layers * ffn | stem], the form in which scores travel."""
-        layers = architecture.shape.num_layers
-        heads, ffn = layers * architecture.num_attention_heads, layers * architecture.ffn_hidden_size
-        head, channel, stem = np.split(vector.astype(np.float64), [heads, heads + ffn])
-        return cls(architecture, head.reshape(layers, -1), channel.reshape(layers, -1), stem)
+        """Split one flat vector, the form in which scores travel: kind after kind, site after site (`places`)."""
+        starts, flat = places(architecture), vector.astype(np.float64)
+        return cls(
+            architecture,
+            {
+                kind: tuple(
+                    flat[start : start + len(ids)]
+                    for start, ids in zip(starts[kind], architecture.sites(kind), strict=True)
+                )
+                for kind in architecture.table.scored
+            },
+        )
 
     def restricted(self, architecture: Architecture) -> UnitScores:
         """The same scores without the units that `architecture` no longer has."""
-        layers = range(architecture.shape.num_layers)
-        mine = self.architecture
 
-        def keep(values: np.ndarray, before: tuple[np.ndarray, ...], after: tuple[np.ndarray, ...]) -> np.ndarray:
-            if all(before[i] is after[i] for i in layers):  # the removed group was of another kind
-                return values
-            return np.stack([values[i][_among(before[i], after[i])] for i in layers])
+        def keep(values: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+            return values if before is after else values[_among(before, after)]
 
         return UnitScores(
             architecture,
-            keep(self.head, mine.heads, architecture.heads),
-            keep(self.ffn, mine.ffn, architecture.ffn),
-            self.stem[_among(mine.stem, architecture.stem)],
+            {
+                kind: tuple(map(keep, sites, self.architecture.sites(kind), architecture.sites(kind)))
+                for kind, sites in self.values.items()
+            },
         )
 
     def to_state(self) -> dict[str, Any]:
-        """Plain arrays for a checkpoint."""
-        return {"head": self.head, "ffn": self.ffn, "stem": self.stem}
+        """Plain arrays for a checkpoint: by kind, one per site."""
+        return {kind.name: list(sites) for kind, sites in self.values.items()}
 
     @classmethod
     def from_state(cls, architecture: Architecture, state: dict[str, Any]) -> UnitScores:
-        """Inverse of `to_state`."""
-        return cls(architecture, *(np.asarray(state[name], dtype=np.float64) for name in ("head", "ffn", "stem")))
+        """Inverse of `to_state`; raises KeyError or ValueError for scores of other units."""
+        values = {}
+        for kind in architecture.table.scored:
+            sites = state[kind.name]
+            if isinstance(sites, np.ndarray) and sites.ndim < _OLD_FORM:
+                sites = [sites]
+            values[kind] = tuple(np.asarray(site, dtype=np.float64) for site in sites)
+            if [len(site) for site in values[kind]] != [len(ids) for ids in architecture.sites(kind)]:
+                raise ValueError(f"scores of other units than the live ones: {kind}")
+        return cls(architecture, values)
 
 
 def _among(ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -81,10 +99,21 @@ def _among(ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return is_kept[ids]
 
 
+def places(architecture: Architecture) -> dict[Kind, list[int]]:
+    """Where the scores of each site of each scored kind begin in the flat vector."""
+    starts: dict[Kind, list[int]] = {}
+    at = 0
+    for kind in architecture.table.scored:
+        starts[kind] = []
+        for ids in architecture.sites(kind):
+            starts[kind].append(at)
+            at += len(ids)
+    return starts
+
+
 def score_length(architecture: Architecture) -> int:
-    """Numbers that travel per scoring: layers x (heads + ffn) + hidden."""
-    per_layer = architecture.num_attention_heads + architecture.ffn_hidden_size
-    return architecture.shape.num_layers * per_layer + architecture.hidden_size
+    """Numbers that travel per scoring: one per live unit of the scored kinds."""
+    return sum(len(ids) for kind in architecture.table.scored for ids in architecture.sites(kind))
 
 
 def smooth(previous: UnitScores | None, new: UnitScores, momentum: float) -> UnitScores:
@@ -92,8 +121,10 @@ def smooth(previous: UnitScores | None, new: UnitScores, momentum: float) -> Uni
     if previous is None or momentum == 0:
         return new
     old = previous.restricted(new.architecture)
-
-    def blend(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return momentum * a + (1 - momentum) * b
-
-    return UnitScores(new.architecture, blend(old.head, new.head), blend(old.ffn, new.ffn), blend(old.stem, new.stem))
+    return UnitScores(
+        new.architecture,
+        {
+            kind: tuple(momentum * a + (1 - momentum) * b for a, b in zip(old.values[kind], sites, strict=True))
+            for kind, sites in new.values.items()
+        },
+    )

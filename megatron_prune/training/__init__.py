@@ -1,3 +1,9 @@
-"""The loop: one iteration's forward and backward (`step`), its pruning (`pruner`), learning rates of both phases
-(`learning_rate`), what is shown and recorded (`metrics`, `flops`), the state that a checkpoint carries (`state`), the
-order of it all (`trainer`), and scoring and pruning without training (`one_shot`)."""
+"""The loop, and what an iteration is made of.
+
+trainer            the order of it all;  learning_rate  of both phases;  stopping  when it ends
+step               forward and backward over a global batch, validation;  objective  what is minimised
+pruner             one iteration's pruning;  pruning_settings  the configuration as it takes it
+one_shot           scoring and pruning without training
+state              what a checkpoint carries of a run
+metrics            what is shown and recorded (`clock`, `flops`, `sinks`, `dashboard`)
+"""

@@ -5,17 +5,15 @@ causality.
 from __future__ import annotations
 
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.table import ATTENTION_OUTPUT, EMBEDDING, LINEARS, LM_HEAD
 
 
 def training_flops_per_token(architecture: Architecture, seq_length: int) -> float:
     """FLOPs to train on one token: matrix multiplications of live widths, logits and attention included."""
-    shape, h = architecture.shape, architecture.hidden_size
-    heads, d = architecture.num_attention_heads, shape.kv_channels
-    forward = 2 * h * shape.vocab_size
-    for layer in range(shape.num_layers):
-        kv = len(architecture.kv_heads(layer))
-        forward += 2 * h * d * (2 * heads + 2 * kv) + 4 * seq_length * heads * d + 6 * h * architecture.ffn_hidden_size
-    return 3.0 * forward
+    attended = [(row.dims[1], row.site) for row in architecture.table.rows if row.role == ATTENTION_OUTPUT]
+    columns = sum(architecture.width(dim.kind, site) * dim.size for dim, site in attended)
+    head = EMBEDDING if architecture.shape.tie_word_embeddings else LM_HEAD
+    return 3.0 * (2 * architecture.elements((*LINEARS, head)) + 4 * seq_length * columns)
 
 
 # Dense bf16 peaks in TFLOP/s, from the manufacturer's data sheets; the first name found in the device's own wins.

@@ -9,11 +9,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prune.checkpoint.record import CONTINUED
 from megatron_prune.config import Config
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.training.state import RunState
 
 
-def build_scheduler(config: Config, model: ShardedModel, state: RunState) -> OptimizerParamScheduler:
+def build_scheduler(config: Config, model: LiveModel, state: RunState) -> OptimizerParamScheduler:
     """The scheduler of the current phase, at the current iteration, acting on the model's optimizer."""
     optimizer, continued = config.optimizer, config.continued
     in_tail = state.phase == CONTINUED
@@ -43,6 +43,6 @@ def build_scheduler(config: Config, model: ShardedModel, state: RunState) -> Opt
     return scheduler
 
 
-def current_lr(model: ShardedModel) -> float:
+def current_lr(model: LiveModel) -> float:
     """The learning rate that the next step uses."""
     return float(model.optimizer.param_groups[0]["lr"])

@@ -23,7 +23,8 @@ from typing import IO, Any
 import torch
 
 from megatron_prune.config import Config
-from megatron_prune.model.architecture import GROUP_KINDS, Architecture
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.pruning.groups import group_names
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.history_plot import plot_history
 from megatron_prune.training.clock import PARTS
@@ -33,7 +34,6 @@ from megatron_prune.training.sinks import Sinks
 
 logger = logging.getLogger(__name__)
 MIB = 1 << 20
-_WIDTHS = {"heads": "num_attention_heads", "ffn": "ffn_hidden_size", "hidden": "hidden_size"}
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,14 @@ class Reporter:
         if not self.is_active or self._first is None:
             return
         rates, removed = self._rates(self.session), self.session.removed
-        groups = "/".join(str(removed[kind]) for kind in GROUP_KINDS)
         minutes = (time.perf_counter() - self.session.started) / 60
         mfu = "" if rates.mfu is None else f", MFU {rates.mfu:.1%}"
         self.message(
             f"{status}: iteration {iteration} ({self.session.iterations} in this session, {minutes:.1f} min), "
-            f"{self._first.parameters:,} to {architecture.parameters:,} parameters (heads "
-            f"{architecture.num_attention_heads}, ffn {architecture.ffn_hidden_size}, hidden "
-            f"{architecture.hidden_size}; groups removed, head/ffn/stem: {groups}), {rates.tokens_per_second:,.0f} "
-            f"tokens/s, {rates.tflops:.3g} TFLOP/s per device{mfu}, peak memory {memory / MIB:,.0f} MiB"
+            f"{self._first.parameters:,} to {architecture.parameters:,} parameters "
+            f"({_widths(architecture, ' ', ', ')}; groups removed, {_group_names()}: {_counts(removed)}), "
+            f"{rates.tokens_per_second:,.0f} tokens/s, {rates.tflops:.3g} TFLOP/s per device{mfu}, "
+            f"peak memory {memory / MIB:,.0f} MiB"
         )
 
     def close(self) -> None:
@@ -204,7 +203,6 @@ class Reporter:
     def _line(self, report: IterationReport, architecture: Architecture) -> None:
         rates = self._rates(self.window)
         memory = report.memory()
-        removed = "/".join(str(self.window.removed[kind]) for kind in GROUP_KINDS)
         throughput = ""
         if self.config.logging.log_throughput:
             throughput = f" throughput per GPU (TFLOP/s/GPU): {rates.tflops:.3f} |"
@@ -218,9 +216,8 @@ class Reporter:
             f"global batch size: {self.config.training.global_batch_size:5d} | "
             f"lm loss: {report.loss:.6E} | grad norm: {report.grad_norm:.3f} | "
             f"number of skipped iterations: {report.skipped_iterations:3d} | parameters: {architecture.parameters} | "
-            f"heads: {architecture.num_attention_heads} | ffn: {architecture.ffn_hidden_size} | "
-            f"hidden: {architecture.hidden_size} | kv cache/token: {architecture.kv_cache_channels} | "
-            f"pruned groups (head/ffn/stem): {removed} | memory (MiB): {memory / MIB:.0f} |"
+            f"{_widths(architecture, ': ', ' | ')} | kv cache/token: {architecture.kv_cache_channels} | "
+            f"pruned groups ({_group_names()}): {_counts(self.window.removed)} | memory (MiB): {memory / MIB:.0f} |"
         )
         self._seconds = self._split(report.seconds(), rates)
         parts = " | ".join(f"{part}: {1000 * seconds:.1f}" for part, seconds in self._seconds.items())
@@ -246,7 +243,7 @@ class Reporter:
             "peak memory (MiB)": memory / MIB,
             "consumed tokens": report.consumed_tokens,
             "parameters": architecture.parameters,
-            **{f"width/{label}": getattr(architecture, name) for label, name in _WIDTHS.items()},
+            **{f"width/{kind.label}": architecture.width(kind) for kind in architecture.table.prunable},
             "KV cache elements per token": architecture.kv_cache_channels,
             **{f"seconds/{part}": seconds for part, seconds in self._seconds.items()},
         }
@@ -264,13 +261,26 @@ class Reporter:
                 total_iterations=report.total_iterations,
                 consumed_tokens=report.consumed_tokens,
                 parameters=(source.parameters, architecture.parameters, self.config.pruning.target_params),
-                widths={label: (getattr(source, name), getattr(architecture, name)) for label, name in _WIDTHS.items()},
+                widths={k.label: (source.width(k), architecture.width(k)) for k in source.table.prunable},
                 losses=tuple(dashboard.losses),
                 saliencies=tuple(dashboard.saliencies),
                 facts=self._facts,
                 seconds=self._seconds,
             )
         )
+
+
+def _widths(architecture: Architecture, colon: str, between: str) -> str:
+    return between.join(f"{kind.label}{colon}{architecture.span(kind)}" for kind in architecture.table.prunable)
+
+
+def _group_names() -> str:
+    return "/".join(group_names())
+
+
+def _counts(removed: Counter[str]) -> str:
+    """Removed groups by kind, in the order of `_group_names`."""
+    return "/".join(str(removed[name]) for name in group_names())
 
 
 def _columns(terminal: IO[str]) -> int:

@@ -5,7 +5,7 @@
 
 The calibration batch is one global batch, the first of the data set, and every scoring sees the same one. No optimizer
 step is taken, so Adam's moments are never allocated and the weights are the source's (but for second-order updates).
-How many groups go between two scorings is the ratio that `launch.assembly.one_shot_run` puts into the configuration.
+Ratio, group costs and smoothing of the configuration mean nothing here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from megatron_prune.config import Config
 from megatron_prune.data.batches import BatchStream, Dataset
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group
-from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.selector import Decision, choose
 from megatron_prune.resharding.coordinator import Coordinator
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.saliency.scores import UnitScores
-from megatron_prune.training.pruner import Pruner, selector_settings
+from megatron_prune.training.pruner import Scored, Scoring
+from megatron_prune.training.pruning_settings import pruning_settings, selector_rules
 from megatron_prune.training.state import RunState
 from megatron_prune.training.step import Batches, forward_backward, read_batch
 
@@ -45,7 +46,7 @@ class OneShot:
     def __init__(
         self,
         config: Config,
-        model: ShardedModel,
+        model: LiveModel,
         dataset: Dataset,
         on_batch: Callable[[], None] = _ignore,
         on_removal: Callable[[Architecture], None] = _ignore,
@@ -66,9 +67,7 @@ class OneShot:
         Raises:
             UserError: a sum is not finite, on all ranks.
         """
-        pruner = Pruner(self._config_of(metric), self.model, self.coordinator, RunState())
-        self._score(pruner)
-        scores = pruner.unit_scores()
+        scores = self._score(self._config_of(metric), RunState()).unit_scores()
         if scores.not_finite:
             where = "; ".join(scores.not_finite)
             raise UserError(f"{metric}: scores are not finite on this data ({where}); check the model and the data")
@@ -76,49 +75,56 @@ class OneShot:
 
     def first_choice(self, scores: UnitScores, metric: str) -> Decision | None:
         """The group that would go first by these scores; None when every kind is at its floor."""
-        return choose(scores, scores.architecture, selector_settings(self._config_of(metric)))
+        return choose(scores, scores.architecture, selector_rules(self._config_of(metric)))
 
-    def rounds(self, state: RunState) -> Iterator[list[Removal]]:
+    def rounds(self, state: RunState, groups_per_scoring: int | None = None) -> Iterator[list[Removal]]:
         """Prune to the target; yields what each scoring led to. `state.history` grows, the model is compacted at the
         end.
+
+        Args:
+            groups_per_scoring: removals after which the units are scored again; None: all of them after one scoring.
 
         Raises:
             UserError: the target cannot be reached: floors, or saliencies that are not finite.
         """
         target = self.config.pruning.target_params
         assert target is not None
-        pruner = Pruner(self.config, self.model, self.coordinator, state)
-        while (parameters := self.model.layout.architecture.parameters) > target:
-            self._score(pruner)
-            removed = pruner.prune(stepped=True)
+        while (parameters := self.model.architecture.parameters) > target:
+            scored, removed = self._score(self.config, state), list[Removal]()
+            while self.model.architecture.parameters > target and len(removed) != groups_per_scoring:
+                removal = scored.remove()
+                if removal is None:
+                    break
+                removed.append(removal)
             if not removed:
                 raise UserError(
                     f"pruning.target_params: {target} is not reached; at {parameters} parameters every kind of group "
                     "is at its floor, or a saliency is not finite; nothing was saved"
                 )
-            self.coordinator.compact_if_due(force=self.model.layout.architecture.parameters <= target)
+            is_there = self.model.architecture.parameters <= target
+            removed += scored.round_widths() if is_there else []
+            self.coordinator.compact_if_due(force=is_there)
             yield removed
 
     def _config_of(self, metric: str) -> Config:
-        """For scoring by `metric`; a target, which every pruner has, is made up where none is given."""
-        pruning = self.config.pruning
-        changed = dataclasses.replace(pruning, metric=metric, target_params=pruning.target_params or 1)
-        return dataclasses.replace(self.config, pruning=changed)
+        """For scoring by `metric`."""
+        return dataclasses.replace(self.config, pruning=dataclasses.replace(self.config.pruning, metric=metric))
 
-    def _score(self, pruner: Pruner) -> None:
-        """Gradients of the calibration batch, seen by `pruner` as in training."""
-        mesh, training = self.model.mesh, self.config.training
+    def _score(self, config: Config, state: RunState) -> Scored:
+        """Gradients of the calibration batch, watched as in training; nothing is smoothed."""
+        mesh, training = self.model.mesh, config.training
         samples = mesh.over("samples")
         batches = BatchStream(self.dataset, training.micro_batch_size, samples.rank, samples.size)
-        pruner.begin(self.num_microbatches)
+        settings = dataclasses.replace(pruning_settings(config, mesh.dp_size), momentum=0.0)
+        scoring = Scoring(self.coordinator, settings, state)
         forward_backward(
             self.model,
             self._announced(read_batch(batches, self.num_microbatches, mesh)),
             self.num_microbatches,
             training.micro_batch_size,
-            self.config.data.seq_length,
+            config.data.seq_length,
         )
-        pruner.score()
+        return scoring.finish()
 
     def _announced(self, batches: Batches) -> Batches:
         for batch in batches:
@@ -129,11 +135,11 @@ class OneShot:
 class _Announcing(Coordinator):
     """Tells of every removal."""
 
-    def __init__(self, model: ShardedModel, check_invariants: bool, on_removal: Callable[[Architecture], None]) -> None:
+    def __init__(self, model: LiveModel, check_invariants: bool, on_removal: Callable[[Architecture], None]) -> None:
         super().__init__(model, check_invariants)
         self._on_removal = on_removal
 
     def commit(self, group: Group) -> None:
         """Retire `group` everywhere, and say so."""
         super().commit(group)
-        self._on_removal(self.model.layout.architecture)
+        self._on_removal(self.model.architecture)

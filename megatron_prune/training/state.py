@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_prune.checkpoint.record import COUNT, NUMBER, PRUNING, STATE_FIELDS, TABLE, Progress, check_fields
 from megatron_prune.errors import UserError
+from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.spike_guard import GuardState
@@ -73,10 +74,7 @@ class RunState:
             "iteration": self.iteration,
             "tokens": self.consumed_tokens,
             "parameters": architecture.parameters,
-            "num_attention_heads": architecture.num_attention_heads,
-            "num_query_groups": max(len(architecture.kv_heads(i)) for i in range(architecture.shape.num_layers)),
-            "ffn_hidden_size": architecture.ffn_hidden_size,
-            "hidden_size": architecture.hidden_size,
+            "widths": architecture.widths(),
             "validation_loss": loss,
             "evaluation_tokens_per_second": tokens_per_second,
         }
@@ -99,6 +97,7 @@ class RunState:
             "smoothed": lambda scores: UnitScores.from_state(architecture, scores),
             "diagonals": lambda cache: DiagonalCache(**_known(DiagonalCache, cache)),
             "guard": lambda memory: GuardState.from_state(_known(GuardState, memory)),
+            "stages": lambda stages: {name: first_format.stage(facts) for name, facts in stages.items()},
         }
         found = {name: value for name, value in _known(cls, values).items() if value is not None}
         for name in read.keys() & found.keys():

@@ -15,10 +15,12 @@ from torch import Tensor
 from megatron_prune.config import Config
 from megatron_prune.data.batches import BatchStream, Dataset
 from megatron_prune.errors import TrainingStoppedError, UserError
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import Mesh, agree, all_reduce_sum
+from megatron_prune.training.objective import CrossEntropy, Loss, Objective
 
 Batches = Iterator[dict[str, Tensor]]
+NEXT_TOKEN = CrossEntropy()
 
 
 def read_batch(batches: Batches, count: int, mesh: Mesh) -> Batches:
@@ -39,26 +41,31 @@ def read_batch(batches: Batches, count: int, mesh: Mesh) -> Batches:
 
 
 def forward_backward(
-    model: ShardedModel, batches: Batches, num_microbatches: int, micro_batch_size: int, seq_length: int
+    model: LiveModel,
+    batches: Batches,
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+    objective: Objective = NEXT_TOKEN,
 ) -> float:
-    """Gradients of the mean loss over the global batch, reduced over ranks; returns that loss (nats per token)."""
+    """Gradients of the objective's mean over the global batch, reduced over ranks; returns the loss that it reports."""
     model.ddp.zero_grad_buffer()
     model.optimizer.zero_grad()
-    return _run(model, batches, num_microbatches, micro_batch_size, seq_length, forward_only=False)
+    return _run(model, batches, num_microbatches, micro_batch_size, seq_length, objective, forward_only=False)
 
 
 @torch.no_grad()
 def evaluate(
-    model: ShardedModel, batches: Batches, num_microbatches: int, micro_batch_size: int, seq_length: int
+    model: LiveModel, batches: Batches, num_microbatches: int, micro_batch_size: int, seq_length: int
 ) -> float:
-    """Mean loss over the global batch, nothing changed."""
+    """Mean cross entropy (nats per token) over the global batch, nothing changed."""
     model.ddp.eval()
-    loss = _run(model, batches, num_microbatches, micro_batch_size, seq_length, forward_only=True)
+    loss = _run(model, batches, num_microbatches, micro_batch_size, seq_length, NEXT_TOKEN, forward_only=True)
     model.ddp.train()
     return loss
 
 
-def validation_loss(model: ShardedModel, dataset: Dataset, config: Config) -> tuple[float, float]:
+def validation_loss(model: LiveModel, dataset: Dataset, config: Config) -> tuple[float, float]:
     """(mean loss over the first `eval_iters` global batches of `dataset`, tokens per second)."""
     mesh, training = model.mesh, config.training
     samples = mesh.over("samples")
@@ -74,9 +81,17 @@ def validation_loss(model: ShardedModel, dataset: Dataset, config: Config) -> tu
     return sum(losses) / training.eval_iters, training.eval_iters * config.tokens_per_iteration / elapsed
 
 
-def _run(model: ShardedModel, batches: Batches, count: int, micro_batch: int, seq_length: int, **options: Any) -> float:
+def _run(
+    model: LiveModel,
+    batches: Batches,
+    count: int,
+    micro_batch: int,
+    seq_length: int,
+    objective: Objective,
+    **options: Any,
+) -> float:
     losses = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, model.mesh),
+        forward_step_func=partial(_forward_step, model.mesh, objective),
         data_iterator=batches,
         model=[model.ddp],
         num_microbatches=count,
@@ -87,17 +102,9 @@ def _run(model: ShardedModel, batches: Batches, count: int, micro_batch: int, se
     return _mean_loss(losses, model.mesh)
 
 
-def _forward_step(mesh: Mesh, batches: Batches, model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(mesh: Mesh, objective: Objective, batches: Batches, model: torch.nn.Module) -> tuple[Tensor, Loss]:
     batch = {name: value.to(mesh.device.device, non_blocking=True) for name, value in next(batches).items()}
-    positions = torch.arange(batch["tokens"].shape[1], device=mesh.device.device).unsqueeze(0)
-    output = model(batch["tokens"], positions, None, labels=batch["labels"])
-    return output, partial(_masked_mean, batch["loss_mask"])
-
-
-def _masked_mean(mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over the positions that count. The schedule divides the loss in place, so the report is a copy."""
-    loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
-    return loss, {"loss": loss.detach().clone()}
+    return objective.forward(model, batch)
 
 
 def _mean_loss(losses: list[dict[str, Tensor]], mesh: Mesh) -> float:

@@ -1,8 +1,8 @@
 """The loop. The order of one pruning-aware iteration is `Trainer.iterate`; everything else is when to do what.
 
 1. forward and backward over the global batch, gradients reduced     (step.forward_backward)
-2. if a group is due: score the output layer group at (w_t, g_t)     (Pruner.score)
-3. optimizer step, unless something is not finite                    (optimizer.clip_and_step)
+2. if a group is due: score the output layer group at (w_t, g_t)     (Scoring.finish)
+3. optimizer step, unless something is not finite                    (LiveModel.step)
 4. every rank sees the stepped weights; decide, broadcast, retire    (Pruner.prune)
 5. compact when a quantum is free                                    (Coordinator.compact_if_due)
 6. log; evaluate, save and stop when due                             (StepAgreement.after_step)
@@ -21,15 +21,17 @@ from megatron_prune.config import Config
 from megatron_prune.data.batches import BatchStream
 from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.optimizer.build import ShardedModel, clip_and_step
 from megatron_prune.pruning.history import HistoryWriter, Removal
 from megatron_prune.resharding.coordinator import Coordinator
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.training.clock import PartClock
 from megatron_prune.training.learning_rate import build_scheduler, current_lr
 from megatron_prune.training.metrics import IterationReport, Reporter
+from megatron_prune.training.objective import Objective
 from megatron_prune.training.pruner import Pruner
+from megatron_prune.training.pruning_settings import pruning_schedule, pruning_settings
 from megatron_prune.training.state import RunState
-from megatron_prune.training.step import forward_backward, most, read_batch, validation_loss
+from megatron_prune.training.step import NEXT_TOKEN, forward_backward, most, read_batch, validation_loss
 from megatron_prune.training.stopping import StepAgreement, Stop
 
 logger = logging.getLogger(__name__)
@@ -68,27 +70,36 @@ class Trainer:
         saver: writes a checkpoint when one is due, or None.
         history: where removals are recorded on this rank, or None.
         agreement: when to stop early; None: as `config` says, signals are not looked at.
+        objective: what is minimised.
     """
 
     def __init__(
         self,
         config: Config,
-        model: ShardedModel,
+        model: LiveModel,
         datasets: Datasets,
         state: RunState,
         reporter: Reporter,
         saver: Saver | None = None,
         history: HistoryWriter | None = None,
         agreement: StepAgreement | None = None,
+        objective: Objective = NEXT_TOKEN,
     ) -> None:
         self.config, self.model, self.datasets, self.state = config, model, datasets, state
-        self.reporter, self.saver, self.history = reporter, saver, history
+        self.reporter, self.saver, self.history, self.objective = reporter, saver, history, objective
         self.coordinator = Coordinator(model, config.training.check_invariants)
         self.clock = PartClock(model.mesh.device)
         self.pruner: Pruner | None = None
         if config.pruning.target_params:
-            self.pruner = Pruner(config, model, self.coordinator, state, self.clock)
+            self.pruner = Pruner(
+                pruning_settings(config, model.mesh.dp_size),
+                pruning_schedule(config, model.table.shape),
+                self.coordinator,
+                state,
+                self.clock,
+            )
         self.scheduler = build_scheduler(config, model, state)
+        model.rebuilt.append(self._follow_optimizer)
         training = config.training
         self.num_microbatches = training.global_batch_size // (training.micro_batch_size * model.mesh.dp_size)
         self.batches = self._stream(datasets.train, state.consumed_samples)
@@ -97,7 +108,7 @@ class Trainer:
     @property
     def architecture(self) -> Architecture:
         """Live widths now."""
-        return self.model.layout.architecture
+        return self.model.architecture
 
     # The run ---------------------------------------------------------------------------------------------------------
 
@@ -164,34 +175,40 @@ class Trainer:
     def iterate(self) -> None:
         """One iteration, in the order of the module's docstring."""
         state, training = self.state, self.config.training
-        if self.pruner:
-            self.pruner.begin(self.num_microbatches)
+        scoring = self.pruner.begin() if self.pruner else None
         learning_rate = current_lr(self.model)
         with self.clock.part("forward-backward"):
             batches = read_batch(self.batches, self.num_microbatches, self.model.mesh)
             loss = forward_backward(
-                self.model, batches, self.num_microbatches, training.micro_batch_size, self.config.data.seq_length
+                self.model,
+                batches,
+                self.num_microbatches,
+                training.micro_batch_size,
+                self.config.data.seq_length,
+                self.objective,
             )
         with self.clock.part("scoring"):
-            if self.pruner:
-                self.pruner.score()
+            scored = scoring.finish() if scoring else None
         with self.clock.part("optimizer"):
-            stepped, grad_norm = clip_and_step(self.model)
+            stepped, grad_norm = self.model.step()
         state.iteration += 1
         state.consumed_samples += training.global_batch_size
         state.consumed_tokens += self.config.tokens_per_iteration
         self.scheduler.step(1)
         self._count_nonfinite(stepped, loss)
         with self.clock.part("retire"):
-            removed = self.pruner.prune(stepped, loss) if self.pruner else []
+            removed = self.pruner.prune(scored, stepped, loss) if self.pruner else []
+        del scoring, scored  # they hold inputs of layers and element scores, which a compaction needs the memory of
         self._record(removed)
         reached = state.phase == PRUNING and bool(self.pruner) and self._target_reached()
         with self.clock.part("compact"):
-            if self.coordinator.compact_if_due(force=reached):
-                self.scheduler.optimizer = self.model.optimizer
+            self.coordinator.compact_if_due(force=reached)
         self._report(loss, grad_norm, learning_rate, removed)
         if reached:
             self._enter_continued()
+
+    def _follow_optimizer(self) -> None:
+        self.scheduler.optimizer = self.model.optimizer
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

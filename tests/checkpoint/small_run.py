@@ -15,15 +15,18 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_prune.checkpoint import CheckpointReader, RunRecord
-from megatron_prune.model.architecture import Architecture, Group, LlamaShape
-from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import STEM, find_kind
+from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
-from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel, clip_and_step
-from megatron_prune.resharding.retire import retire
+from megatron_prune.model.table import ParamTable
+from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, init_mesh
+from megatron_prune.testing.helpers.sharded import rounded
 
 SEQ, BATCH = 16, 4  # tokens per sequence, sequences per step (over all ranks)
 SHAPE = LlamaShape(
@@ -72,19 +75,19 @@ def options_of(kind: Kind) -> ModelOptions:
     return ModelOptions(SEQ, kind.dtype, sequence_parallel=kind.sp, **stages)
 
 
-def build(kind: Kind, shape: LlamaShape = SHAPE, record: RunRecord | None = None) -> ShardedModel:
+def build(kind: Kind, shape: LlamaShape = SHAPE, record: RunRecord | None = None) -> LiveModel:
     """A model with random weights, the same on every layout; with `record`, of its architecture and without weights."""
-    mesh, quanta = mesh_of(kind), Quanta(vocab=8)
+    mesh, quanta = mesh_of(kind), rounded(vocab=8)
     layout = record.layout(kind.tp, quanta) if record else ShardLayout.pack(Architecture.full(shape), kind.tp, quanta)
     table = ParamTable.build(shape)
     module = build_llama(shape, layout, mesh, options_of(kind))
     if record is None:
         load_parameters(module, table, layout, mesh, RandomWeights(shape, seed=3, std=0.2))
     options = OptimizerOptions(lr=3e-3, use_distributed_optimizer=kind.distributed)
-    return ShardedModel.build(module, layout, table, mesh, options, kind.dtype)
+    return LiveModel(module, layout, mesh, options, kind.dtype)
 
 
-def train(model: ShardedModel, step: int) -> float:
+def train(model: LiveModel, step: int) -> float:
     """One optimizer step on the global batch of `step`; its loss, the same on all ranks."""
     mesh = model.mesh
     tokens = torch.randint(0, SHAPE.vocab_size, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(step))
@@ -111,25 +114,25 @@ def train(model: ShardedModel, step: int) -> float:
         micro_batch_size=1,
         forward_only=False,
     )
-    assert clip_and_step(model)[0]
+    assert model.step()[0]
     total = torch.tensor([float(sum(r["loss"] for r in results))])
     dist.all_reduce(total)
     return float(total) / BATCH / mesh.tp_size
 
 
-def remove(model: ShardedModel, kind: str, which: int) -> None:
+def remove(model: LiveModel, kind: str, which: int) -> None:
     """Retire the `which`-th live unit of a kind, another one in every layer."""
-    a = model.layout.architecture
+    a = model.architecture
     if kind == "stem":
-        units = ((int(a.stem[which]),),)
+        units = ((int(a.ids(STEM, 0)[which]),),)
     else:
-        live = a.heads if kind == "head" else a.ffn
+        live = a.sites(find_kind(kind))
         units = tuple((int(ids[(which + 3 * layer) % len(ids)]),) for layer, ids in enumerate(live))
-    model.force_param_sync()
-    retire(model, Group(kind, units))
+    model.synchronise()
+    model.retire(Group.of(kind, units))
 
 
-def go_on(model: ShardedModel, first: int) -> list[float]:
+def go_on(model: LiveModel, first: int) -> list[float]:
     """Three more steps with removals between them; their losses."""
     losses = [train(model, first)]
     remove(model, "ffn", 2)
@@ -138,7 +141,7 @@ def go_on(model: ShardedModel, first: int) -> list[float]:
     return [*losses, train(model, first + 2)]
 
 
-def prune_a_little(model: ShardedModel) -> list[float]:
+def prune_a_little(model: LiveModel) -> list[float]:
     """Three steps with removals of all kinds; every kind of slot has empty ones afterwards."""
     losses = []
     for step, (kind, which) in enumerate((("head", 1), ("ffn", 5), ("stem", 7))):

@@ -10,7 +10,7 @@ import torch
 from megatron_prune.checkpoint import save_weights
 from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.model.architecture import Architecture, Group
-from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.model.table import ParamTable
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import SHAPE, Kind, mesh_of
 
@@ -25,7 +25,7 @@ def pruned():
     """Two heads fewer per layer; one layer loses a whole KV head."""
     architecture = Architecture.full(SHAPE)
     for heads in ((0, 1, 2, 3), (1, 3, 5, 7)):
-        architecture = architecture.without(Group("head", tuple((head,) for head in heads)))
+        architecture = architecture.without(Group.of("head", tuple((head,) for head in heads)))
     return architecture
 
 

@@ -7,7 +7,6 @@ on alike.
 import pytest
 
 from megatron_prune.checkpoint import save_checkpoint
-from megatron_prune.optimizer.owned import adam_step
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import STATE, Kind, build, go_on, prune_a_little, same, tensors
 from tests.checkpoint.test_layouts import Resumed, resume_all
@@ -46,9 +45,9 @@ def save_on(rank, world, folder, kind):
     prune_a_little(model)
     fingerprint = model.layout.fingerprint()
     save_checkpoint(model, folder, 3, STATE)
-    step = adam_step(model)
+    step = model.adam_step()
     losses = go_on(model, 3)
-    return Resumed(losses, model.layout.architecture.parameters, step, STATE["tokens"], fingerprint)
+    return Resumed(losses, model.architecture.parameters, step, STATE["tokens"], fingerprint)
 
 
 def load_on(rank, world, folder, kinds):

@@ -7,9 +7,8 @@ import torch
 
 from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint, save_checkpoint, save_weights
 from megatron_prune.model.llama import take
-from megatron_prune.model.param_axes import ParamTable, live_ids, positions
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.optimizer.owned import adam_step
+from megatron_prune.model.table import ParamTable, positions
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import (
     SHAPE,
@@ -56,9 +55,9 @@ def resume_all(kinds, folder):
         state = load_checkpoint(model, folder)
         fingerprint = model.layout.fingerprint()
         save_checkpoint(model, f"{folder}/again_{name}", 3, state)
-        step = adam_step(model)
+        step = model.adam_step()
         losses = go_on(model, 3)
-        found[name] = Resumed(losses, model.layout.architecture.parameters, step, state["tokens"], fingerprint)
+        found[name] = Resumed(losses, model.architecture.parameters, step, state["tokens"], fingerprint)
     return found
 
 
@@ -66,11 +65,11 @@ def save_then_resume(rank, world, folder):
     model = build(A)
     prune_a_little(model)
     fingerprint = model.layout.fingerprint()
-    empty = [model.layout.empty_slots(kind) for kind in ("head", "ffn", "stem")]
+    empty = [model.layout.empty_slots(kind) for kind in model.table.prunable]
     save_checkpoint(model, folder, 3, STATE)
-    step = adam_step(model)
+    step = model.adam_step()
     losses = go_on(model, 3)
-    reference = Resumed(losses, model.layout.architecture.parameters, step, STATE["tokens"], fingerprint)
+    reference = Resumed(losses, model.architecture.parameters, step, STATE["tokens"], fingerprint)
     return reference, empty, resume_all(ON_FOUR, folder)
 
 
@@ -121,7 +120,7 @@ def live_part(shape, architecture):
     source, found = RandomWeights(shape, seed=3, std=0.2), {}
     for row in ParamTable.build(shape).rows:
         for part in row.parts:
-            ids = [positions(live_ids(dim, architecture, row.layer), dim.size) for dim in part.dims]
+            ids = [positions(architecture.ids(dim.kind, row.site), dim.size) for dim in part.dims]
             found[part.hf_name] = take(source(part.hf_name), ids)
     return found
 

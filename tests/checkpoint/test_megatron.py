@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint
-from megatron_prune.model.architecture import LlamaShape
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import Kind, build, mesh_of
 

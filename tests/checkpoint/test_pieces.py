@@ -1,5 +1,6 @@
 """Pieces cover each live element of the canonical tensors exactly once, whatever layout and flat ranges cut them."""
 
+import dataclasses
 import io
 from itertools import pairwise
 
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 
 from megatron_prune.checkpoint.pieces import pieces, spread
 from megatron_prune.checkpoint.streams import Scratch, on_host
-from megatron_prune.model.architecture import Architecture, Group, LlamaShape
-from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import find_kind
+from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import take
-from megatron_prune.model.param_axes import ParamTable, live_ids, positions
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import ParamTable, positions
+from megatron_prune.testing.helpers.sharded import rounded
 
 
 def pruned_layout(data, tp):
@@ -24,7 +28,7 @@ def pruned_layout(data, tp):
     shape = LlamaShape(
         2, 6, 7, heads, groups, 2, 11, 16, tie_word_embeddings=bias, add_qkv_bias=bias, qk_layernorm=bias
     )
-    quanta = Quanta(ffn=data.draw(st.integers(1, 3)), stem=data.draw(st.integers(1, 4)), vocab=4)
+    quanta = rounded(ffn=data.draw(st.integers(1, 3)), stem=data.draw(st.integers(1, 4)), vocab=4)
     layout = ShardLayout.pack(Architecture.full(shape), tp, quanta)
     for _ in range(data.draw(st.integers(0, 6))):
         kind = data.draw(st.sampled_from(["head", "ffn", "stem", "compact"]))
@@ -32,10 +36,10 @@ def pruned_layout(data, tp):
             layout = layout.compacted()
             continue
         layers = 1 if kind == "stem" else shape.num_layers
-        live = [layout.architecture.live(kind, layer) for layer in range(layers)]
+        live = [layout.architecture.ids(find_kind(kind), layer) for layer in range(layers)]
         if len(live[0]) > 1:
             units = tuple((int(ids[data.draw(st.integers(0, len(ids) - 1))]),) for ids in live)
-            layout = layout.without(Group(kind, units))
+            layout = layout.without(Group.of(kind, units))
     return layout
 
 
@@ -43,14 +47,12 @@ def canonical_and_local(row, layout):
     """Random source tensors by name, their live part, and each rank's local parameter filled from them."""
     source = {}
     for part in row.parts:
-        size = [
-            len(live_ids(dim, Architecture.full(layout.architecture.shape), row.layer)) * dim.size for dim in part.dims
-        ]
+        size = [Architecture.full(layout.architecture.shape).width(dim.kind, row.site) * dim.size for dim in part.dims]
         source[part.hf_name] = torch.randn(size)
     canonical = {
         part.hf_name: take(
             source[part.hf_name],
-            [positions(live_ids(dim, layout.architecture, row.layer), dim.size) for dim in part.dims],
+            [positions(layout.architecture.ids(dim.kind, row.site), dim.size) for dim in part.dims],
         )
         for part in row.parts
     }
@@ -58,7 +60,7 @@ def canonical_and_local(row, layout):
     for rank in range(layout.tp):
         filled = torch.full(row.local_shape(layout, rank), float("nan"))
         for part, start, end in row.part_rows(layout, rank):
-            single = type(row)(row.name, row.layer, (part,))
+            single = dataclasses.replace(row, parts=(part,))
             ids = [single.element_ids(dim, layout, rank) for dim in range(len(part.dims))]
             filled[start:end] = take(source[part.hf_name], ids)
         local.append(filled)

@@ -16,17 +16,18 @@ def test_without_arguments_everything_is_default():
 def test_flags_win_over_the_file_and_leave_the_rest(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        "training: {seed: 7, bf16: true, train_iters: 50}\npruning: {quantum: {head: 2, ffn: 64}, target_params: 5M}\n"
+        "training: {seed: 7, bf16: true, train_iters: 50}\n"
+        "pruning: {groups: {head: {quantum: 2}, ffn: {quantum: 64}}, target_params: 5M}\n"
     )
     command = parse_command(
-        f"--seed 8 --no-bf16 --config {file} --prune-quantum ffn=128 stem=4 --prune-target-params null "
+        f"--seed 8 --no-bf16 --config {file} --prune-groups ffn.quantum=128 stem.quantum=4 --prune-target-params null "
         "--tensor-model-parallel-size 2 --sequence-parallel --lr=1e-3 --prune-types head stem".split()
     )
     config = command.config
     assert command.config_file == str(file)
     assert (config.training.seed, config.training.bf16, config.training.train_iters) == (8, False, 50)
-    quantum = config.pruning.quantum
-    assert (quantum.head, quantum.ffn, quantum.stem) == (2, 128, 4)
+    groups = config.pruning.groups
+    assert [groups[name].quantum for name in ("head", "ffn", "stem")] == [2, 128, 4]
     assert config.pruning.target_params is None and config.pruning.types == ("head", "stem")
     assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.splits_sequences
     assert config.optimizer.lr == 1e-3
@@ -52,10 +53,18 @@ def test_values_with_spaces_signs_and_equal_signs_stay_as_given():
 
 
 def test_mapping_parts_may_be_null():
-    assert load_config(["--prune-group-cost", "head=7"]).pruning.group_cost.head == 7
-    assert (
-        load_config(["--prune-group-cost", "head=7", "--prune-group-cost", "head=null"]).pruning.group_cost.head is None
-    )
+    words = ["--prune-groups", "head.cost=7"]
+    assert load_config(words).pruning.groups["head"].cost == 7
+    assert load_config([*words, "--prune-groups", "head.cost=null"]).pruning.groups["head"].cost is None
+
+
+def test_old_names_of_group_options_set_the_new_ones_and_say_so(caplog):
+    old = "--prune-min-heads 2 --prune-min-hidden 8 --prune-group-cost head=7 --prune-quantum ffn=64 stem=4 "
+    found = load_config(f"{old} --prune-round-widths ffn=16 hidden=8".split()).pruning.groups
+    new = "head.floor=2 stem.floor=8 head.cost=7 ffn.quantum=64 stem.quantum=4 ffn.round_to=16 stem.round_to=8"
+    assert found == load_config(["--prune-groups", *new.split()]).pruning.groups
+    assert "--prune-min-heads is called --prune-groups head.floor=2 now" in caplog.messages
+    assert len(caplog.messages) == 5, "one line per old name"
 
 
 def test_general_flags_go_into_the_command():
@@ -86,10 +95,11 @@ def test_general_flags_go_into_the_command():
         ("--bf16 true", '--bf16 is a switch and takes no value, got "true"; --no-bf16 turns it off'),
         ("--no-bf16=1", '--no-bf16 is a switch and takes no value, got "1"'),
         ("--load=", '--load: expected text or null, got ""'),
-        ("--prune-types head,ffn", '--prune-types: expected a list of head, ffn, stem, got "head,ffn" in it'),
+        ("--prune-types head head", "--prune-types: expected a list of names, got an item twice"),
         ("--prune-quantum 64", '--prune-quantum: expected head=N ffn=N stem=N, got "64"'),
-        ("--prune-quantum ffn=x", '--prune-quantum: ffn: expected a whole number, got "x"'),
-        ("--prune-quantum ffn=0", "pruning.quantum (--prune-quantum): ffn must be at least 1, got 0"),
+        ("--prune-quantum ffn=x", '--prune-groups: ffn: quantum: expected a whole number, got "x"'),
+        ("--prune-groups ffn.quantum=0", "pruning.groups (--prune-groups): ffn: quantum must be at least 1, got 0"),
+        ("--prune-groups quantum=1", "--prune-groups: expected NAME.cost=N"),
         ("--prune-gqa mqa", '--prune-gqa: expected one of kv_group, uniform, cluster, got "mqa"'),
         ("--prune-ratio 1/9", "pruning.ratio (--prune-ratio): expected pruning steps : gradient steps"),
         ("--prune-ratio 0:9", "pruning.ratio (--prune-ratio): expected pruning steps : gradient steps"),

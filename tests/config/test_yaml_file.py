@@ -17,10 +17,14 @@ TEXTS = st.text(min_size=1).filter(str.strip)
 def values_of(option: Option) -> st.SearchStrategy:
     """Any value that the option's type and limits allow."""
     rules = option.rules
+    if option.is_named:
+        parts = st.builds(option.kind.part, **{part.name: values_of(part) for part in option.parts})
+        return st.builds(option.kind, st.dictionaries(st.sampled_from(("head", "ffn", "one-of-mine")), parts))
     if option.parts:
         return st.builds(option.kind, **{part.name: values_of(part) for part in option.parts})
     if option.kind is tuple:
-        values = st.lists(st.sampled_from(option.choices), min_size=1, unique=True).map(tuple)
+        names = st.sampled_from(option.choices or ("head", "ffn", "stem", "one-of-mine"))
+        values = st.lists(names, min_size=1, unique=True).map(tuple)
     elif option.choices:
         values = st.sampled_from(option.choices)
     elif option.kind is bool:
@@ -55,6 +59,8 @@ def test_dump_and_read_give_the_same_config(config):
 def test_a_dump_means_the_same_to_other_yaml_readers(config):
     expected = dataclasses.asdict(config)
     expected["pruning"]["types"] = list(expected["pruning"]["types"])
+    groups = config.pruning.groups
+    expected["pruning"]["groups"] = {name: dataclasses.asdict(group) for name, group in groups.items()}
     assert yaml.safe_load(dump(config)) == expected
 
 
@@ -78,7 +84,7 @@ def test_values_are_read_by_the_type_of_their_field():
         data: {data_path: 0.3 a/x 0.7 b/y, split: "98,2,0"}
         training: {train_iters: 1e4, seed: 1_234}
         optimizer: {lr: 3e-4, weight_decay: 0, clip_grad: .5}
-        pruning: {target_params: 1.1B, ratio: 1:9, types: [head, ffn], group_cost: {stem: 2}, round_widths: {ffn: 64}}
+        pruning: {target_params: 1.1B, ratio: 1:9, types: [head, ffn], groups: {stem: {cost: 2}, ffn: {round_to: 64}}}
         continued: {continue_tokens: 500B}
         checkpoint: {load: "null", save: null, ckpt_step: ~}
         logging: {wandb_project: no, log_throughput: false}
@@ -90,8 +96,9 @@ def test_values_are_read_by_the_type_of_their_field():
     assert config.optimizer.lr == 3e-4 and config.optimizer.weight_decay == 0 and config.optimizer.clip_grad == 0.5
     assert config.pruning.target_params == 1_100_000_000 and config.continued.continue_tokens == 500 * 10**9
     assert config.pruning.ratio_steps == (1, 9) and config.pruning.types == ("head", "ffn")
-    assert config.pruning.group_cost.resolved(kv_channels=64) == {"head": 64, "ffn": 1, "stem": 2}
-    assert config.pruning.round_widths.ffn == 64 and config.pruning.round_widths.hidden == 1
+    groups = config.pruning.groups
+    assert [groups[name].cost for name in ("head", "ffn", "stem")] == [None, None, 2]
+    assert [groups[name].round_to for name in ("head", "ffn", "stem")] == [1, 64, 1]
     assert config.checkpoint.load == "null" and config.checkpoint.save is None and config.checkpoint.ckpt_step is None
     assert config.logging.wandb_project == "no" and config.logging.log_throughput is False
 
@@ -111,7 +118,11 @@ def test_values_are_read_by_the_type_of_their_field():
         ("model: {qqqqqq: 1}", "sections are model, parallel, data,"),
         (
             "pruning: {quantum: {fnn: 1}}",
-            'pruning.quantum in run.yaml: unknown key "fnn", expected a mapping with the keys',
+            "run.yaml: pruning.quantum: expected a mapping with the keys head, ffn, stem",
+        ),
+        (
+            "pruning: {groups: {ffn: {qantum: 1}}}",
+            'pruning.groups in run.yaml: ffn: unknown key "qantum", expected names, each with a mapping with the keys',
         ),
         ("training: {seed: 3.5}", 'training.seed in run.yaml: expected a whole number, got "3.5"'),
         ("training: {seed: true}", 'expected a whole number, got "true"'),
@@ -135,15 +146,16 @@ def test_values_are_read_by_the_type_of_their_field():
             "pruning: {target_params: 469.0000001}",
             'expected a whole number such as 469e6 or 469M or null, got "469.0000001"',
         ),
-        ("pruning: {types: head}", 'expected a list of head, ffn, stem, got "head"'),
-        ("pruning: {types: [head, layer]}", 'expected a list of head, ffn, stem, got "layer" in it'),
-        ("pruning: {types: [head, head]}", "expected a list of head, ffn, stem, got an item twice"),
+        ("pruning: {types: head}", 'expected a list of names, got "head"'),
+        ("pruning: {types: [head, [layer]]}", "expected a list of names, got a list in it"),
+        ("pruning: {types: [head, head]}", "expected a list of names, got an item twice"),
         ("pruning: {types: []}", "got an empty list"),
         (
             "pruning: {group_cost: {ffn: 1.5}}",
-            'pruning.group_cost in run.yaml: ffn: expected a whole number, got "1.5"',
+            'pruning.groups in run.yaml: ffn: cost: expected a whole number or null, got "1.5"',
         ),
-        ("pruning: {group_cost: 3}", 'expected a mapping with the keys head, ffn, stem, got "3"'),
+        ("pruning: {group_cost: 3}", "pruning.group_cost: expected a mapping with the keys head, ffn, stem"),
+        ("pruning: {groups: {ffn: 3}}", "pruning.groups in run.yaml: ffn: expected names, each with a mapping"),
         ("training: {seed: 1}\ntraining: {seed: 2}", 'run.yaml, line 2: the key "training" is given twice'),
         ("training:\n  seed: 1\n  seed: 2", 'run.yaml, line 3: the key "seed" is given twice'),
         ("training: [1, 2", "run.yaml, line 1: not valid YAML"),

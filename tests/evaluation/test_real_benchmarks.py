@@ -11,13 +11,14 @@ from megatron_prune.commands import evaluate
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.weights import FolderWeights, live_view
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
 
 from .harness import DEFINITIONS, local, run_harness
 
 TASKS = ("arc_easy", "boolq", "openbookqa", "piqa")
 LIMIT = 25  # documents of each
-GROUPS = (Group(HEAD, ((1,), (2,), (0,), (7,), (3,))), Group(FFN, ((3,),) * 5), Group(STEM, ((5,),)))
+GROUPS = (Group.of(HEAD, ((1,), (2,), (0,), (7,), (3,))), Group.of(FFN, ((3,),) * 5), Group.of(STEM, ((5,),)))
 
 
 def exported(source: Path, save: Path, groups: tuple[Group, ...]) -> Path:

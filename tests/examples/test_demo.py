@@ -135,14 +135,11 @@ def _pieces(path: Path) -> list[build_corpus.Document]:
 
 
 def test_table_shows_what_the_two_runs_measured() -> None:
-    def stage(parameters: int, tokens: int, heads: int, loss: float) -> dict[str, float]:
+    def stage(parameters: int, tokens: int, heads: int, loss: float) -> dict[str, object]:
         return {
             "parameters": parameters,
             "tokens": tokens,
-            "num_attention_heads": heads,
-            "num_query_groups": heads // 2,
-            "ffn_hidden_size": 30,
-            "hidden_size": 20,
+            "widths": {"head": heads, "kv_head": [heads // 2, 1], "ffn": 30, "stem": 20},
             "validation_loss": loss,
             "evaluation_tokens_per_second": 12345.6,
         }

@@ -23,6 +23,7 @@ from megatron_prune.huggingface.export import Exported, export
 from megatron_prune.huggingface.kv_policy import CLUSTER, EXPAND, NATIVE
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
 from megatron_prune.testing.reference import oracle_model
@@ -68,12 +69,13 @@ def architecture_of(case: str) -> Architecture:
     def some(count: int, gone: set[int]) -> np.ndarray:
         return np.array(sorted(set(range(count)) - gone), dtype=np.int32)
 
-    return dataclasses.replace(
-        full,
-        heads=tuple(np.array(ids, dtype=np.int32) for ids in heads),
-        ffn=tuple(some(48, {layer, 20, 30 + layer}) for layer in range(4)),
-        stem=some(32, {0, 9, 31}),
-    )
+    full = full
+    live = {
+        HEAD: tuple(np.array(ids, dtype=np.int32) for ids in heads),
+        FFN: tuple(some(48, {layer, 20, 30 + layer}) for layer in range(4)),
+        STEM: (some(32, {0, 9, 31}),),
+    }
+    return Architecture(full.shape, live)
 
 
 def read_live(case: str) -> Any:
@@ -156,8 +158,8 @@ def test_logits_equal_the_training_model_and_the_oracle(case: str, exports: Expo
                 ours = exports.load(case, policy, attention)(TOKENS).logits
             assert largest_difference(ours, trained) < TOLERANCE, (policy, attention)
     geometry = Geometry.from_hf(tiny_config(**CASES[case][0]))
-    heads, ffn = (tuple(tuple(map(int, ids)) for ids in arrays) for arrays in (a.heads, a.ffn))
-    live, read = LiveUnits(heads, ffn, tuple(map(int, a.stem)), geometry.queries_per_kv), read_live(case)
+    heads, ffn = (tuple(tuple(map(int, ids)) for ids in arrays) for arrays in (a.sites(HEAD), a.sites(FFN)))
+    live, read = LiveUnits(heads, ffn, tuple(map(int, a.ids(STEM, 0))), geometry.queries_per_kv), read_live(case)
     names = FolderWeights(exports.folder(case)).stored
     expected = oracle_model.logits(TOKENS, {name: read(name) for name in names}, geometry, live)
     assert largest_difference(trained, expected) < TOLERANCE
@@ -221,7 +223,7 @@ def test_only_live_kv_heads_are_stored_and_cached(case: str, exports: Exports) -
     model = exports.load(case)
     assert sum(parameter.numel() for parameter in model.parameters()) == a.parameters
     heads = [keys.shape[1] for keys, _ in cached(model)]
-    assert heads == [len(a.kv_heads(layer)) for layer in range(4)]
+    assert heads == [len(a.ids(KV_HEAD, layer)) for layer in range(4)]
     per_token = sum(keys[0, :, 0].numel() + values[0, :, 0].numel() for keys, values in cached(model))
     assert per_token == a.kv_cache_channels == done.plan.cache_elements(a)
     stock = cached(exports.load(case, EXPAND))

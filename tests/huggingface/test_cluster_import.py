@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,24 +18,27 @@ from megatron_prune.huggingface.config import read_shape, shape_from_config
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.kv_policy import CLUSTER
 from megatron_prune.huggingface.weights import FolderWeights, live_view, source_view
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
-from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
+from megatron_prune.model.table import ParamTable
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 CONFIG = tiny_config(model_type="qwen2", num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
 FULL = Architecture.full(shape_from_config(CONFIG))
 HEADS = ([0, 1, 2, 4, 6], [0, 1, 2, 3, 7], [1, 3, 5, 6, 7], [0, 2, 4, 6, 7])
-PRUNED = dataclasses.replace(
-    FULL,
-    heads=tuple(np.array(ids, dtype=np.int32) for ids in HEADS),
-    ffn=tuple(np.array([i for i in range(48) if i % 7 != layer], dtype=np.int32)[:40] for layer in range(4)),
-    stem=np.array([i for i in range(32) if i not in (0, 9, 31)], dtype=np.int32),
+PRUNED = Architecture(
+    FULL.shape,
+    {
+        HEAD: tuple(np.array(ids, dtype=np.int32) for ids in HEADS),
+        FFN: tuple(np.array([i for i in range(48) if i % 7 != layer], dtype=np.int32)[:40] for layer in range(4)),
+        STEM: (np.array([i for i in range(32) if i not in (0, 9, 31)], dtype=np.int32),),
+    },
 )
 FURTHER = (  # the second removes layer 0's KV head 1 and layer 3's KV head 0
-    Group(FFN, ((1,), (3,), (0,), (5,))),
-    Group(HEAD, ((2,), (7,), (6,), (0,))),
-    Group(STEM, ((30,),)),
+    Group.of(FFN, ((1,), (3,), (0,), (5,))),
+    Group.of(HEAD, ((2,), (7,), (6,), (0,))),
+    Group.of(STEM, ((30,),)),
 )
 TOKENS = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -118,21 +120,20 @@ def prune_further(_rank: int, _size: int, folder: str) -> tuple[np.ndarray, ...]
     from megatron.core import tensor_parallel
 
     from megatron_prune.huggingface.verify_export import training_logits
-    from megatron_prune.model.layout import Quanta, ShardLayout
+    from megatron_prune.model.layout import ShardLayout
     from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
-    from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel
-    from megatron_prune.resharding.compact import compact
-    from megatron_prune.resharding.retire import retire
+    from megatron_prune.optimizer.build import OptimizerOptions
+    from megatron_prune.resharding.live import LiveModel
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import init_mesh
 
     architecture, mesh = read_architecture(folder), init_mesh(choose_device("cpu"), 1, 1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     read = source_view(FolderWeights(folder), architecture)
-    layout, table = ShardLayout.pack(architecture, 1, Quanta()), ParamTable.build(architecture.shape)
+    layout = ShardLayout.pack(architecture, 1, {})
     module = build_llama(architecture.shape, layout, mesh, ModelOptions(seq_length=TOKENS.shape[1]))
-    load_parameters(module, table, layout, mesh, read)
-    model = ShardedModel.build(module, layout, table, mesh, OptimizerOptions(lr=1e-3), torch.float32)
+    load_parameters(module, architecture.table, layout, mesh, read)
+    model = LiveModel(module, layout, mesh, OptimizerOptions(lr=1e-3), torch.float32)
     positions = torch.arange(TOKENS.shape[1]).unsqueeze(0)
 
     def logits() -> np.ndarray:
@@ -141,10 +142,10 @@ def prune_further(_rank: int, _size: int, folder: str) -> tuple[np.ndarray, ...]
 
     results = [logits()]
     for group in FURTHER:
-        retire(model, group)
+        model.retire(group)
         architecture = architecture.without(group)
     results.append(logits())
-    compact(model)
+    model.compact()
     results.append(logits())
     afresh = training_logits(live_view(read, architecture), architecture, TOKENS, mesh)
     return (*results, afresh.numpy())
@@ -159,14 +160,14 @@ def test_imported_model_computes_the_same_and_prunes_further(exported: Path, wei
 
     def expected(a: Architecture) -> np.ndarray:
         read = live_view(weights.__getitem__, a)
-        heads, ffn = (tuple(tuple(map(int, ids)) for ids in arrays) for arrays in (a.heads, a.ffn))
-        live = LiveUnits(heads, ffn, tuple(map(int, a.stem)), geometry.queries_per_kv)
+        heads, ffn = (tuple(tuple(map(int, ids)) for ids in arrays) for arrays in (a.sites(HEAD), a.sites(FFN)))
+        live = LiveUnits(heads, ffn, tuple(map(int, a.ids(STEM, 0))), geometry.queries_per_kv)
         return oracle_model.logits(TOKENS, {name: read(name) for name in weights}, geometry, live).numpy()
 
     smaller = PRUNED
     for group in FURTHER:
         smaller = smaller.without(group)
-    assert len(smaller.kv_heads(0)) == 3 < len(PRUNED.kv_heads(0)) and len(smaller.kv_heads(3)) == 3
+    assert len(smaller.ids(KV_HEAD, 0)) == 3 < len(PRUNED.ids(KV_HEAD, 0)) and len(smaller.ids(KV_HEAD, 3)) == 3
     np.testing.assert_allclose(before, expected(PRUNED), atol=1e-4)
     for ours in (retired, compacted, afresh):
         np.testing.assert_allclose(ours, expected(smaller), atol=1e-4)
@@ -184,7 +185,7 @@ def test_there_and_back_through_the_tools(exported: Path, tmp_path: Path) -> Non
     )
     assert [status for status, _, _ in results] == [0, 0, 0], results
     imported, clustered, automatic = (out for _, out, _ in results)
-    assert f"{PRUNED.parameters:,} parameters; 4 layers, 5 query and 3 to 4 KV heads" in imported
+    assert f"{PRUNED.parameters:,} parameters; 4 layers, query heads 5, KV heads 3 to 4" in imported
     assert f"pruned already, from {FULL.parameters:,} parameters" in imported
     assert (
         "KV heads: cluster, 3 to 4 of a layer stored" in clustered

@@ -16,6 +16,7 @@ import sentencepiece
 
 from megatron_prune.commands import convert_to_hf, inspect_checkpoint
 from megatron_prune.huggingface.cluster import read_architecture
+from megatron_prune.model.kinds import HEAD
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 from tests.commands import torchrun
 
@@ -31,7 +32,7 @@ def prune(folder: Path, ranks: int, source: Path, target: int, save: Path) -> st
         "--data-path", folder / "data", "--data-cache-path", folder / "cache", "--split", "1,0,0", "--seq-length", 32,
         "--tokenizer-model", folder / "tokenizer.model", "--micro-batch-size", 2, "--global-batch-size", 2,
         "--train-iters", 60, "--lr", "1e-3", "--lr-decay-style", "constant", "--prune-target-params", target,
-        "--prune-gqa", "cluster", "--prune-types", "head", "--prune-group-cost", "head=1", "--prune-finish", "first",
+        "--prune-gqa", "cluster", "--prune-types", "head", "--prune-groups", "head.cost=1", "--prune-finish", "first",
         "--prune-saliency-momentum", 0, "--eval-interval", 0, "--log-interval", 1,
         "--tensor-model-parallel-size", ranks, "--save", save,
     )  # fmt: skip
@@ -62,7 +63,7 @@ def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path, run_tool: C
     assert pruned.parameters <= full.parameters - 9_000
     assert f"kv cache/token: {pruned.kv_cache_channels}" in log
     removed = [json.loads(line) for line in (tmp_path / "run/pruning_history.jsonl").read_text().splitlines()]
-    assert len(removed) == 15 - pruned.num_attention_heads and all(len(one["units"]) == 3 for one in removed)
+    assert len(removed) == 15 - pruned.num_attention_heads and all(len(one["gone"]["head"]) == 3 for one in removed)
 
     # The export is a source like any other, and its heads keep their numbers.
     further = tmp_path / "further"
@@ -72,7 +73,7 @@ def test_15_heads_on_two_ranks_compact_export_and_on(tmp_path: Path, run_tool: C
     last = read_architecture(compact2)
     assert last.shape == full.shape and last.parameters <= pruned.parameters - 4_000
     for layer in range(3):
-        assert set(last.heads[layer].tolist()) < set(pruned.heads[layer].tolist())
+        assert set(last.ids(HEAD, layer).tolist()) < set(pruned.ids(HEAD, layer).tolist())
     told = run_tool(convert_to_hf.main, "--load", further, "--save", tmp_path / "stock", "--verify")
     assert "every weight is bit for bit as in the checkpoint" in told
     inspected = run_tool(inspect_checkpoint.main, "--load", further, "--verify")

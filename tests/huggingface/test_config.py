@@ -11,7 +11,8 @@ import pytest
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import config_json, read_shape, read_source, shape_from_config
-from megatron_prune.model.architecture import STEM, Architecture, Group
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import STEM
 from megatron_prune.model.llama import inverse_frequencies
 from megatron_prune.testing.helpers.tiny_models import tiny_config
 
@@ -199,7 +200,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 
 def test_written_config_states_everything_and_is_read_back(tmp_path: Path) -> None:
     full = Architecture.full(shape_from_config(LLAMA_32_1B))
-    pruned = full.without(Group(STEM, ((5,),)))
+    pruned = full.without(Group.of(STEM, ((5,),)))
     config = config_json(pruned, "bfloat16", 8, {"bos_token_id": 128000, "eos_token_id": [1, 2]})
     assert config["architectures"] == ["MistralForCausalLM"] and config["sliding_window"] is None
     assert (config["hidden_size"], config["head_dim"], config["num_key_value_heads"]) == (2047, 64, 8)

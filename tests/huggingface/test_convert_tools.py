@@ -16,18 +16,19 @@ import torch
 
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.weights import FolderWeights, live_view
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GROUPS = (
-    Group(HEAD, ((1,), (2,), (0,), (7,))),
-    Group(FFN, ((3,), (40,), (0,), (1,))),
-    Group(STEM, ((5,),)),
-    Group(HEAD, ((0,), (4,), (1,), (6,))),
-    Group(STEM, ((30,),)),
-    Group(STEM, ((31,),)),
+    Group.of(HEAD, ((1,), (2,), (0,), (7,))),
+    Group.of(FFN, ((3,), (40,), (0,), (1,))),
+    Group.of(STEM, ((5,),)),
+    Group.of(HEAD, ((0,), (4,), (1,), (6,))),
+    Group.of(STEM, ((30,),)),
+    Group.of(STEM, ((31,),)),
 )
 
 
@@ -65,24 +66,24 @@ def save_pruned_run(rank: int, _size: int, folder: str, save: str) -> None:
     from megatron.core import tensor_parallel
 
     from megatron_prune.checkpoint import save_checkpoint
-    from megatron_prune.model.layout import Quanta, ShardLayout
+    from megatron_prune.model.layout import ShardLayout
     from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
-    from megatron_prune.model.param_axes import ParamTable
-    from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel
-    from megatron_prune.resharding.retire import retire
+    from megatron_prune.model.table import ParamTable
+    from megatron_prune.optimizer.build import OptimizerOptions
+    from megatron_prune.resharding.live import LiveModel
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
     shape = read_shape(folder)
     mesh = init_mesh(choose_device("cpu"), 2, 1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    layout = ShardLayout.pack(Architecture.full(shape), 2, Quanta())
+    layout = ShardLayout.pack(Architecture.full(shape), 2, {})
     table = ParamTable.build(shape)
     module = build_llama(shape, layout, mesh, ModelOptions(seq_length=16))
     load_parameters(module, table, layout, mesh, FolderWeights(folder))
-    model = ShardedModel.build(module, layout, table, mesh, OptimizerOptions(lr=1e-3), torch.float32)
+    model = LiveModel(module, layout, mesh, OptimizerOptions(lr=1e-3), torch.float32)
     for group in GROUPS:
-        retire(model, group)
+        model.retire(group)
     assert model.layout.is_due, "the test wants empty slots in the checkpoint"
     save_checkpoint(model, save, 7, {"consumed_tokens": 999, "history": []})
     close_mesh()
@@ -99,7 +100,7 @@ def test_there_and_back_is_bit_identical_and_verified(tmp_path: Path) -> None:
     assert first == second == 0
     assert third == 1 and "NOT WITHIN -1" in doubted
     assert f"{Architecture.full(read_shape(folder)).parameters:,} parameters" in out
-    assert "tensor parallel 8" in out and "a stem channel" in out and "tokenizer: none recorded" in out
+    assert "tensor parallel 8" in out and "a group of each kind" in out and "tokenizer: none recorded" in out
     assert "within 8 times" in told and "gives the same" in told and "KV heads: native" in told and "random ids" in told
     before, after = FolderWeights(folder), FolderWeights(tmp_path / "out")
     assert set(before.stored) == set(after.stored)
@@ -123,7 +124,7 @@ def test_sharded_run_in_mid_pruning_is_exported_without_its_empty_slots(tmp_path
         tensor = expected(name)
         if "k_proj" in name or "v_proj" in name:
             layer = int(name.split(".")[2])
-            position = np.searchsorted(architecture.kv_heads(layer), architecture.heads[layer] // 2)
+            position = np.searchsorted(architecture.ids(KV_HEAD, layer), architecture.ids(HEAD, layer) // 2)
             tensor = tensor.unflatten(0, (-1, 8))[torch.from_numpy(position)].flatten(0, 1)
         assert torch.equal(read(name), tensor), name
 

@@ -21,13 +21,14 @@ from megatron_prune.huggingface.provenance import dtypes_of, run_facts, source_o
 from megatron_prune.huggingface.replacing import LIST
 from megatron_prune.huggingface.verify_export import load_stock_model, sample_tokens, stock_logits, wrong_weight
 from megatron_prune.huggingface.weights import FolderWeights, live_view
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 CONFIG = tiny_config(num_key_value_heads=2)
 FULL = Architecture.full(shape_from_config(CONFIG))
 # One of the two query heads of a KV head left in one layer, none in another: no plain grouped-query attention.
-UNEVEN = FULL.without(Group(HEAD, ((0,), (1,), (2,), (3,)))).without(Group(HEAD, ((1,), (2,), (3,), (2,))))
+UNEVEN = FULL.without(Group.of(HEAD, ((0,), (1,), (2,), (3,)))).without(Group.of(HEAD, ((1,), (2,), (3,), (2,))))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_folder_in_the_way_is_left_alone(weights: dict[str, Tensor], tmp_path: P
     save.mkdir()
     export_it(weights, save)  # an empty folder is no obstacle
     assert "is not empty" in refusal(weights, save)
-    pruned = FULL.without(Group(STEM, ((3,),)))
+    pruned = FULL.without(Group.of(STEM, ((3,),)))
     export_it(weights, save, pruned, overwrite=True)
     assert read_shape(save).hidden_size == 31
     other = tmp_path / "other"
@@ -215,9 +216,9 @@ def test_kv_policy_is_chosen_and_told(weights: dict[str, Tensor], tmp_path: Path
 
 def test_model_card_tells_what_the_run_did_and_no_path(weights: dict[str, Tensor], tmp_path: Path) -> None:
     history = [
-        {"kind": FFN, "tokens": 1000, "iteration": 5},
-        {"kind": FFN, "tokens": 3000, "iteration": 7},
-        {"kind": STEM, "tokens": 4096, "iteration": 8},
+        {"kind": "ffn", "tokens": 1000, "iteration": 5},
+        {"kind": "ffn", "tokens": 3000, "iteration": 7},
+        {"group": "stem", "tokens": 4096, "iteration": 8},
     ]
     config = "\n".join(
         [
@@ -236,7 +237,7 @@ def test_model_card_tells_what_the_run_did_and_no_path(weights: dict[str, Tensor
         "stages": {"source": {"validation_loss": 1.748}, "final": {"validation_loss": 1.9461}},
         "source": {"name": "tiny-source", "special_ids": {}, "generation_config": {}},
     }
-    pruned = FULL.without(Group(STEM, ((3,),))).without(Group(FFN, ((3,),) * 4))
+    pruned = FULL.without(Group.of(STEM, ((3,),))).without(Group.of(FFN, ((3,),) * 4))
     export_it(weights, tmp_path / "out", pruned, facts=run_facts(meta), source=source_of(meta))
     card = (tmp_path / "out/README.md").read_text()
     for words in (
@@ -280,7 +281,7 @@ def test_card_names_base_model_and_licence(weights, tmp_path, folder, card, base
     (source / "README.md").unlink()
     if card is not None:
         (source / "README.md").write_text(card)
-    pruned = FULL.without(Group(STEM, ((3,),)))
+    pruned = FULL.without(Group.of(STEM, ((3,),)))
     export_it(weights, tmp_path / "out", pruned, facts=run_facts({"source": read_source(source)}))
     text = (tmp_path / "out/README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
@@ -329,7 +330,7 @@ def test_tokenizer_of_the_export_gives_the_ids_trained_with(
     full = Architecture.full(read_shape(stories260k))
     gone = 4 if model_type == "mistral" else 0  # channels, so that hidden is no multiple of 8
     for channel in range(0, 3 * gone, 4):
-        full = full.without(Group(STEM, ((channel,),)))
+        full = full.without(Group.of(STEM, ((channel,),)))
     read = live_view(FolderWeights(stories260k), full)
     with caplog.at_level(logging.WARNING):
         done = export(read, full, tmp_path / "out", tokenizer_model=str(stories260k), source=read_source(stories260k))

@@ -21,7 +21,8 @@ from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.kv_policy import EXPAND, NATIVE
 from megatron_prune.huggingface.verify_export import stock_logits
 from megatron_prune.huggingface.weights import FolderWeights, live_view
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.reference import oracle_model
 from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
@@ -77,15 +78,16 @@ def some_groups(architecture: Architecture, heads: int, ffn: int, stem: int, see
     rng = np.random.default_rng(seed)
     for kind, count in ((HEAD, heads), (FFN, ffn), (STEM, stem)):
         for _ in range(count):
-            live = [architecture.stem] if kind == STEM else [architecture.live(kind, n) for n in range(3)]
+            live = [architecture.ids(STEM, 0)] if kind == STEM else [architecture.ids(kind, n) for n in range(3)]
             units = tuple((int(rng.choice(ids)),) for ids in live)
-            architecture = architecture.without(Group(kind, units))
+            architecture = architecture.without(Group.of(kind, units))
     return architecture
 
 
 def heads_left(architecture: Architecture, *layers: list[int]) -> Architecture:
     """The same with just these query heads."""
-    return dataclasses.replace(architecture, heads=tuple(np.array(ids, dtype=np.int32) for ids in layers))
+    heads = tuple(np.array(ids, dtype=np.int32) for ids in layers)
+    return Architecture(architecture.shape, {**architecture.live, HEAD: heads})
 
 
 def prune(case: str, full: Architecture) -> Architecture:
@@ -204,8 +206,8 @@ def test_pruned_model_loads_in_stock_transformers_with_equal_logits(case: str, w
 def test_training_model_equals_the_dense_oracle(case: str, world: World) -> None:
     a, config = world.architectures[case], world.source(case) / "config.json"
     geometry = Geometry.from_hf(json.loads(config.read_text()))
-    heads, ffn = (tuple(tuple(map(int, ids)) for ids in arrays) for arrays in (a.heads, a.ffn))
-    live = LiveUnits(heads, ffn, tuple(map(int, a.stem)), geometry.queries_per_kv)
+    heads, ffn = (tuple(tuple(map(int, ids)) for ids in arrays) for arrays in (a.sites(HEAD), a.sites(FFN)))
+    live = LiveUnits(heads, ffn, tuple(map(int, a.ids(STEM, 0))), geometry.queries_per_kv)
     read = world.read(case)
     names = FolderWeights(world.source(case)).stored
     expected = oracle_model.logits(TOKENS, {name: read(name) for name in names}, geometry, live)
@@ -222,9 +224,9 @@ def test_pruned_heads_and_channels_equal_the_masked_source(world: World, tmp_pat
     with torch.no_grad():
         for layer, module in enumerate(masked.model.layers):
             d = architecture.shape.kv_channels
-            for head in set(range(8)) - set(architecture.heads[layer].tolist()):
+            for head in set(range(8)) - set(architecture.ids(HEAD, layer).tolist()):
                 module.self_attn.o_proj.weight[:, head * d : (head + 1) * d] = 0
-            for channel in set(range(44)) - set(architecture.ffn[layer].tolist()):
+            for channel in set(range(44)) - set(architecture.ids(FFN, layer).tolist()):
                 module.mlp.down_proj.weight[:, channel] = 0
         expected = masked(TOKENS).logits
     assert largest_difference(stock_logits(tmp_path / "out", TOKENS), expected) < TOLERANCE

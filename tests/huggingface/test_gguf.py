@@ -112,7 +112,7 @@ def test_types_of_matrices(dtype: str, tolerance: float, sp_model: Path, tmp_pat
     assert types["output_norm.weight"] == "F32" and "output.weight" not in types  # tied
     rows_of_48 = tuple(f"blk.{layer}.ffn_down.weight" for layer in range(2))
     assert done.fallbacks == (rows_of_48 if dtype == "q8_0" else ())
-    assert (done.matrices, done.rounding) == (1 + 2 * 7, "ffn=32" if dtype == "q8_0" else "")
+    assert (done.matrices, done.rounding) == (1 + 2 * 7, "ffn.round_to=32" if dtype == "q8_0" else "")
     assert {types[name] for name in rows_of_48} == {"F16" if dtype == "q8_0" else dtype.upper()}
     for name, values in exact.items():
         assert np.abs(values - tensors[name]).max() <= tolerance * max(1.0, float(np.abs(values).max())), name
@@ -122,8 +122,8 @@ def test_types_of_matrices(dtype: str, tolerance: float, sp_model: Path, tmp_pat
     ("widths", "quantized", "advice"),
     [
         ({"hidden_size": 32, "intermediate_size": 64}, "q8_0: 15 of 15 matrices", None),
-        ({"hidden_size": 33, "intermediate_size": 64}, "q8_0: 4 of 15 matrices", "hidden=32,"),
-        ({"hidden_size": 33, "intermediate_size": 47}, "q8_0: 2 of 15 matrices", "hidden=32 ffn=32,"),
+        ({"hidden_size": 33, "intermediate_size": 64}, "q8_0: 4 of 15 matrices", "stem.round_to=32,"),
+        ({"hidden_size": 33, "intermediate_size": 47}, "q8_0: 2 of 15 matrices", "ffn.round_to=32 stem.round_to=32,"),
         ({"hidden_size": 32, "intermediate_size": 64, "head_dim": 10}, "q8_0: 13 of 15 matrices", None),
     ],
 )
@@ -134,9 +134,9 @@ def test_q8_0_says_how_much_it_took(
     arguments = ["--hf-model", str(folder), "--save", str(tmp_path / "m.gguf"), "--dtype", "q8_0"]
     assert convert_to_gguf.main(arguments) == 0
     out = capsys.readouterr().out
-    assert quantized in out and ("--prune-round-widths" in out) == (advice is not None)
+    assert quantized in out and ("--prune-groups" in out) == (advice is not None)
     if advice:
-        assert f"prune with --prune-round-widths {advice} and all of them can be quantized" in out
+        assert f"prune with --prune-groups {advice} and all of them can be quantized" in out
 
 
 def test_interleaving_is_undone_by_its_inverse() -> None:

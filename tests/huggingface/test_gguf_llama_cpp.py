@@ -14,7 +14,8 @@ import torch
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.gguf_file import convert
 from megatron_prune.huggingface.weights import FolderWeights, live_view
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 from .tokenizer_layouts import LAYOUTS
@@ -85,10 +86,10 @@ def test_random_models_of_each_family(family: str, stories260k: Path, tmp_path: 
 def test_expanded_heads_of_a_pruned_model(stories260k: Path, tmp_path: Path) -> None:
     """Heads removed one by one leave clusters of different sizes; hidden is no multiple of heads either."""
     groups = (
-        Group(HEAD, ((1,), (2,), (0,), (7,), (3,))),
-        Group(FFN, ((3,),) * 5),
-        Group(STEM, ((5,),)),
-        Group(STEM, ((9,),)),
+        Group.of(HEAD, ((1,), (2,), (0,), (7,), (3,))),
+        Group.of(FFN, ((3,),) * 5),
+        Group.of(STEM, ((5,),)),
+        Group.of(STEM, ((9,),)),
     )
     source = FolderWeights(stories260k)
     from megatron_prune.huggingface.config import read_shape

@@ -38,7 +38,7 @@ def pruned_config():
 
     architecture = Architecture.full(shape_from_config(tiny_config()))
     layers = architecture.shape.num_layers
-    return cluster.config_json(architecture.without(Group("head", ((0,),) * layers)), "float32")
+    return cluster.config_json(architecture.without(Group.of("head", ((0,),) * layers)), "float32")
 
 
 CONFIGS = {

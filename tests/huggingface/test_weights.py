@@ -15,7 +15,9 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.huggingface.shards import ShardEntry, plan_shards, write_shards
 from megatron_prune.huggingface.weights import FolderWeights, live_view
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 CONFIG = tiny_config(num_key_value_heads=2, num_hidden_layers=2)
@@ -189,7 +191,9 @@ def test_reading_holds_one_tensor_in_memory(tmp_path: Path) -> None:
 
 def test_live_view_reads_what_is_left(weights: dict[str, Tensor]) -> None:
     full = Architecture.full(SHAPE)
-    pruned = full.without(Group(HEAD, ((1,), (2,)))).without(Group(FFN, ((7,), (0,)))).without(Group(STEM, ((3,),)))
+    pruned = (
+        full.without(Group.of(HEAD, ((1,), (2,)))).without(Group.of(FFN, ((7,), (0,)))).without(Group.of(STEM, ((3,),)))
+    )
     read = live_view(weights.__getitem__, pruned)
     stem = [i for i in range(32) if i != 3]
     rows = [i for i in range(32) if not 16 <= i < 24]

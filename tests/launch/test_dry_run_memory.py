@@ -15,19 +15,19 @@ from megatron_prune.config import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
-    Quantum,
     TrainingConfig,
 )
 from megatron_prune.launch.assembly.assemble import model_options, optimizer_options, quanta
 from megatron_prune.launch.estimate.activations import saved_activations
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank, gradient_buffer, rank_memory
-from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import HEAD, STEM
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import build_llama, inner_model, load_parameters
-from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.optimizer.build import ShardedModel, clip_and_step
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
 from megatron_prune.testing.helpers.ranks import run_ranks
@@ -62,7 +62,7 @@ def make_config(tp=1, pp=1, bf16=False, distributed=False, bucket=None, sp=False
         ),
         data=DataConfig(seq_length=64),
         training=TrainingConfig(micro_batch_size=2, global_batch_size=4, bf16=bf16),
-        pruning=dataclasses.replace(base.pruning, quantum=Quantum(ffn=ffn_quantum)),
+        pruning=dataclasses.replace(base.pruning, groups=base.pruning.groups.having("ffn", quantum=ffn_quantum)),
     )
 
 
@@ -86,10 +86,10 @@ def measure(mesh, config, architecture):
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     shape, options = architecture.shape, model_options(config)
-    layout, table = ShardLayout.pack(architecture, mesh.tp_size, quanta(config)), ParamTable.build(shape)
+    layout, table = ShardLayout.pack(architecture, mesh.tp_size, quanta(config)), architecture.table
     llama = build_llama(shape, layout, mesh, options)
     load_parameters(llama, table, layout, mesh, RandomWeights(shape, 0, 0.1))
-    model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
+    model = LiveModel(llama, layout, mesh, optimizer_options(config), options.dtype)
     steps(model, config, mesh)
     return mesh.pp_rank, mesh.over("owners").rank, count_state(model), count_saved(model, config, mesh)
 
@@ -104,7 +104,7 @@ def steps(model, config, mesh):
     batches = BatchStream(data, training.micro_batch_size, mesh.over("samples").rank, mesh.dp_size)
     for _ in range(2):
         forward_backward(model, batches, count, training.micro_batch_size, config.data.seq_length)
-        assert clip_and_step(model)[0]
+        assert model.step()[0]
 
 
 def storages(tensors):
@@ -135,7 +135,7 @@ def count_saved(model, config, mesh):
     llama = inner_model(model.module)
     if not mesh.is_first_stage:
         local = length // (mesh.tp_size if config.parallel.splits_sequences else 1)
-        width = model.layout.width("stem")
+        width = model.layout.stored.hidden
         llama.set_input_tensor(torch.randn(local, size, width, dtype=model.dtype, requires_grad=True))
     parameters, saved = storages(model.module.parameters()), []
 
@@ -153,8 +153,8 @@ def count_saved(model, config, mesh):
 def pruned(shape):
     """Fewer heads, in clusters of 2, 1 and 1 queries, and a stem that is no multiple of anything."""
     full = Architecture.full(shape)
-    heads = (full.heads[0][[0, 1, 2, 4]],) * shape.num_layers
-    return dataclasses.replace(full, heads=heads, stem=full.stem[:90])
+    heads = (full.ids(HEAD, 0)[[0, 1, 2, 4]],) * shape.num_layers
+    return Architecture(shape, {**full.live, HEAD: heads, STEM: (full.ids(STEM, 0)[:90],)})
 
 
 # name -> (processes, config, architecture); cases of as many processes are measured together.

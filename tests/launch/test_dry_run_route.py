@@ -9,24 +9,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.config import Config, DataConfig, GroupCost, PruningConfig, RoundWidths, TrainingConfig, read_file
+from megatron_prune.config import (
+    Config,
+    DataConfig,
+    GroupConfig,
+    GroupConfigs,
+    PruningConfig,
+    TrainingConfig,
+    read_file,
+)
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.route import plan_phases, plan_plain, plan_route, removal_iters
 from megatron_prune.launch.estimate.traffic import compactions
-from megatron_prune.model.architecture import Architecture, LlamaShape
-from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.schedule import PruningSchedule
+from megatron_prune.testing.helpers.sharded import rounded
 from megatron_prune.training.flops import training_flops_per_token
-from megatron_prune.training.pruner import pruning_schedule
+from megatron_prune.training.pruning_settings import pruning_schedule
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "configs"
 SMOL = LlamaShape(24, 2048, 8192, 32, 32, 64, 49152, 2048, tie_word_embeddings=True)
 GQA = LlamaShape(3, 64, 120, 12, 4, 8, 100, 128, tie_word_embeddings=True)
 
 
+GROUPS = GroupConfigs(head=GroupConfig(cost=4), ffn=GroupConfig(), stem=GroupConfig())
+
+
 def config_for(**pruning):
     base = Config()
-    pruning = {"group_cost": GroupCost(head=4)} | pruning
+    pruning.setdefault("groups", GROUPS)
     return dataclasses.replace(
         base,
         data=DataConfig(seq_length=32),
@@ -41,7 +55,7 @@ def test_published_token_counts_come_out():
     for ratio, published in (("4:1", 2.5e9), ("2:1", 4.5e9), ("1:1", 8.4e9), ("1:9", 72.1e9)):
         config = dataclasses.replace(recipe, pruning=dataclasses.replace(recipe.pruning, ratio=ratio))
         route = plan_route(config, Architecture.full(SMOL))
-        iterations = removal_iters(pruning_schedule(config, SMOL.kv_channels), route.kinds)
+        iterations = removal_iters(pruning_schedule(config, SMOL), route.kinds)
         phase, _ = plan_phases(config, route, iterations)
         assert phase.tokens == pytest.approx(published, rel=0.02), ratio
     target = route.target
@@ -95,7 +109,7 @@ def test_the_route_ends_at_the_target(gqa, share):
     one_head_group = {"kv_group": 3, "uniform": 4, "cluster": 1}[gqa] / 12
     assert max(shares) - min(shares) <= one_head_group + 1 / 64, "kinds shrink by different factors"
     if gqa == "uniform":
-        assert len(route.target.kv_heads(0)) == 4
+        assert route.target.width(KV_HEAD) == 4
 
 
 def test_exact_finish_ends_within_one_percent():
@@ -109,13 +123,15 @@ def test_only_given_kinds_leave_and_floors_hold():
     source = Architecture.full(GQA)
     route = plan_route(config_for(target_params=60_000, types=("ffn",)), source)
     assert set(route.kinds) == {"ffn"}
-    route = plan_route(config_for(target_params=30_000, min_hidden=60, min_heads=12), source)
+    route = plan_route(
+        config_for(target_params=30_000, groups=GROUPS.having("stem", floor=60).having("head", floor=12)), source
+    )
     assert route.target.hidden_size >= 60 and route.target.num_attention_heads == 12
 
 
 def test_widths_are_rounded_at_the_end():
     source = Architecture.full(GQA)
-    config = config_for(target_params=50_000, round_widths=RoundWidths(ffn=16, hidden=8))
+    config = config_for(target_params=50_000, groups=GROUPS.having("ffn", round_to=16).having("stem", round_to=8))
     target = plan_route(config, source).target
     assert target.ffn_hidden_size % 16 == 0 and target.hidden_size % 8 == 0 and target.parameters <= 50_000
 
@@ -125,7 +141,7 @@ def test_flops_are_summed_over_the_widths_that_are_trained():
     config = config_for(target_params=40_000, ratio="2:3", first_prune_iter=7)
     config = dataclasses.replace(config, continued=dataclasses.replace(config.continued, continue_tokens=12_800))
     route = plan_route(config, source)
-    iterations = removal_iters(pruning_schedule(config, 8), route.kinds)
+    iterations = removal_iters(pruning_schedule(config, GQA), route.kinds)
     pruning, continued = plan_phases(config, route, iterations)
     gone = [int(np.sum(iterations < i)) for i in range(1, pruning.iterations + 1)]
     by_hand = sum(128 * training_flops_per_token(route.after(count), 32) for count in gone)
@@ -148,20 +164,18 @@ def test_plain_training_has_one_phase():
 def test_compactions_are_counted_as_layouts_say(tp):
     """Walk the route with a real layout that compacts whenever it is due."""
     source = Architecture.full(dataclasses.replace(GQA, num_query_groups=12))
-    quantum = Quanta(1, 8, 4, 1)
+    quantum = rounded(head=1, ffn=8, stem=4, vocab=1)
     config = config_for(target_params=30_000, gqa="cluster", ratio="1:1")
-    stored = dataclasses.replace(config.pruning.quantum, ffn=8, stem=4)
-    config = dataclasses.replace(config, pruning=dataclasses.replace(config.pruning, quantum=stored))
     route = plan_route(config, source)
-    iterations = removal_iters(pruning_schedule(config, 8), route.kinds)
+    iterations = removal_iters(pruning_schedule(config, GQA), route.kinds)
     layout = start = ShardLayout.pack(source, tp, quantum)
     happened = set()
     for count, iteration in enumerate(iterations.tolist(), 1):
         after = ShardLayout.pack(route.after(count), tp, quantum)
-        if any(after.width(kind) < layout.width(kind) for kind in ("head", "ffn", "stem")):
+        if any(after.width(kind) < layout.width(kind) for kind in (HEAD, FFN, STEM)):
             happened.add(iteration)
             layout = after
-    assert compactions(config, start, route, iterations) == len(happened | {int(iterations[-1])})
+    assert compactions(start, route, iterations) == len(happened | {int(iterations[-1])})
     assert Counter(route.kinds)["ffn"] > 16
 
 

@@ -11,8 +11,9 @@ from megatron_prune.config import Config, PruningConfig
 from megatron_prune.launch.assembly.assemble import model_options, optimizer_options, quanta
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.traffic import pruning_traffic, training_traffic
-from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.testing.helpers.ranks import run_ranks
 
 SHAPE = LlamaShape(4, 96, 130, 6, 3, 16, 250, 128, tie_word_embeddings=False)
@@ -91,9 +92,9 @@ def measure(mesh, config, counter):
 
     from megatron_prune.data.batches import BatchStream
     from megatron_prune.model.llama import build_llama, load_parameters
-    from megatron_prune.model.param_axes import ParamTable
     from megatron_prune.model.sources import RandomWeights
-    from megatron_prune.optimizer.build import ShardedModel, clip_and_step
+    from megatron_prune.model.table import ParamTable
+    from megatron_prune.resharding.live import LiveModel
     from megatron_prune.saliency.criteria import find_criterion
     from megatron_prune.saliency.fisher import MicrobatchFisher
     from megatron_prune.saliency.reducer import score_elements
@@ -105,7 +106,7 @@ def measure(mesh, config, counter):
     layout, table = ShardLayout.pack(Architecture.full(SHAPE), mesh.tp_size, quanta(config)), ParamTable.build(SHAPE)
     llama = build_llama(SHAPE, layout, mesh, options)
     load_parameters(llama, table, layout, mesh, RandomWeights(SHAPE, 0, 0.1))
-    model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
+    model = LiveModel(llama, layout, mesh, optimizer_options(config), options.dtype)
     count = training.global_batch_size // (training.micro_batch_size * mesh.dp_size)
     data = RandomTokens(SHAPE.vocab_size, config.data.seq_length, training.global_batch_size)
     batches = BatchStream(data, training.micro_batch_size, mesh.over("samples").rank, mesh.dp_size)
@@ -117,7 +118,7 @@ def measure(mesh, config, counter):
     squares = fisher.reduce()
     score_elements(model, find_criterion("taylor_mix"), "microbatch", squares).reduce()
     scoring = counter.take()
-    assert clip_and_step(model)[0]
+    assert model.step()[0]
     update = counter.take()
     step = {ranks: step.get(ranks, 0) + update.get(ranks, 0) for ranks in {*step, *update}}
     groups = [tuple(dist.get_process_group_ranks(mesh.over(axis).group)) for axis in ("tp", "tokens")]

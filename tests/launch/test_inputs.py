@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_prune.config import Config, ModelConfig, PruningConfig, validate
+from megatron_prune.config import Config, GroupConfig, GroupConfigs, ModelConfig, PruningConfig, validate
 from megatron_prune.errors import UserError
 from megatron_prune.launch.assembly.opening import open_inputs
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
@@ -33,15 +33,36 @@ def test_what_fits_is_opened(workshop):
     assert inputs.read("model.norm.weight").shape == (32,)
 
 
+def floor(name, units):
+    return GroupConfigs({name: GroupConfig(floor=units)})
+
+
 @pytest.mark.parametrize(
     ("pruning", "words"),
     [
         (PruningConfig(target_params=10**9), "not below the source's"),
         (PruningConfig(target_params=50), "cannot be reached"),
         (PruningConfig(target_params=20000, types=("head",)), "cannot be reached"),
-        (PruningConfig(target_params=20000, min_ffn=49), "pruning.min_ffn: 49 is above the model's 48"),
-        (PruningConfig(target_params=20000, min_heads=5), "pruning.min_heads: 5 is above the model's 4"),
-        (PruningConfig(target_params=20000, min_hidden=33), "pruning.min_hidden: 33 is above the model's 32"),
+        (
+            PruningConfig(target_params=20000, groups=floor("ffn", 49)),
+            "pruning.groups: ffn: floor 49 is above the model's 48",
+        ),
+        (
+            PruningConfig(target_params=20000, groups=floor("head", 5)),
+            "pruning.groups: head: floor 5 is above the model's 4",
+        ),
+        (
+            PruningConfig(target_params=20000, groups=floor("stem", 33)),
+            "pruning.groups: stem: floor 33 is above the model's 32",
+        ),
+        (
+            PruningConfig(target_params=20000, groups=floor("steam", 3)),
+            'pruning.groups: unknown kind of group "steam"; did you',
+        ),
+        (
+            PruningConfig(target_params=20000, types=("head", "fnn")),
+            'pruning.types: unknown kind of group "fnn"; did you mean ffn',
+        ),
         (PruningConfig(target_params=20000, metric="taylor_frist"), "did you mean taylor_first"),
     ],
 )

@@ -58,18 +58,20 @@ def test_small_files_of_a_checkpoint_are_checked_without_assertions():
 import json
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.layout import ShardLayout
 from megatron_prune.testing.helpers.tiny_models import tiny_config
 from megatron_prune.huggingface.config import shape_from_config
+from megatron_prune.testing.helpers.sharded import rounded
 assert False, "-O leaves this out"
 full = Architecture.full(shape_from_config(tiny_config()))
 broken = json.loads(json.dumps(full.to_json()))
 broken["live"]["ffn"][0] = "0-3"
-state = ShardLayout.pack(full, 1, Quanta(1, 1, 1, 128)).to_state()
+state = ShardLayout.pack(full, 1, rounded(head=1, ffn=1, stem=1, vocab=128)).to_state()
 wrong = json.loads(json.dumps(state))
-wrong["stem"][0], wrong["stem"][1] = wrong["stem"][1], wrong["stem"][0]
+stem = wrong["slots"]["stem"][0][0]
+stem[0], stem[1] = stem[1], stem[0]
 for read in (lambda: Architecture.from_json(broken), lambda: ShardLayout.from_state(full, wrong),
-             lambda: ShardLayout.from_state(full, {**state, "heads": 3})):
+             lambda: ShardLayout.from_state(full, {**state, "slots": {**state["slots"], "head": 3}})):
     try:
         read()
     except UserError as error:
@@ -78,7 +80,7 @@ for read in (lambda: Architecture.from_json(broken), lambda: ShardLayout.from_st
     done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 and "differ in their FFN width" in lines[0] and "slots of stem" in lines[1]
+    assert len(lines) == 3 and "contradicts the live units" in lines[0] and "slots of stem" in lines[1]
 
 
 def test_half_a_copy_and_another_name_are_told(tmp_path):

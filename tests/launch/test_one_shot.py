@@ -15,12 +15,14 @@ from megatron_prune.config import load_config
 from megatron_prune.launch.assembly.assemble import build_datasets
 from megatron_prune.launch.assembly.one_shot_run import one_shot_config
 from megatron_prune.launch.assembly.opening import open_inputs
+from megatron_prune.model.kinds import FFN, STEM
 from megatron_prune.pruning.history import read_history
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 from megatron_prune.testing.reference import oracle_scores
 from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
 from tests.launch.conftest import VOCABULARY
+from tests.model.random_models import the_one
 
 CONFIG = tiny_config(vocab_size=VOCABULARY)
 WEIGHTS = random_llama_weights(CONFIG)
@@ -126,7 +128,7 @@ def test_one_scoring_removes_what_the_oracle_removes(pruned, batches):
     oracle.train_step(batches)  # scores before it steps
     history = read_history(pruned.folder / "once" / "pruning_history.jsonl")
     for mine, theirs in zip(history, oracle.removals, strict=True):
-        assert (mine.kind, mine.units) == (theirs.kind, theirs.units)
+        assert the_one(mine.group) == (theirs.kind, theirs.units)
     assert {(removal.iteration, removal.tokens) for removal in history} == {(0, 0)}
     architecture = CheckpointReader(pruned.folder / "once").architecture
     assert architecture.parameters == history[-1].parameters <= pruned.target
@@ -137,7 +139,7 @@ def test_one_scoring_removes_what_the_oracle_removes(pruned, batches):
 
 def test_the_pruned_weights_are_the_sources(pruned):
     reader = CheckpointReader(pruned.folder / "once")
-    stem, channels = (ids.tolist() for ids in (reader.architecture.stem, reader.architecture.ffn[2]))
+    stem, channels = (ids.tolist() for ids in (reader.architecture.ids(STEM, 0), reader.architecture.ids(FFN, 2)))
     name = "model.layers.2.mlp.up_proj.weight"
     assert torch.equal(reader.read(name), WEIGHTS[name][channels][:, stem])
     layout = reader.record.saved_layout
@@ -184,8 +186,14 @@ def test_mistakes_are_one_line_and_nothing_is_written(workshop, tmp_path):
         ("prune", *target): "checkpoint.save (--save) is not set",
         ("prune", *target, "--save", tmp_path / "full"): "is there already",
         ("prune", *save, "--prune-target-params", "1M"): "is not below the source's",
-        ("prune", *save, *target, "--prune-min-ffn", 49): "pruning.min_ffn: 49 is above the model's 48",
-        ("prune", *save, *target, "--prune-min-hidden", 33): "pruning.min_hidden: 33 is above the model's 32",
+        ("prune", *save, *target, "--prune-min-ffn", 49): "pruning.groups: ffn: floor 49 is above the model's 48",
+        (
+            "prune",
+            *save,
+            *target,
+            "--prune-groups",
+            "stem.floor=33",
+        ): "pruning.groups: stem: floor 33 is above the model's 32",
         ("prune", *save, *target, "--prune-types", "head"): "cannot be reached",
         ("prune", *save, *target, "--prune-metric", "taylor_mixed"): "unknown criterion 'taylor_mixed'; did you mean",
         ("prune", *save, *target, *nan): "32 of 32 values are NaN or infinite",

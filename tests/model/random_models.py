@@ -13,8 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM, Kind, find_kind
 from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups import group_names
+from megatron_prune.testing.helpers.sharded import rounded
 
 RULES = ("cluster", "uniform", "kv_group")
 
@@ -38,18 +42,28 @@ def shapes(draw) -> LlamaShape:
     )
 
 
-def random_group(architecture: Architecture, kind: str, rule: str, random: np.random.Generator) -> Group | None:
+def the_one(group: Group) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """(name of its one kind of unit, units) of a group, as the oracle takes it."""
+    ((kind, units),) = group.gone.items()
+    return kind.name, units
+
+
+def random_group(architecture: Architecture, kind: Kind, rule: str, random: np.random.Generator) -> Group | None:
     """A group of `kind` drawn by `rule`, or None where that would leave nothing."""
     if kind == STEM:
-        return Group(kind, ((int(random.choice(architecture.stem)),),)) if architecture.hidden_size > 1 else None
+        return (
+            Group.of(kind, ((int(random.choice(architecture.ids(STEM, 0))),),))
+            if architecture.hidden_size > 1
+            else None
+        )
     if kind == FFN:
-        picks = [[random.choice(ids)] for ids in architecture.ffn]
+        picks = [[random.choice(ids)] for ids in architecture.sites(FFN)]
     else:
-        picks = [_heads(ids, architecture.shape.heads_per_group, rule, random) for ids in architecture.heads]
+        picks = [_heads(ids, architecture.shape.heads_per_group, rule, random) for ids in architecture.sites(HEAD)]
     width = architecture.ffn_hidden_size if kind == FFN else architecture.num_attention_heads
     if len(picks[0]) >= width:
         return None
-    return Group(kind, tuple(tuple(sorted(int(unit) for unit in pick)) for pick in picks))
+    return Group.of(kind, tuple(tuple(sorted(int(unit) for unit in pick)) for pick in picks))
 
 
 def _heads(ids: np.ndarray, per_group: int, rule: str, random: np.random.Generator) -> list[int]:
@@ -62,8 +76,8 @@ def _heads(ids: np.ndarray, per_group: int, rule: str, random: np.random.Generat
 def removals(architecture: Architecture, rule: str, seed: int, count: int) -> Iterator[Group]:
     """Up to `count` groups, each fit to be removed after those before."""
     random = np.random.default_rng(seed)
-    for kind in random.choice([HEAD, FFN, STEM], size=count):
-        group = random_group(architecture, str(kind), rule, random)
+    for name in random.choice(group_names(), size=count):
+        group = random_group(architecture, find_kind(str(name)), rule, random)
         if group is not None:
             architecture = architecture.without(group)
             yield group
@@ -85,7 +99,7 @@ def architectures(draw) -> Architecture:
 
 @st.composite
 def quanta(draw) -> Quanta:
-    return Quanta(*(draw(st.integers(1, 4)) for _ in range(4)))
+    return rounded(**{name: draw(st.integers(1, 4)) for name in ("vocab", *group_names())})
 
 
 @st.composite

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import Architecture, Group, LlamaShape, from_ranges, to_ranges
-from megatron_prune.model.param_axes import ParamTable
-from tests.model.random_models import architectures, groups, shapes
+from megatron_prune.model.architecture import Architecture, Group, from_ranges, to_ranges
+from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import ParamTable
+from tests.model.random_models import architectures, groups, shapes, the_one
 
 SMOL_360M = LlamaShape(32, 960, 2560, 15, 5, 64, 49152, 2048, tie_word_embeddings=True)
 PUBLISHED = {
@@ -57,29 +59,25 @@ def test_ranges_read_well():
     assert to_ranges(np.array([0, 1, 2, 5, 7, 8], dtype=np.int32)) == "0-2,5,7-8"
 
 
+NOUNS = {"head": "num_attention_heads", "ffn": "ffn_hidden_size", "stem": "hidden_size"}
+
+
 @given(st.data())
 def test_removals_cost_what_leaves(data):
     architecture = Architecture.full(data.draw(shapes()))
     for group in data.draw(groups(architecture)):
         after = architecture.without(group)
         assert architecture.cost(group) == tensor_elements(architecture) - tensor_elements(after) > 0
-        gone = {"head": after.num_attention_heads, "ffn": after.ffn_hidden_size, "stem": after.hidden_size}
-        was = {
-            "head": architecture.num_attention_heads,
-            "ffn": architecture.ffn_hidden_size,
-            "stem": architecture.hidden_size,
-        }
-        assert {kind: was[kind] - gone[kind] for kind in was} == dict.fromkeys(was, 0) | {
-            group.kind: len(group.units[0])
-        }
+        name, units = the_one(group)
+        was = {kind: getattr(architecture, field) for kind, field in NOUNS.items()}
+        gone = {kind: getattr(after, field) for kind, field in NOUNS.items()}
+        assert {kind: was[kind] - gone[kind] for kind in was} == dict.fromkeys(was, 0) | {name: len(units[0])}
         for layer in range(architecture.shape.num_layers):
-            for kind in was:
-                left = set(architecture.live(kind, layer).tolist())
-                if kind == group.kind:
-                    left -= set(group.of_layer(layer))
-                assert after.live(kind, layer).tolist() == sorted(left)
-            served = {head // architecture.shape.heads_per_group for head in after.heads[layer].tolist()}
-            assert after.kv_heads(layer).tolist() == sorted(served)
+            for kind in (HEAD, FFN, STEM):
+                left = set(architecture.ids(kind, layer).tolist()) - set(group.units(kind, layer))
+                assert after.ids(kind, layer).tolist() == sorted(left)
+            served = {head // architecture.shape.heads_per_group for head in after.ids(HEAD, layer).tolist()}
+            assert after.ids(KV_HEAD, layer).tolist() == sorted(served)
         architecture = after
 
 
@@ -87,15 +85,17 @@ def test_a_kv_head_leaves_with_its_last_query_head_only():
     shape = dataclasses.replace(SMOL_360M, num_layers=1)
     one = Architecture.full(shape)
     q_and_o, k_and_v = 2 * 64 * 960, 2 * 64 * 960
-    assert one.cost(Group("head", ((3,),))) == q_and_o
+    assert one.cost(Group.of("head", ((3,),))) == q_and_o
     for head in (3, 4):
-        one = one.without(Group("head", ((head,),)))
-    assert one.kv_heads(0).tolist() == [0, 1, 2, 3, 4]
-    assert one.cost(Group("head", ((5,),))) == q_and_o + k_and_v
-    assert one.without(Group("head", ((5,),))).kv_heads(0).tolist() == [0, 2, 3, 4]
+        one = one.without(Group.of("head", ((head,),)))
+    assert one.ids(KV_HEAD, 0).tolist() == [0, 1, 2, 3, 4]
+    assert one.cost(Group.of("head", ((5,),))) == q_and_o + k_and_v
+    assert one.without(Group.of("head", ((5,),))).ids(KV_HEAD, 0).tolist() == [0, 2, 3, 4]
 
 
-@pytest.mark.parametrize("group", [Group("head", ((0,), (0,))), Group("ffn", ((1,), (1,))), Group("stem", ((2,),))])
+@pytest.mark.parametrize(
+    "group", [Group.of("head", ((0,), (0,))), Group.of("ffn", ((1,), (1,))), Group.of("stem", ((2,),))]
+)
 def test_what_is_gone_cannot_be_removed_again(group):
     architecture = Architecture.full(LlamaShape(2, 4, 4, 4, 2, 2, 8, 8)).without(group)
     with pytest.raises(AssertionError, match="not all of them are alive"):
@@ -120,13 +120,13 @@ def broken(data, path, value):
         (("live", "stem"), "0-x"),
         (("live", "stem"), "0-2,4"),
         (("live", "ffn", 1), "1-4"),
-        (("live", "heads"), ["", ""]),
-        (("live", "heads", 0), "0-2"),
+        (("live", "head"), ["", ""]),
+        (("live", "head", 0), "0-2"),
         (("live", "ffn"), ["0-3"]),
         (("shape", "num_query_groups"), 3),
         (("shape",), {}),
         (("shape", "colour"), "red"),
-        (("live", "heads", 0), "0,0-2"),
+        (("live", "head", 0), "0,0-2"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(path, value):

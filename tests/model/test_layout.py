@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB, Architecture, Group, LlamaShape
-from megatron_prune.model.layout import EMPTY, Quanta, ShardLayout
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM, VOCAB
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import EMPTY
+from megatron_prune.testing.helpers.sharded import rounded
 from tests.model.random_models import architectures, groups, layouts, quanta, shapes
 
 KINDS = (HEAD, KV_HEAD, FFN, STEM, VOCAB)
@@ -20,11 +24,11 @@ def shape(heads=4, kv_heads=4, ffn=8, layers=1, hidden=8):
 
 
 def packed(tp, quanta=None, **sizes):
-    return ShardLayout.pack(Architecture.full(shape(**sizes)), tp, quanta or Quanta(vocab=1))
+    return ShardLayout.pack(Architecture.full(shape(**sizes)), tp, quanta or rounded(vocab=1))
 
 
 def per_rank(layout, kind, layer):
-    ranks = range(1 if kind == STEM else layout.tp)
+    ranks = range(kind.ranks(layout.tp))
     return [layout.slots(kind, layer, rank) for rank in ranks]
 
 
@@ -38,11 +42,11 @@ def assert_sound(layout):
     for layer in range(architecture.shape.num_layers):
         for kind in KINDS:
             stored = per_rank(layout, kind, layer)
-            assert [unit for slots in stored for unit in live(slots)] == architecture.live(kind, layer).tolist(), kind
+            assert [unit for slots in stored for unit in live(slots)] == architecture.ids(kind, layer).tolist(), kind
             assert all(len(slots) == layout.width(kind) and slots.dtype == np.int32 for slots in stored)
         for rank in range(layout.tp):
-            heads, kv_heads = layout.heads[layer, rank], layout.kv_heads[layer, rank]
-            index = layout.kv_index[layer, rank]
+            heads, kv_heads = layout.slots(HEAD, layer, rank), layout.slots(KV_HEAD, layer, rank)
+            index = layout.serving(KV_HEAD, layer, rank)
             assert index.min() >= 0 and index.max() < len(kv_heads)
             served = kv_heads[index][heads != EMPTY]
             assert served.tolist() == (heads[heads != EMPTY] // architecture.shape.heads_per_group).tolist()
@@ -68,25 +72,25 @@ def test_compact_ranges_are_contiguous_and_padded_at_the_end_only(layout):
 
 @given(layouts())
 def test_padding_is_never_more_than_the_rounding(layout):
-    compact, architecture, tp, rounding = layout.compacted(), layout.architecture, layout.tp, layout.quanta
-    assert compact.width(FFN) % rounding.ffn == 0 and compact.width(STEM) % rounding.stem == 0
-    assert 0 <= compact.width(FFN) * tp - architecture.ffn_hidden_size < tp * rounding.ffn
-    assert 0 <= compact.width(STEM) - architecture.hidden_size < rounding.stem
-    assert 0 <= compact.width(VOCAB) * tp - architecture.shape.vocab_size < tp * rounding.vocab
+    compact, architecture, tp = layout.compacted(), layout.architecture, layout.tp
+    for kind in (FFN, STEM, VOCAB):
+        assert compact.width(kind) % layout.quantum(kind) == 0
+        ranks = kind.ranks(tp)
+        assert 0 <= compact.width(kind) * ranks - architecture.width(kind) < ranks * layout.quantum(kind)
     largest, clusters = 0, set()
-    for heads in architecture.heads:
+    for heads in architecture.sites(HEAD):
         sizes = np.unique(heads // architecture.shape.heads_per_group, return_counts=True)[1]
         largest, clusters = max(largest, int(sizes.max())), clusters | set(sizes.tolist())
-    rounded_to = int(np.lcm(rounding.head, largest)) if len(clusters) == 1 else rounding.head
+    rounded_to = int(np.lcm(layout.quantum(HEAD), largest)) if len(clusters) == 1 else layout.quantum(HEAD)
     needed = -(-architecture.num_attention_heads // tp) + largest - 1  # whole clusters: at worst one short of another
-    assert compact.width(HEAD) % rounding.head == 0
+    assert compact.width(HEAD) % layout.quantum(HEAD) == 0
     assert compact.width(HEAD) < needed + rounded_to
 
 
 def least_widths(architecture, tp):
     """Stored (query, KV) widths by trying every way to cut each layer's clusters into contiguous ranges."""
     layers = []
-    for heads in architecture.heads:
+    for heads in architecture.sites(HEAD):
         sizes = np.unique(heads // architecture.shape.heads_per_group, return_counts=True)[1].tolist()
         cuts = combinations(sorted([*range(len(sizes) + 1)] * (tp - 1)), tp - 1)
         bounds = {(0, *cut, len(sizes)) for cut in cuts}
@@ -97,7 +101,7 @@ def least_widths(architecture, tp):
 
 @given(architectures(), st.integers(1, 3))
 def test_head_widths_are_the_least_possible(architecture, tp):
-    layout = ShardLayout.pack(architecture, tp, Quanta())
+    layout = ShardLayout.pack(architecture, tp, {})
     assert (layout.width(HEAD), layout.width(KV_HEAD)) == least_widths(architecture, tp)
 
 
@@ -139,11 +143,12 @@ def test_a_removal_empties_the_slots_of_its_group_only(layout):
     architecture = layout.architecture
     if architecture.ffn_hidden_size == 1:
         return
-    gone = tuple(int(ids[-1]) for ids in architecture.ffn)
-    after = layout.without(Group(FFN, tuple((unit,) for unit in gone)))
+    gone = tuple(int(ids[-1]) for ids in architecture.sites(FFN))
+    after = layout.without(Group.of(FFN, tuple((unit,) for unit in gone)))
     for layer, unit in enumerate(gone):
-        assert np.array_equal(after.ffn[layer], np.where(layout.ffn[layer] == unit, EMPTY, layout.ffn[layer]))
-    assert after.heads is layout.heads and after.stem is layout.stem
+        before = layout.placed[FFN][layer]
+        assert np.array_equal(after.placed[FFN][layer], np.where(before == unit, EMPTY, before))
+    assert all(after.placed[kind] is layout.placed[kind] for kind in KINDS if kind != FFN)
     assert after.empty_slots(FFN) == layout.empty_slots(FFN) + len(gone)
     assert after.fingerprint() != layout.fingerprint()
 
@@ -167,21 +172,21 @@ def test_any_head_count_on_any_tp(heads, kv_heads, tp, stored):
 
 def test_multi_query_attention_leaves_the_second_rank_without_heads():
     layout = packed(2, heads=8, kv_heads=1)
-    assert live(layout.heads[0, 0]) == list(range(8)) and live(layout.kv_heads[0, 0]) == [0]
-    assert live(layout.heads[0, 1]) == live(layout.kv_heads[0, 1]) == []
+    assert live(layout.slots(HEAD, 0, 0)) == list(range(8)) and live(layout.slots(KV_HEAD, 0, 0)) == [0]
+    assert live(layout.slots(HEAD, 0, 1)) == live(layout.slots(KV_HEAD, 0, 1)) == []
 
 
 def test_ffn_that_tp_does_not_divide():
     layout = packed(4, ffn=2731)
     assert layout.width(FFN) == 683
     assert [len(live(layout.slots(FFN, 0, rank))) for rank in range(4)] == [683, 683, 683, 682]
-    assert packed(4, Quanta(ffn=64), ffn=2731).width(FFN) == 704
+    assert packed(4, rounded(ffn=64), ffn=2731).width(FFN) == 704
 
 
 def test_a_quantum_postpones_compactions():
-    layout, due = packed(2, Quanta(ffn=4, vocab=1), ffn=16), []
+    layout, due = packed(2, rounded(ffn=4, vocab=1), ffn=16), []
     for unit in range(9):
-        layout = layout.without(Group(FFN, ((unit,),)))
+        layout = layout.without(Group.of(FFN, ((unit,),)))
         due.append(layout.is_due)
     assert due == [False] * 7 + [True] * 2, "8 slots per rank shrink by 4 when 8 of the 16 units are gone"
 
@@ -190,7 +195,7 @@ def test_a_cluster_that_shrinks_keeps_its_kv_head_beside_it():
     """15 heads over 5 KV on TP 2, one query after the other: widths fall as soon as whole clusters pack tighter."""
     layout, widths = packed(2, heads=15, kv_heads=5), []
     for head in (0, 1, 3):
-        layout = layout.without(Group(HEAD, ((head,),))).compacted()
+        layout = layout.without(Group.of(HEAD, ((head,),))).compacted()
         assert_sound(layout)
         widths.append((layout.width(HEAD), layout.width(KV_HEAD)))
     assert widths == [(8, 3), (7, 3), (6, 3)]

@@ -7,16 +7,17 @@ import math
 import pytest
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import Architecture, Group, LlamaShape
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.history import FILE_NAME, HistoryWriter, Removal, before, read_history
 from megatron_prune.pruning.history_plot import plot_history
 
 SHAPE = LlamaShape(2, 6, 8, 4, 2, 2, 8, 16)
 GROUPS = [
-    Group("ffn", ((3,), (0,))),
-    Group("stem", ((5,),)),
-    Group("head", ((0, 1), (2, 3))),
-    Group("ffn", ((1,), (7,))),
+    Group.of("ffn", ((3,), (0,))),
+    Group.of("stem", ((5,),)),
+    Group.of("head", ((0, 1), (2, 3))),
+    Group.of("ffn", ((1,), (7,))),
 ]
 
 
@@ -28,14 +29,11 @@ def removals():
             Removal(
                 iteration=number,
                 tokens=128 * number,
-                kind=group.kind,
-                units=group.units,
+                group=group,
                 scores={"head": 1 / 3 + number, "ffn": 2.5e-7 / number},
                 margin=None if number == 2 else math.pi / number,
                 parameters=architecture.parameters,
-                num_attention_heads=architecture.num_attention_heads,
-                ffn_hidden_size=architecture.ffn_hidden_size,
-                hidden_size=architecture.hidden_size,
+                widths=architecture.widths(architecture.table.prunable),
             )
         )
     return found
@@ -59,6 +57,20 @@ def test_what_was_written_is_read_again(tmp_path):
         assert architecture.parameters == removal.parameters
 
 
+def test_a_line_of_the_first_format_is_read(tmp_path):
+    removal = removals()[2]
+    line = {name: value for name, value in removal.to_json().items() if name not in ("group", "gone", "widths")}
+    line |= {
+        "kind": "head",
+        "units": [[0, 1], [2, 3]],
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 7,
+        "hidden_size": 5,
+    }
+    (tmp_path / FILE_NAME).write_text(json.dumps(line) + "\n")
+    assert read_history(tmp_path / FILE_NAME) == [removal]
+
+
 def test_each_line_is_on_disk_at_once_and_is_plain_json(tmp_path):
     writer, path = HistoryWriter(tmp_path, []), tmp_path / FILE_NAME
     for number, removal in enumerate(removals(), start=1):
@@ -77,7 +89,11 @@ def test_resuming_cuts_off_what_came_after_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damaged", ["{", '{"kind": "ffn"}', "[]", "5", '{"units": 3}', '{"units": [["x"]]}', '{"units": [], "colour": 1}']
+    "damaged",
+    [
+        *("{", '{"kind": "ffn"}', "[]", "5", '{"units": 3}', '{"units": [["x"]]}', '{"units": [], "colour": 1}'),
+        *('{"gone": 3}', '{"group": "ffn", "gone": {"ffn": 3}}', '{"group": "ffn", "gone": {"colour": []}}'),
+    ],
 )
 def test_a_damaged_line_is_named(tmp_path, damaged):
     path = written(tmp_path, more=removals())
@@ -120,7 +136,7 @@ def test_the_widths_start_from_the_source(tmp_path, monkeypatch):
     assert labels(axes) == [
         "query heads (4 to 2)",
         "FFN channels (8 to 6)",
-        "stem channels (6 to 5)",
+        "hidden size (6 to 5)",
         f"parameters ({full.parameters:,} to {history[-1].parameters:,})",
     ]
     for line in axes.get_lines():
@@ -129,7 +145,7 @@ def test_the_widths_start_from_the_source(tmp_path, monkeypatch):
 
 def test_what_a_model_was_before_its_removals():
     architecture = Architecture.full(SHAPE)
-    start = architecture.without(Group("stem", ((2,),)))  # of a run before, whose history is not at hand
+    start = architecture.without(Group.of("stem", ((2,),)))  # of a run before, whose history is not at hand
     after = start
     for group in GROUPS:
         after = after.without(group)

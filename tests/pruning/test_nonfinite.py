@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_prune.errors import UserError
-from megatron_prune.optimizer.owned import adam_step
 from megatron_prune.resharding.verify import verify
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference.oracle import OracleSettings
+from tests.model.random_models import the_one
 from tests.resharding.live_run import GQA, canonical, oracle_of, start
 
 POISONED, LAST = 3, 6
@@ -37,7 +37,7 @@ def run_with_a_poisoned_step(rank, world_size, case):
         if iteration != POISONED:
             trainer.iterate()
             continue
-        trainer.model.force_param_sync()
+        trainer.model.synchronise()
         before, layout = canonical(trainer.model), trainer.model.layout.fingerprint()
         removed, credits, smoothed = len(state.history), state.credits, state.smoothed
         handle = poison(trainer.model) if rank == world_size - 1 else None
@@ -52,8 +52,8 @@ def run_with_a_poisoned_step(rank, world_size, case):
             and state.smoothed is smoothed
         )
     verify(trainer.model, thorough=True)
-    facts = (state.skipped_iterations, state.nonfinite_in_a_row, state.iteration, adam_step(trainer.model))
-    return untouched, facts, losses, [(r.kind, r.units) for r in state.history]
+    facts = (state.skipped_iterations, state.nonfinite_in_a_row, state.iteration, trainer.model.adam_step())
+    return untouched, facts, losses, [the_one(r.group) for r in state.history]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, LlamaShape
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import FFN, HEAD, STEM
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.schedule import PruningSchedule
 
 BATCH = 1_048_576
@@ -34,8 +36,8 @@ def run(schedule, order):
 
 
 def test_the_published_widths_are_the_published_size():
-    heads, ffn, stem = (np.arange(FINAL[kind], dtype=np.int32) for kind in (HEAD, FFN, STEM))
-    final = Architecture(SMOL_1_7B, (heads,) * 24, (ffn,) * 24, stem)
+    live = {kind: (np.arange(width, dtype=np.int32),) for kind, width in FINAL.items()}
+    final = Architecture(SMOL_1_7B, {kind: sites * kind.sites(SMOL_1_7B) for kind, sites in live.items()})
     assert final.parameters == pytest.approx(469e6, rel=0.01)
 
 

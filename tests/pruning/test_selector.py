@@ -8,14 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Architecture, Group, LlamaShape
-from megatron_prune.pruning.selector import SelectorSettings, choose, least_parameters
-from megatron_prune.saliency.scores import UnitScores
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups import Rules
+from megatron_prune.pruning.selector import choose, least_parameters
+from megatron_prune.saliency.scores import UnitScores, score_length
 from megatron_prune.testing.reference import oracle_scores
 from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
-from tests.model.random_models import RULES, removals, shapes
+from tests.model.random_models import RULES, removals, shapes, the_one
 
-KINDS = (HEAD, FFN, STEM)
+KINDS = ("head", "ffn", "stem")
 
 
 def geometry_of(shape):
@@ -37,9 +40,9 @@ def geometry_of(shape):
 
 def live_units(architecture):
     return LiveUnits(
-        tuple(tuple(ids.tolist()) for ids in architecture.heads),
-        tuple(tuple(ids.tolist()) for ids in architecture.ffn),
-        tuple(architecture.stem.tolist()),
+        tuple(tuple(ids.tolist()) for ids in architecture.sites(HEAD)),
+        tuple(tuple(ids.tolist()) for ids in architecture.sites(FFN)),
+        tuple(architecture.ids(STEM, 0).tolist()),
         architecture.shape.heads_per_group,
     )
 
@@ -49,24 +52,17 @@ def oracle_form(scores):
     a = scores.architecture
     by_layer = [
         tuple(dict(zip(ids.tolist(), row.tolist(), strict=True)) for ids, row in zip(live, values, strict=True))
-        for live, values in ((a.heads, scores.head), (a.ffn, scores.ffn))
+        for live, values in ((a.sites(kind), scores.values[kind]) for kind in (HEAD, FFN))
     ]
-    return oracle_scores.OracleScores(*by_layer, dict(zip(a.stem.tolist(), scores.stem.tolist(), strict=True)))
+    return oracle_scores.OracleScores(
+        *by_layer, dict(zip(a.ids(STEM, 0).tolist(), scores.of(STEM).tolist(), strict=True))
+    )
 
 
 def random_scores(architecture, seed, levels):
     """Multiples of 1/64, so that sums are exact in any order; few `levels` make ties."""
-    random, layers = np.random.default_rng(seed), architecture.shape.num_layers
-
-    def draw(*size):
-        return random.integers(0, levels, size) / 64
-
-    return UnitScores(
-        architecture,
-        draw(layers, architecture.num_attention_heads),
-        draw(layers, architecture.ffn_hidden_size),
-        draw(architecture.hidden_size),
-    )
+    random = np.random.default_rng(seed)
+    return UnitScores.from_vector(architecture, random.integers(0, levels, score_length(architecture)) / 64)
 
 
 @st.composite
@@ -76,16 +72,14 @@ def cases(draw):
     for group in removals(architecture, rule, draw(st.integers(0, 999)), draw(st.integers(0, 8))):
         architecture = architecture.without(group)
     fraction = draw(st.sampled_from([0.3, 0.9, 0.99, 1.0]))
-    settings = SelectorSettings(
+    settings = Rules(
         target_params=int(architecture.parameters * fraction),
         types=draw(st.sampled_from([c for n in (1, 2, 3) for c in combinations(KINDS, n)])),
         gqa=rule,
         head_score=draw(st.sampled_from(["per_column", "sum"])),
         normalize=draw(st.sampled_from(["none", "per_parameter"])),
         finish=draw(st.sampled_from(["exact", "first"])),
-        min_heads=draw(st.integers(1, 4)),
-        min_ffn=draw(st.integers(1, 4)),
-        min_hidden=draw(st.integers(1, 4)),
+        floors={name: draw(st.integers(1, 4)) for name in KINDS},
     )
     return architecture, settings
 
@@ -96,7 +90,7 @@ def oracle_decision(scores, settings):
         normalize=settings.normalize,
         gqa=settings.gqa,
         types=settings.types,
-        min_widths={HEAD: settings.min_heads, FFN: settings.min_ffn, STEM: settings.min_hidden},
+        min_widths=dict(settings.floors),
         target_params=settings.target_params,
         finish="exact" if settings.finish == "exact" else "any",
     )
@@ -117,14 +111,13 @@ def test_the_choice_is_the_oracles(case, seed, levels):
         return
     best, margin = expected
     assert decision is not None
-    assert (decision.group.kind, decision.group.units) == (best.kind, best.units)
+    assert the_one(decision.group) == (best.kind, best.units)
     assert decision.scores == pytest.approx({candidate.kind: candidate.score for candidate in found}, rel=1e-12)
     assert decision.margin == pytest.approx(margin, rel=1e-9, abs=1e-12)
     after = architecture.without(decision.group)
     assert decision.parameters_after == best.parameters_after == after.parameters
-    assert after.num_attention_heads >= settings.min_heads or decision.group.kind != HEAD
-    assert after.ffn_hidden_size >= settings.min_ffn or decision.group.kind != FFN
-    assert after.hidden_size >= settings.min_hidden or decision.group.kind != STEM
+    for kind in decision.group.gone:
+        assert after.width(kind) >= settings.floors[kind.name]
 
 
 SHAPE = LlamaShape(2, 6, 8, 4, 2, 2, 8, 16)
@@ -132,64 +125,74 @@ FULL = Architecture.full(SHAPE)
 
 
 def scores_of(head=9.0, ffn=9.0, stem=9.0):
-    return UnitScores(FULL, np.full((2, 4), head), np.full((2, 8), ffn), np.full(6, stem))
+    return UnitScores(
+        FULL,
+        {
+            HEAD: (np.full(4, head), np.full(4, head)),
+            FFN: (np.full(8, ffn), np.full(8, ffn)),
+            STEM: (np.full(6, stem),),
+        },
+    )
 
 
 def test_ties_go_to_the_lowest_id_and_to_heads_first():
-    settings = SelectorSettings(1, normalize="none", head_score="sum", gqa="cluster")
+    settings = Rules(1, normalize="none", head_score="sum", gqa="cluster")
     decision = choose(scores_of(), FULL, settings)
     assert decision is not None
-    assert decision.group == Group(STEM, ((0,),)), "one stem channel costs one score, the others a score per layer"
+    assert decision.group == Group.of(STEM, ((0,),)), "one stem channel costs one score, the others a score per layer"
     decision = choose(scores_of(stem=18.0), FULL, settings)
-    assert decision is not None and decision.group == Group(HEAD, ((0,), (0,)))
+    assert decision is not None and decision.group == Group.of(HEAD, ((0,), (0,)))
     assert decision.margin == 0
     decision = choose(scores_of(head=10.0, stem=18.0), FULL, settings)
-    assert decision is not None and decision.group == Group(FFN, ((0,), (0,)))
+    assert decision is not None and decision.group == Group.of(FFN, ((0,), (0,)))
 
 
 def test_per_column_scores_let_heads_compete_with_channels():
     by_sum, by_column = (
-        choose(scores_of(head=10.0, stem=99.0), FULL, SelectorSettings(1, head_score=rule, normalize="none"))
+        choose(scores_of(head=10.0, stem=99.0), FULL, Rules(1, head_score=rule, normalize="none"))
         for rule in ("sum", "per_column")
     )
-    assert by_sum is not None and by_sum.group.kind == FFN
-    assert by_column is not None and by_column.group == Group(HEAD, ((0, 1), (0, 1)))
+    assert by_sum is not None and by_sum.group.name == "ffn"
+    assert by_column is not None and by_column.group == Group.of(HEAD, ((0, 1), (0, 1)))
 
 
 def test_the_margin_tells_how_close_the_runner_up_came():
     scores = scores_of(ffn=2.0)
-    scores.ffn[0, 5], scores.ffn[1, 3], scores.ffn[1, 4] = 1.0, 1.0, 1.25
-    decision = choose(scores, FULL, SelectorSettings(1, normalize="none"))
-    assert decision is not None and decision.group == Group(FFN, ((5,), (3,)))
-    assert decision.scores[FFN] == 2.0 and decision.margin == pytest.approx(0.125)
+    first, second = scores.values[FFN]
+    first[5], second[3], second[4] = 1.0, 1.0, 1.25
+    decision = choose(scores, FULL, Rules(1, normalize="none"))
+    assert decision is not None and decision.group == Group.of(FFN, ((5,), (3,)))
+    assert decision.scores["ffn"] == 2.0 and decision.margin == pytest.approx(0.125)
 
 
 def test_finish_exact_prefers_what_does_not_overshoot():
     scores = scores_of(head=0.001)
-    target = FULL.parameters - FULL.cost(Group(FFN, ((0,), (0,))))
-    exact = SelectorSettings(target, normalize="none", finish="exact")
-    first = SelectorSettings(target, normalize="none", finish="first")
+    target = FULL.parameters - FULL.cost(Group.of(FFN, ((0,), (0,))))
+    exact = Rules(target, normalize="none", finish="exact")
+    first = Rules(target, normalize="none", finish="first")
     chosen = choose(scores, FULL, exact)
-    assert chosen is not None and chosen.group.kind == FFN and chosen.parameters_after == target
+    assert chosen is not None and chosen.group.name == "ffn" and chosen.parameters_after == target
     assert set(chosen.scores) == set(KINDS), "the record shows all three saliencies"
     chosen = choose(scores, FULL, first)
-    assert chosen is not None and chosen.group.kind == HEAD and chosen.parameters_after < target
-    only_heads = SelectorSettings(target, normalize="none", types=(HEAD,))
+    assert chosen is not None and chosen.group.name == "head" and chosen.parameters_after < target
+    only_heads = Rules(target, normalize="none", types=("head",))
     chosen = choose(scores, FULL, only_heads)
-    assert chosen is not None and chosen.group.kind == HEAD, "better below the target than never there"
+    assert chosen is not None and chosen.group.name == "head", "better below the target than never there"
 
 
 def test_random_draws_are_even_over_units_and_repeatable():
-    settings = SelectorSettings(1, gqa="cluster", draw_seed=5)
+    settings = Rules(1, gqa="cluster", draw_seed=5)
     drawn = [choose(scores_of(), FULL, settings, step) for step in range(240)]
     again = [choose(scores_of(), FULL, settings, step) for step in range(240)]
     assert drawn == again
-    kinds = [decision.group.kind for decision in drawn if decision]
-    units = {HEAD: 2 * 4, FFN: 2 * 8, STEM: 6}
+    kinds = [decision.group.name for decision in drawn if decision]
+    units = {"head": 2 * 4, "ffn": 2 * 8, "stem": 6}
     for kind, count in units.items():
         assert kinds.count(kind) / 240 == pytest.approx(count / 30, abs=0.1), kind
-    assert {unit for decision in drawn if decision and decision.group.kind == FFN for unit in decision.group.units[0]}
-    assert choose(scores_of(), FULL, SelectorSettings(1, draw_seed=6), 0) != drawn[0]
+    assert {
+        unit for decision in drawn if decision and decision.group.name == "ffn" for unit in decision.group.gone[FFN][0]
+    }
+    assert choose(scores_of(), FULL, Rules(1, draw_seed=6), 0) != drawn[0]
 
 
 def exhausted(architecture, settings, seed):
@@ -207,7 +210,7 @@ def test_no_pruning_goes_below_the_least_parameters(case, seed):
     architecture, settings = case
     least, end = least_parameters(architecture, settings), exhausted(architecture, settings, seed)
     assert least <= end.parameters <= architecture.parameters
-    if settings.gqa != "cluster" or HEAD not in settings.types:
+    if settings.gqa != "cluster" or "head" not in settings.types:
         assert end.parameters == least, "where every order ends in the same widths, it is what is left"
 
 
@@ -217,30 +220,30 @@ def test_the_least_parameters_of_single_heads_can_be_reached(shape, seed, min_he
     architecture, per_group = Architecture.full(shape), shape.heads_per_group
     for group in removals(architecture, "cluster", seed, 20):
         architecture = architecture.without(group)
-    settings = SelectorSettings(1, types=(HEAD,), gqa="cluster", min_heads=min_heads)
+    settings = Rules(1, types=("head",), gqa="cluster", floors={"head": min_heads})
     keep = min(min_heads, architecture.num_attention_heads)
     best = []
-    for ids in architecture.heads:
+    for ids in architecture.sites(HEAD):
         options = islice(combinations(ids.tolist(), keep), 5000)
         best.append(np.array(min(options, key=lambda stay: len({head // per_group for head in stay}))))
-    reached = Architecture(shape, tuple(best), architecture.ffn, architecture.stem)
+    reached = Architecture(shape, {**architecture.live, HEAD: tuple(best)})
     assert least_parameters(architecture, settings) == reached.parameters
 
 
 def test_the_fullest_kv_heads_are_the_ones_to_keep():
     """Of heads 0 | 3 4 5 (KV heads 0 and 1) three can stay on one KV head; the first three would need both."""
     shape = LlamaShape(1, 6, 8, 6, 2, 2, 8, 16)
-    architecture = Architecture.full(shape).without(Group(HEAD, ((1,),))).without(Group(HEAD, ((2,),)))
-    settings = SelectorSettings(1, types=(HEAD,), gqa="cluster", min_heads=3)
-    reached = architecture.without(Group(HEAD, ((0,),)))
-    assert len(reached.kv_heads(0)) == 1
+    architecture = Architecture.full(shape).without(Group.of(HEAD, ((1,),))).without(Group.of(HEAD, ((2,),)))
+    settings = Rules(1, types=("head",), gqa="cluster", floors={"head": 3})
+    reached = architecture.without(Group.of(HEAD, ((0,),)))
+    assert reached.width(KV_HEAD) == 1
     assert least_parameters(architecture, settings) == reached.parameters
 
 
 @pytest.mark.parametrize(("gqa", "min_heads"), list(product(RULES, (1, 3, 4))))
 def test_floors_of_published_shapes(gqa, min_heads):
     shape = LlamaShape(2, 6, 8, 12, 3, 2, 8, 16)
-    settings = SelectorSettings(1, gqa=gqa, min_heads=min_heads, min_ffn=3, min_hidden=2)
+    settings = Rules(1, gqa=gqa, floors={"head": min_heads, "ffn": 3, "stem": 2})
     end = exhausted(Architecture.full(shape), settings, seed=1)
     kept = {"cluster": min_heads, "uniform": 3 * math.ceil(min_heads / 3), "kv_group": 4}[gqa]
     assert (end.num_attention_heads, end.ffn_hidden_size, end.hidden_size) == (kept, 3, 2)

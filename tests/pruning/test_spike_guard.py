@@ -1,5 +1,6 @@
 """The guard against loss spikes: when it pauses, when it ends, and that the loop obeys it."""
 
+import dataclasses
 import math
 
 from megatron_prune.config import parse_command
@@ -50,10 +51,10 @@ def test_its_memory_survives_a_checkpoint_in_a_pause():
 def train_through_a_spike(rank, world_size):
     """Every step prunes; on rank 1 only, the fifth loss looks ten times as large."""
     trainer = start(Case(tp=2), GQA, OracleSettings(lr=1e-4, group_cost={"head": 1}, target_params=5_000))
-    trainer.pruner.guard = SpikeGuard(1.5, 3)
+    trainer.pruner.settings = dataclasses.replace(trainer.pruner.settings, guard=SpikeGuard(1.5, 3))
     prune, removed, paused = trainer.pruner.prune, [], []
-    trainer.pruner.prune = lambda stepped, loss: prune(
-        stepped, loss * (10 if rank == 1 and trainer.state.iteration in (5, 6) else 1)
+    trainer.pruner.prune = lambda scored, stepped, loss: prune(
+        scored, stepped, loss * (10 if rank == 1 and trainer.state.iteration in (5, 6) else 1)
     )
     for _ in range(8):
         before = len(trainer.state.history), trainer.state.credits

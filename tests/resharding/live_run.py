@@ -18,8 +18,9 @@ from torch import Tensor
 from megatron_prune.checkpoint.storage import Source
 from megatron_prune.checkpoint.streams import Scratch
 from megatron_prune.checkpoint.tensors import facts_of, optimizer_key, sources, weight_key
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.model.architecture import Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, agree, init_mesh
 from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded, llama_shape, run_config
@@ -66,7 +67,7 @@ def assembled(mesh: Mesh, mine: Iterable[tuple[str, tuple[int, ...], tuple[int, 
     return found
 
 
-def canonical(model: ShardedModel) -> dict[str, Tensor]:
+def canonical(model: LiveModel) -> dict[str, Tensor]:
     """{checkpoint key: tensor} of weights, main weights and moments; weights must be in step over DP (collective)."""
 
     def described(source: Source) -> tuple[str, tuple[int, ...], tuple[int, ...], Tensor]:
@@ -85,7 +86,7 @@ def oracle_tensors(oracle: DenseOracle) -> dict[str, Tensor]:
 
 
 SCRIPT: dict[int, list[Group]] = {
-    2: [*(Group(FFN, ((unit,), (29 - unit,))) for unit in range(7)), Group(STEM, ((3,),))],
-    4: [Group(HEAD, ((0, 1), (4, 5))), Group(FFN, ((9,), (11,))), Group(STEM, ((30,),))],
-    6: [Group(HEAD, ((2,), (1,))), *(Group(FFN, ((unit,), (unit,))) for unit in (13, 14, 15, 16))],
+    2: [*(Group.of(FFN, ((unit,), (29 - unit,))) for unit in range(7)), Group.of(STEM, ((3,),))],
+    4: [Group.of(HEAD, ((0, 1), (4, 5))), Group.of(FFN, ((9,), (11,))), Group.of(STEM, ((30,),))],
+    6: [Group.of(HEAD, ((2,), (1,))), *(Group.of(FFN, ((unit,), (unit,))) for unit in (13, 14, 15, 16))],
 }

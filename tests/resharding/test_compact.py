@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_prune.model.architecture import FFN, HEAD
-from megatron_prune.optimizer.owned import adam_step, owned_shards
+from megatron_prune.model.kinds import FFN, HEAD
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference.oracle import OracleSettings
+from tests.model.random_models import the_one
 from tests.resharding.live_run import GQA, QWEN2, SCRIPT, canonical, oracle_of, oracle_tensors, start
 
 LAST = 8
@@ -45,7 +45,7 @@ def run(rank, _world_size, case, config):
         trainer.iterate()
         if iteration not in SCRIPT:
             continue
-        model.force_param_sync()
+        model.synchronise()
         for group in SCRIPT[iteration]:
             trainer.coordinator.commit(group)
         before, layout = canonical(model), model.layout
@@ -54,8 +54,8 @@ def run(rank, _world_size, case, config):
         assert model.layout.fingerprint() == layout.compacted().fingerprint()
         compactions.append((before, canonical(model)))
         moved.append(travelled(layout, model.layout))
-        steps.append({adam_step(model), *(int(shard.state["step"]) for shard in owned_shards(model))})
-    model.force_param_sync()
+        steps.append({model.adam_step(), *(int(shard.state["step"]) for shard in model.owned())})
+    model.synchronise()
     end = canonical(model)
     return Story(losses, compactions, moved, steps, end) if rank == 0 else None
 
@@ -87,7 +87,7 @@ def test_adam_continues_after_units_moved_between_ranks(case, config):
         loss = oracle.train_step(batches[iteration - 1]).loss
         assert story.losses[iteration - 1] == pytest.approx(loss, rel=1e-5), iteration
         for group in SCRIPT.get(iteration, ()):
-            oracle.remove(group.kind, group.units)
+            oracle.remove(*the_one(group))
     for key, expected in oracle_tensors(oracle).items():
         scale = float(expected.abs().max())
         torch.testing.assert_close(

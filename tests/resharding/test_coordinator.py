@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_prune.errors import DisagreementError
-from megatron_prune.model.architecture import FFN, Group
+from megatron_prune.model.architecture import Group
+from megatron_prune.model.kinds import FFN, STEM
 from megatron_prune.pruning.selector import Decision
 from megatron_prune.resharding import coordinator as room
 from megatron_prune.resharding.verify import verify
@@ -16,13 +17,13 @@ from megatron_prune.testing.reference.oracle import OracleSettings
 from tests.resharding.live_run import GQA, canonical, start
 
 RULES = OracleSettings(lr=5e-3)
-GROUP = Group(FFN, ((4,), (29,)))
-DECISION = Decision(GROUP, {FFN: 1.0}, 0.5, 1)
+GROUP = Group.of(FFN, ((4,), (29,)))
+DECISION = Decision(GROUP, {"ffn": 1.0}, 0.5, 1)
 
 
 def other_layout(trainer):
     layout = trainer.model.layout
-    trainer.model.layout = dataclasses.replace(layout, stem=layout.stem[::-1].copy())
+    trainer.model._layout = dataclasses.replace(layout, placed={**layout.placed, STEM: layout.placed[STEM][..., ::-1]})
 
 
 def other_decision(_trainer):
@@ -30,7 +31,7 @@ def other_decision(_trainer):
     broadcast = room.broadcast_object
 
     def damaged(mesh, decision):
-        return dataclasses.replace(broadcast(mesh, decision), group=Group(FFN, ((5,), (29,))))
+        return dataclasses.replace(broadcast(mesh, decision), group=Group.of(FFN, ((5,), (29,))))
 
     room.broadcast_object = damaged
 
@@ -45,7 +46,7 @@ def disagree(rank, _world_size, case, tamper, odd_one):
     with pytest.raises(DisagreementError) as caught:
         decision = trainer.coordinator.prepare(decision)
         trainer.coordinator.commit(decision.group)
-    trainer.model.layout = layout
+    trainer.model._layout = layout
     after = canonical(trainer.model)
     verify(trainer.model, thorough=True)
     return str(caught.value), all(torch.equal(before[key], after[key]) for key in before)
@@ -72,10 +73,10 @@ def agree_and_commit(_rank, _world_size):
     assert trainer.coordinator.prepare(None) is None, "nothing to remove is agreed on, too"
     trainer.coordinator.commit(decision.group)
     assert not trainer.coordinator.compact_if_due() and trainer.coordinator.compactions == 0
-    trainer.coordinator.commit(Group(FFN, ((3,), (3,))))
+    trainer.coordinator.commit(Group.of(FFN, ((3,), (3,))))
     assert trainer.coordinator.compact_if_due(), "two channels less are one slot less per rank"
     assert not trainer.coordinator.compact_if_due(force=True), "it is compact already"
-    return trainer.coordinator.compactions, trainer.model.layout.architecture.ffn_hidden_size
+    return trainer.coordinator.compactions, trainer.model.architecture.ffn_hidden_size
 
 
 def test_decisions_are_committed_and_compaction_waits_for_a_free_quantum():
@@ -86,7 +87,7 @@ def run_out_of_memory(_rank, _world_size, iteration):
     trainer = start(Case(), GQA, RULES)
     trainer.coordinator.last_checkpoint = iteration
     trainer.coordinator.commit(GROUP)
-    room.compact = lambda _model: torch.empty(1 << 50)  # no machine has that much
+    trainer.model.compact = lambda: torch.empty(1 << 50)  # no machine has that much
     with pytest.raises(MemoryError) as caught:
         trainer.coordinator.compact_if_due()
     assert isinstance(caught.value.__cause__, RuntimeError), "the allocator's own words stay in the traceback"
@@ -109,10 +110,10 @@ def fail_otherwise(_rank, _world_size):
     trainer = start(Case(), GQA, RULES)
     trainer.coordinator.commit(GROUP)
 
-    def broken(_model):
+    def broken():
         raise RuntimeError("shapes differ")
 
-    room.compact = broken
+    trainer.model.compact = broken
     with pytest.raises(RuntimeError, match="^shapes differ$"):
         trainer.coordinator.compact_if_due()
 

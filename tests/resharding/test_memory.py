@@ -2,9 +2,8 @@
 
 import pytest
 
-from megatron_prune.model.architecture import FFN, Group
-from megatron_prune.resharding.compact import compact
-from megatron_prune.resharding.retire import retire
+from megatron_prune.model.architecture import Group
+from megatron_prune.model.kinds import FFN
 from megatron_prune.testing.helpers.meters import PeakMemory
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
@@ -29,12 +28,12 @@ def peaks(_rank, _world_size, case):
     meter.start()
     trainer.iterate()
     step = meter.peak()
-    model.force_param_sync()
+    model.synchronise()
     for unit in range(16):
-        retire(model, Group(FFN, ((unit,),) * LAYERS))
+        model.retire(Group.of(FFN, ((unit,),) * LAYERS))
     meter.start()
     before = meter.peak()
-    compact(model)
+    model.compact()
     compaction = meter.peak()
     trainer.scheduler.optimizer = model.optimizer
     meter.start()

@@ -4,10 +4,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.model.architecture import FFN, HEAD, Architecture, Group, LlamaShape
-from megatron_prune.model.layout import Quanta, ShardLayout
-from megatron_prune.model.param_axes import ParamTable
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import FFN, HEAD
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import ParamTable
 from megatron_prune.resharding.plan import plan_transfer
+from megatron_prune.testing.helpers.sharded import rounded
 from tests.model.random_models import layouts
 
 
@@ -85,9 +88,9 @@ SHAPE = LlamaShape(1, 8, 12, 6, 6, 2, 8, 16)
 
 def test_units_at_range_borders_travel_and_others_stay():
     """FFN 12 on TP 3: four units leave rank 0, so each border shifts and a few units move to the rank before."""
-    layout = ShardLayout.pack(Architecture.full(SHAPE), 3, Quanta(vocab=1))
+    layout = ShardLayout.pack(Architecture.full(SHAPE), 3, rounded(vocab=1))
     for unit in range(3):
-        layout = layout.without(Group(FFN, ((unit,),)))
+        layout = layout.without(Group.of(FFN, ((unit,),)))
     row = ParamTable.build(SHAPE).row("decoder.layers.0.mlp.linear_fc2.weight")
     plans = [plan_transfer(row, layout, layout.compacted(), rank) for rank in range(3)]
     assert [{to: at.tolist() for to, at in plan.sends.items()} for plan in plans] == [{}, {0: [0, 1]}, {1: [0]}]
@@ -95,8 +98,8 @@ def test_units_at_range_borders_travel_and_others_stay():
 
 
 def test_heads_travel_as_whole_blocks_of_query_key_and_value():
-    layout = ShardLayout.pack(Architecture.full(SHAPE), 2, Quanta(vocab=1)).without(Group(HEAD, ((0,),)))
-    layout = layout.without(Group(HEAD, ((1,),)))
+    layout = ShardLayout.pack(Architecture.full(SHAPE), 2, rounded(vocab=1)).without(Group.of(HEAD, ((0,),)))
+    layout = layout.without(Group.of(HEAD, ((1,),)))
     row = ParamTable.build(SHAPE).row("decoder.layers.0.self_attention.linear_qkv.weight")
     sends = [plan_transfer(row, layout, layout.compacted(), rank).sends for rank in range(2)]
     assert not sends[0]

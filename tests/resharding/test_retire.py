@@ -3,27 +3,27 @@
 import pytest
 import torch
 
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
-from megatron_prune.resharding.compact import compact
+from megatron_prune.model.architecture import Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
 from megatron_prune.resharding.plan import plan_transfer
-from megatron_prune.resharding.retire import retire
 from megatron_prune.resharding.verify import verify
 from megatron_prune.testing.helpers.meters import BytesSent
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits, shrink
+from tests.model.random_models import the_one
 from tests.resharding.live_run import GQA, QWEN2, canonical, start
 
 RULES = OracleSettings(lr=5e-3, weight_decay=0.1)
 GROUPS = [
-    Group(FFN, ((4,), (29,))),
-    Group(STEM, ((7,),)),
-    Group(HEAD, ((1,), (4,))),
-    Group(HEAD, ((0,), (2,))),  # the last query head of a KV head, in the first layer only
-    Group(FFN, ((0,), (0,))),
-    Group(FFN, ((1,), (1,))),
-    Group(FFN, ((2,), (3,))),
+    Group.of(FFN, ((4,), (29,))),
+    Group.of(STEM, ((7,),)),
+    Group.of(HEAD, ((1,), (4,))),
+    Group.of(HEAD, ((0,), (2,))),  # the last query head of a KV head, in the first layer only
+    Group.of(FFN, ((0,), (0,))),
+    Group.of(FFN, ((1,), (1,))),
+    Group.of(FFN, ((2,), (3,))),
 ]
 
 
@@ -31,11 +31,11 @@ def retire_all(_rank, _world_size, case, config):
     trainer = start(case, config, RULES)
     trainer.iterate()
     model, states, sent = trainer.model, [], []
-    model.force_param_sync()
+    model.synchronise()
     states.append(canonical(model))
     for group in GROUPS:
         with BytesSent() as traffic:
-            retire(model, group)
+            model.retire(group)
         sent.append(dict(traffic.by_operator))
         verify(model, thorough=True)
         states.append(canonical(model))
@@ -48,7 +48,7 @@ def retire_all(_rank, _world_size, case, config):
         other = [n for dim, n in enumerate(plan.new_shape) if dim != plan.sharded_dim]
         planned += 3 * 4 * sum(len(at) for at in plan.sends.values()) * (other[0] if other else 1)
     with BytesSent() as traffic:
-        compact(model)
+        model.compact()
     return states, sent, planned, dict(traffic.by_operator)
 
 
@@ -63,7 +63,7 @@ def test_survivors_keep_every_bit_of_their_state(case, config):
     geometry = Geometry.from_hf(config)
     live = LiveUnits.full(geometry)
     for group, before, after in zip(GROUPS, states, states[1:], strict=False):
-        left = live.without(group.kind, group.units)
+        left = live.without(*the_one(group))
         for prefix in ("model/", "optimizer/exp_avg/", "optimizer/exp_avg_sq/"):
             named = {key.removeprefix(prefix): value for key, value in before.items() if key.startswith(prefix)}
             for name, expected in shrink(geometry, named, live, left).items():

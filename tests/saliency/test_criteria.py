@@ -4,10 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_prune.errors import UserError
+from megatron_prune.model.kinds import FFN, HEAD, STEM
 from megatron_prune.saliency.criteria import STATISTICS, Elements, criterion, find_criterion, known_criteria
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
@@ -29,13 +31,13 @@ def score_by_a_users_criterion(_rank, _world_size):
     """Run the documented example as a user's entry point would, up to main()."""
     exec(compile(documented_example(), "my_pretrain.py", "exec"), {"__name__": "my_pretrain"})
     trainer = start(Case(), GQA, dataclasses.replace(RULES, target_params=1000))
-    trainer.pruner.criterion = find_criterion("activity")
-    trainer.pruner.begin(trainer.num_microbatches)
+    trainer.pruner.settings = dataclasses.replace(trainer.pruner.settings, criterion=find_criterion("activity"))
+    scoring = trainer.pruner.begin()
     forward_backward(trainer.model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
-    trainer.pruner.score()
-    scores = trainer.pruner._scores
-    sums = scores.reduce()
-    return {shard.name: values for shard, values in scores.pieces}, sums.head, sums.ffn, sums.stem
+    scored = scoring.finish()
+    sums = scored.unit_scores()
+    pieces = {shard.name: values for shard, values in scored._scores.pieces}
+    return pieces, np.stack(sums.values[HEAD]), np.stack(sums.values[FFN]), sums.of(STEM)
 
 
 def test_a_users_criterion_in_ten_lines():

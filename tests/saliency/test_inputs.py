@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.model.architecture import FFN, Group
-from megatron_prune.model.llama import inner_model, named_linears
-from megatron_prune.resharding.retire import retire
+from megatron_prune.model.architecture import Group
+from megatron_prune.model.kinds import FFN
+from megatron_prune.model.llama import inner_model
 from megatron_prune.saliency.criteria import find_criterion
 from megatron_prune.saliency.hessian import DiagonalCache, Hessian, inverse_diagonals
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher, Moments
@@ -38,9 +38,9 @@ def watched(trainer, needs, passes):
 def one_rank(_rank, _world_size, config, recompute):
     trainer = start(Case(recompute=recompute), config, OracleSettings())
     model, count = trainer.model, trainer.num_microbatches
-    retire(model, Group(FFN, ((5,), (6,))))
+    model.retire(Group.of(FFN, ((5,), (6,))))
     trained = watched(trainer, EVERYTHING, forward_backward)
-    names = [name for name, _, _ in named_linears(model.module, model.table)]
+    names = [name for name, _, _ in model.linears()]
     assert list(trained.kept.rows) == names
     for name in names:
         x = trained.kept.gather(name)
@@ -56,7 +56,7 @@ def one_rank(_rank, _world_size, config, recompute):
     for name, found in trained.moments.items():
         torch.testing.assert_close(evaluated.moments[name].mean_square, found.mean_square, rtol=1e-6, atol=1e-12)
         torch.testing.assert_close(evaluated.kept.gather(name), trained.kept.gather(name), rtol=1e-5, atol=1e-6)
-    linears = [module for _, module, _ in named_linears(model.module, model.table)]
+    linears = [module for _, module, _ in model.linears()]
     assert not any(module._forward_pre_hooks for module in linears), "unhooked"
     kept = watched(trainer, InputNeeds(kept=count + 5), forward_backward)
     assert not kept.moments and all(row.is_output for row in kept.kept.rows.values())
@@ -66,7 +66,7 @@ def one_rank(_rank, _world_size, config, recompute):
     cache = DiagonalCache.of_stages(diagonals, model, removals=1)
     again = DiagonalCache(**vars(cache)).of_stage(model)
     assert all(torch.equal(again[name], values) for name, values in diagonals.items())
-    retire(model, Group(FFN, ((0,), (29,))))
+    model.retire(Group.of(FFN, ((0,), (29,))))
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     assert torch.equal(cache.of_stage(model)[name], diagonals[name][:-1])
 
@@ -109,15 +109,15 @@ def poisoned(_rank, _world_size, metric):
         return (torch.where(args[0] == args[0].max(), torch.nan, args[0]),)
 
     before = model.layout.fingerprint()
-    trainer.pruner.begin(trainer.num_microbatches)
+    scoring = trainer.pruner.begin()
     handle = layer.register_forward_pre_hook(poison, prepend=True)
     evaluate(model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
     handle.remove()
-    trainer.pruner.score()
+    scored = scoring.finish()
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr(pruner.logger, "warning", lambda text, *values: said.append(text % values))
-        assert trainer.pruner.prune(stepped=True) == []
+        assert trainer.pruner.prune(scored, stepped=True) == []
     assert any(f"pruning.metric {metric}" in line and "in layer 1" in line for line in said), said
     assert model.layout.fingerprint() == before and not trainer.state.history
 
@@ -139,11 +139,7 @@ def refreshing(_rank, _world_size, refresh):
     """Which iterations compute Hessians anew, and the removals, over 5 iterations that remove a group each."""
     settings = OracleSettings(criterion="obc", target_params=100, types=("ffn",))
     trainer = start(Case(), GQA, settings)
-    config = trainer.config
-    second = dataclasses.replace(config.pruning.second_order, refresh=refresh)
-    trainer.pruner.config = dataclasses.replace(
-        config, pruning=dataclasses.replace(config.pruning, second_order=second)
-    )
+    trainer.pruner.settings = dataclasses.replace(trainer.pruner.settings, refresh=refresh)
     fresh = []
     for _ in range(5):
         before = trainer.state.diagonals
@@ -154,7 +150,7 @@ def refreshing(_rank, _world_size, refresh):
         if refresh > 1:
             assert np.array_equal(again.diagonals.values, trainer.state.diagonals.values)
             assert again.diagonals.removals == trainer.state.diagonals.removals
-    return fresh, [removal.units for removal in trainer.state.history]
+    return fresh, [removal.group for removal in trainer.state.history]
 
 
 def test_hessians_are_kept_for_as_many_removals_as_asked_for():

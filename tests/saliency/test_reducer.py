@@ -13,9 +13,8 @@ import torch
 
 from megatron_prune.checkpoint.pieces import pieces
 from megatron_prune.checkpoint.streams import Scratch
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Group
-from megatron_prune.optimizer.owned import owned_shards
-from megatron_prune.resharding.retire import retire
+from megatron_prune.model.architecture import Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
 from megatron_prune.saliency.collector import Collector, CollectorSettings
 from megatron_prune.saliency.criteria import find_criterion, known_criteria
 from megatron_prune.saliency.fisher import MicrobatchFisher
@@ -27,18 +26,24 @@ from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference import oracle_scores
 from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
 from megatron_prune.training.step import forward_backward
+from tests.model.random_models import the_one
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, assembled, oracle_of, start
 
 RULES = OracleSettings(lr=1e-5)  # small steps: weights are compared elsewhere
 CONFIGS = {"gqa": GQA, "qwen2": QWEN2}
-GROUPS = [Group(FFN, ((4,), (29,))), Group(STEM, ((7,),)), Group(HEAD, ((1,), (4,))), Group(HEAD, ((0,), (2,)))]
+GROUPS = [
+    Group.of(FFN, ((4,), (29,))),
+    Group.of(STEM, ((7,),)),
+    Group.of(HEAD, ((1,), (4,))),
+    Group.of(HEAD, ((0,), (2,))),
+]
 SCALES = {"sequence": MICRO_BATCH, "token": MICRO_BATCH * SEQUENCE}
 ESTIMATES = [("microbatch", "sequence"), ("microbatch", "token"), ("adam", "sequence"), ("batch", "sequence")]
 
 
 def whole(model, squares):
     """Fisher values of the ranges that all ranks own, as canonical tensors."""
-    owners, mesh, found = {shard.name: shard for shard in owned_shards(model)}, model.mesh, []
+    owners, mesh, found = {shard.name: shard for shard in model.owned()}, model.mesh, []
     if (
         model.options.use_distributed_optimizer or mesh.over("replicas").rank == 0
     ):  # else all data-parallel ranks own the same
@@ -50,7 +55,7 @@ def whole(model, squares):
 
 
 def arrays(scores):
-    return scores.head, scores.ffn, scores.stem
+    return np.stack(scores.values[HEAD]), np.stack(scores.values[FFN]), scores.of(STEM)
 
 
 def arrays_of_oracle(scores):
@@ -63,9 +68,9 @@ def score_all(_rank, _world_size, case, config):
     model = trainer.model
     for _ in range(2):
         trainer.iterate()
-    model.force_param_sync()
+    model.synchronise()
     for group in GROUPS:
-        retire(model, group)
+        model.retire(group)
     watchers = {unit: MicrobatchFisher(model, trainer.num_microbatches, scale) for unit, scale in SCALES.items()}
     count = trainer.num_microbatches
     settings = CollectorSettings(num_microbatches=count, kept_microbatches=count)
@@ -88,7 +93,7 @@ def score_all(_rank, _world_size, case, config):
     facts = {
         "fisher": dict(fisher_traffic.by_operator),
         "scores": dict(score_traffic.by_operator),
-        "numbers": score_length(model.layout.architecture),
+        "numbers": score_length(model.architecture),
         "outputs": outputs,
     }
     return sums, {unit: whole(model, values) for unit, values in squares.items()}, facts
@@ -101,7 +106,7 @@ def expected_of(name):
     for number in range(2):
         oracle.train_step(batches[number])
     for group in GROUPS:
-        oracle.remove(group.kind, group.units)
+        oracle.remove(*the_one(group))
     _, gradient, squares = oracle.gradients(batches[2])
     by_unit = {unit: {k: v * scale / MICRO_BATCH for k, v in squares.items()} for unit, scale in SCALES.items()}
     sums = {}

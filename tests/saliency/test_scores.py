@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import FFN, HEAD, STEM, find_kind
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.saliency.scores import UnitScores, score_length, smooth
 from megatron_prune.testing.reference import oracle_scores
 from tests.model.random_models import groups, shapes
@@ -19,9 +21,11 @@ def by_id(scores):
     a = scores.architecture
     layers = [
         tuple(dict(zip(ids.tolist(), row.tolist(), strict=True)) for ids, row in zip(live, values, strict=True))
-        for live, values in ((a.heads, scores.head), (a.ffn, scores.ffn))
+        for live, values in ((a.sites(kind), scores.values[kind]) for kind in (HEAD, FFN))
     ]
-    return oracle_scores.OracleScores(*layers, dict(zip(a.stem.tolist(), scores.stem.tolist(), strict=True)))
+    return oracle_scores.OracleScores(
+        *layers, dict(zip(a.ids(STEM, 0).tolist(), scores.of(STEM).tolist(), strict=True))
+    )
 
 
 @given(st.data())
@@ -40,21 +44,33 @@ def test_smoothed_scores_follow_their_units_through_removals(data):
         architecture = architecture.without(group)
         kept = mine.restricted(architecture)
         for layer in range(architecture.shape.num_layers):
-            assert by_id(kept).head[layer] == {h: found.head[layer][h] for h in architecture.heads[layer].tolist()}
-        assert by_id(kept).stem == {channel: found.stem[channel] for channel in architecture.stem.tolist()}
+            assert by_id(kept).head[layer] == {h: found.head[layer][h] for h in architecture.ids(HEAD, layer).tolist()}
+        assert by_id(kept).stem == {channel: found.stem[channel] for channel in architecture.ids(STEM, 0).tolist()}
 
 
 @given(shapes())
 def test_scores_come_back_from_a_checkpoint_as_they_were(shape):
     scores = random_scores(Architecture.full(shape), np.random.default_rng(0))
     again = UnitScores.from_state(scores.architecture, scores.to_state())
-    assert all(np.array_equal(getattr(again, kind), getattr(scores, kind)) for kind in ("head", "ffn", "stem"))
-    assert not scores.not_finite and scores.head.dtype == np.float64
+    for kind, sites in scores.values.items():
+        assert all(np.array_equal(*pair) for pair in zip(again.values[kind], sites, strict=True))
+        assert all(site.dtype == np.float64 for site in sites)
+    assert not scores.not_finite and set(again.values) == {HEAD, FFN, STEM}
+
+
+@given(shapes())
+def test_scores_of_a_checkpoint_of_the_first_format(shape):
+    """One array per kind: layers x units, for stem channels units."""
+    scores = random_scores(Architecture.full(shape), np.random.default_rng(0))
+    state = {"head": np.stack(scores.values[HEAD]), "ffn": np.stack(scores.values[FFN]), "stem": scores.of(STEM)}
+    again = UnitScores.from_state(scores.architecture, state)
+    for kind, sites in scores.values.items():
+        assert all(np.array_equal(*pair) for pair in zip(again.values[kind], sites, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["head", "ffn", "stem"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_any_sum_that_is_not_finite_is_seen(kind, value):
     scores = random_scores(Architecture.full(LlamaShape(2, 6, 8, 4, 2, 2, 8, 16)), np.random.default_rng(0))
-    getattr(scores, kind).flat[-1] = value
+    scores.values[find_kind(kind)][-1][-1] = value
     assert scores.not_finite == ("stem" if kind == "stem" else f"{kind} in layer 1",)

@@ -7,22 +7,20 @@ import pytest
 import torch
 
 from megatron_prune.commands import bench
-from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, STEM, LlamaShape
-from megatron_prune.model.layout import Quanta
-from megatron_prune.model.llama import named_rows
-from megatron_prune.optimizer.owned import owned_shards
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups import group_names
 from megatron_prune.resharding.plan import plan_transfer
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, close_mesh, init_mesh
 from megatron_prune.testing.benchmarks import costs
 from megatron_prune.testing.helpers.meters import BytesSent
 from megatron_prune.testing.helpers.ranks import run_ranks
-from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.sharded import Case, rounded
 from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 
 FP32, INT64 = 4, 8
 LAYERS, SHAPE = 2, LlamaShape(2, 32, 48, 8, 4, 4, 60, 16)
-QUANTA = Quanta(1, 4, 4, 4)
+QUANTA = rounded(head=1, ffn=4, stem=4, vocab=4)
 TP2, DP2 = Case(tp=2, quanta=QUANTA), Case(dp=2, quanta=QUANTA)
 SHARDED_DP2 = Case(dp=2, distributed_optimizer=True, quanta=QUANTA)
 TP2_DP2 = Case(tp=2, dp=2, distributed_optimizer=True, quanta=QUANTA)
@@ -34,13 +32,13 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
     run = SteppedRun(Setup(SHAPE, case, 16, 1, 4), mesh)
     run.plain_step()
     run.pruning_step()
-    for kind in GROUP_KINDS:
+    for kind in group_names():
         run.retire(kind)
     a, model, found = run.architecture, run.model, []
 
     fisher = run.watched_gradients()
-    owned = sum(s.end - s.start for s in owned_shards(model) if s.row.is_output)
-    whole = sum(p.numel() for _, p, row in named_rows(model.module, model.table) if row.is_output)
+    owned = sum(s.end - s.start for s in model.owned() if s.row.is_output)
+    whole = sum(p.numel() for _, p, row in model.rows() if row.is_output)
     with BytesSent() as meter:
         squares = fisher.reduce()
     scattered = case.dp * max(agree(mesh, owned)) if case.distributed_optimizer else 0
@@ -59,7 +57,7 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
         run.decide(sums)
     found.append(("decision is small", int(meter.total < 1000), 1))
     with BytesSent() as meter:
-        for kind in GROUP_KINDS:
+        for kind in group_names():
             run.retire(kind)
     found.append(("retirement", meter.total, 0))
     return [*found, *bytes_of_a_compaction(run)]
@@ -67,11 +65,11 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
 
 def bytes_of_a_compaction(run: SteppedRun) -> list[tuple[str, int, int]]:
     """Each weight and moment of a unit that changes its rank is sent once; a moment that is split over DP is summed."""
-    run.retire(FFN, 8)
-    run.retire(STEM, 3)
+    run.retire("ffn", 8)
+    run.retire("stem", 3)
     model, layout, rank = run.model, run.model.layout, run.mesh.tp_rank
     moved = stored = 0
-    for _, parameter, row in named_rows(model.module, model.table):
+    for _, parameter, row in model.rows():
         plan = plan_transfer(row, layout, layout.compacted(), rank)
         stored += parameter.numel()
         for positions in plan.sends.values():
@@ -111,9 +109,10 @@ def test_tiny_run_prints_every_row(capsys):
         for table in out.split("### ")[1:]
     )
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in cpu}
-    wanted = [*costs.SCORING.values(), *costs.CHANGES.values(), "scoring, all of it / step", "bytes: scores"]
-    wanted += [f"compaction after a quantum, {kind} / step" for kind in (HEAD, FFN, STEM)]
-    wanted += [f"second order: update before a removal, {kind} / step" for kind in (HEAD, FFN, STEM)]
+    wanted = [*costs.SCORING.values(), costs.DECISION, "scoring, all of it / step", "bytes: scores"]
+    wanted += [f"compaction after a quantum, {kind} / step" for kind in group_names()]
+    wanted += [f"retirement of a group, {kind} / step" for kind in group_names()]
+    wanted += [f"second order: update before a removal, {kind} / step" for kind in group_names()]
     wanted += [f"{costs.THROUGHPUT} A B A B, a compaction per 64 removals"]
     wanted += ["peak memory of a compaction / of a plain step"] if torch.version.cuda is None else []
     for name in wanted:

@@ -11,7 +11,6 @@ import statistics
 
 import pytest
 
-from megatron_prune.model.layout import Quanta
 from megatron_prune.testing.helpers.comparison import (
     ITERATIONS,
     MICRO_BATCH,
@@ -34,7 +33,7 @@ from megatron_prune.testing.helpers.oracle_cases import (
     name_of,
 )
 from megatron_prune.testing.helpers.ranks import run_ranks
-from megatron_prune.testing.helpers.sharded import Case, run_case
+from megatron_prune.testing.helpers.sharded import Case, rounded, run_case
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights
 
 
@@ -69,7 +68,7 @@ def test_one_removal_of_each_kind(kind, tp):
     """The smallest complete story: three steps, one removal of a kind, two more steps."""
     rules = oracle_settings(MODELS["mha"], 0.5, types=(kind,), ratio=(1, 3), saliency_momentum=0.0)
     compared, _, outcome = compare(Case(tp=tp), MODELS["mha"], rules, iterations=5)
-    assert compared == 1 and outcome.removals[0]["kind"] == kind
+    assert compared == 1 and outcome.removals[0]["group"] == kind
 
 
 def test_the_cases_cover_all_pairs():
@@ -113,7 +112,7 @@ def test_kinds_floors_and_the_first_iteration_hold_with_several_groups_per_step(
     counts = [sum(r["iteration"] == i for r in outcome.removals) for i in range(1, 15)]
     assert counts == [0] * 4 + [3] * 7 + [0] * 3
     last = outcome.removals[-1]
-    assert (last["num_attention_heads"], last["ffn_hidden_size"], last["hidden_size"]) == (6, 50, 25)
+    assert last["widths"] == {"head": 6, "ffn": 50, "stem": 25}
 
 
 @pytest.mark.full
@@ -129,25 +128,25 @@ def test_quanta_do_not_matter():
     weights = random_llama_weights(config, seed=3)
     exact, coarse = (
         sharded_run(Case(tp=2, quanta=quanta), config, weights, rules, 30)
-        for quanta in (Quanta(vocab=8), Quanta(2, 16, 16, 8))
+        for quanta in (rounded(vocab=8), rounded(head=2, ffn=16, stem=16, vocab=8))
     )
     assert exact.compactions > coarse.compactions
-    assert [r["units"] for r in exact.removals] == [r["units"] for r in coarse.removals]
+    assert [r["gone"] for r in exact.removals] == [r["gone"] for r in coarse.removals]
     assert exact.losses == pytest.approx(coarse.losses, rel=1e-5)
 
 
 def test_live_widths_are_rounded_at_the_end():
-    """`round_widths` removes the least salient of the rest once the target is reached, and only then."""
+    """`round_to` removes the least salient of the rest once the target is reached, and only then."""
     config = MODELS["mha"]
     rules = oracle_settings(config, 0.7)
     weights = random_llama_weights(config, seed=3)
     plain = sharded_run(Case(tp=2), config, weights, rules, 40)
-    rounded = sharded_run(Case(tp=2, round_widths=(8, 4)), config, weights, rules, 40)
+    rounded = sharded_run(Case(tp=2, round_to={"ffn": 8, "stem": 4}), config, weights, rules, 40)
     last = len(plain.removals)
-    assert [r["units"] for r in rounded.removals[:last]] == [r["units"] for r in plain.removals]
+    assert [r["gone"] for r in rounded.removals[:last]] == [r["gone"] for r in plain.removals]
     extra = rounded.removals[last:]
     assert extra and {r["iteration"] for r in extra} == {plain.removals[-1]["iteration"]}
-    assert rounded.removals[-1]["ffn_hidden_size"] % 8 == 0 and rounded.removals[-1]["hidden_size"] % 4 == 0
+    assert rounded.removals[-1]["widths"]["ffn"] % 8 == 0 and rounded.removals[-1]["widths"]["stem"] % 4 == 0
     assert rounded.parameters < plain.parameters <= rules.target_params
 
 

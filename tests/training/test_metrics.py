@@ -13,14 +13,15 @@ import pytest
 
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import Architecture, Group, LlamaShape
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.history import Removal
 from megatron_prune.training import metrics
 from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token
 from megatron_prune.training.metrics import IterationReport, Reporter
 
 SHAPE = LlamaShape(2, 16, 24, 4, 2, 4, 32, 64)
-ARCHITECTURE = Architecture.full(SHAPE).without(Group("ffn", ((3,), (5,))))
+ARCHITECTURE = Architecture.full(SHAPE).without(Group.of("ffn", ((3,), (5,))))
 
 
 def config(**logging_fields):
@@ -31,14 +32,15 @@ def config(**logging_fields):
 
 def removal(iteration, channel):
     scores = {"head": 3e-7, "ffn": 1e-7 * (channel + 1), "stem": 2e-7}
-    return Removal(iteration, iteration * 100, "ffn", ((channel,), (channel,)), scores, 0.1, 4000 - channel, 4, 23, 16)
+    group, widths = Group.of("ffn", ((channel,), (channel,))), {"head": 4, "ffn": 23, "stem": 16}
+    return Removal(iteration, iteration * 100, group, scores, 0.1, 4000 - channel, widths)
 
 
 def after(channels):
     """The model whose first FFN channels are removed."""
     architecture = Architecture.full(SHAPE)
     for channel in range(channels):
-        architecture = architecture.without(Group("ffn", ((channel,), (channel,))))
+        architecture = architecture.without(Group.of("ffn", ((channel,), (channel,))))
     return architecture
 
 

@@ -10,9 +10,10 @@ from megatron_prune.checkpoint.tensors import optimizer_key, weight_key
 from megatron_prune.config import SecondOrder
 from megatron_prune.launch.estimate.hessian_costs import hessian_memory
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.model.architecture import FFN, HEAD, STEM, Group, LlamaShape
+from megatron_prune.model.architecture import Group
+from megatron_prune.model.kinds import FFN, HEAD, STEM
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.second_order import SecondOrderUpdate
-from megatron_prune.resharding.retire import retire
 from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, init_mesh
@@ -25,15 +26,16 @@ from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 from megatron_prune.testing.reference import oracle_second_order
 from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.training.step import forward_backward
+from tests.model.random_models import the_one
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, canonical, oracle_of, start
 
 RULES = OracleSettings(lr=1e-3)
 GROUPS = [
-    Group(HEAD, ((1,), (4,))),  # one query head (cluster)
-    Group(FFN, ((4,), (29,))),
-    Group(STEM, ((7,),)),
-    Group(HEAD, ((4, 5), (0, 1))),  # a KV head with its queries
-    Group(HEAD, ((0, 2), (2, 5))),  # queries of several KV heads: on TP 2 of several ranks
+    Group.of(HEAD, ((1,), (4,))),  # one query head (cluster)
+    Group.of(FFN, ((4,), (29,))),
+    Group.of(STEM, ((7,),)),
+    Group.of(HEAD, ((4, 5), (0, 1))),  # a KV head with its queries
+    Group.of(HEAD, ((0, 2), (2, 5))),  # queries of several KV heads: on TP 2 of several ranks
 ]
 
 
@@ -42,7 +44,7 @@ def compensate(_rank, _world_size, case, config):
     trainer = start(case, config, RULES)
     model, mesh = trainer.model, trainer.model.mesh
     trainer.iterate()
-    model.force_param_sync()
+    model.synchronise()
     watcher = InputWatcher(model, InputNeeds(kept=trainer.num_microbatches, keep_stem=True))
     watcher.arm()
     forward_backward(model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
@@ -55,14 +57,14 @@ def compensate(_rank, _world_size, case, config):
         before = canonical(model)
         with BytesSent() as traffic:
             errors = update.compensate(group)
-        if group.kind == FFN:
+        if FFN in group.gone:
             assert_traffic_of_ffn(traffic.by_operator, model, kept)
         after = canonical(model)
         copies = agree(mesh, {name: p.double().sum().item() for name, p in model.module.named_parameters()})
         mine = range(mesh.rank % mesh.tp_size, mesh.world_size, mesh.tp_size)
         if mesh.pp_size == 1:
             assert all(copies[r] == copies[mesh.rank] for r in mine), "data-parallel copies are alike"
-        retire(model, group)
+        model.retire(group)
         verify(model, thorough=True)
         seen.append((before, after, inputs, dataclasses.astuple(errors)))
     return seen if mesh.rank == 0 else None
@@ -70,7 +72,7 @@ def compensate(_rank, _world_size, case, config):
 
 def assert_traffic_of_ffn(sent, model, kept):
     """Per layer: X once over TP, X^T X once over DP from the owner's TP rank, and no weight is gathered."""
-    mesh, features = model.mesh, model.layout.architecture.ffn_hidden_size
+    mesh, features = model.mesh, model.architecture.ffn_hidden_size
     layers = [name for name, row in kept.rows.items() if row.is_output and "mlp" in name]
     inputs = sum(x.numel() * x.element_size() for name in layers for x in kept._pieces[name])
     assert sent["allgather_"] == (inputs if mesh.tp_size > 1 else 0)
@@ -122,11 +124,11 @@ def check(case, config):
             )
     live = oracle.live
     for group, (before, after, inputs, errors) in zip(GROUPS, results[0], strict=True):
-        left = live.without(group.kind, group.units)
-        readers = dict(oracle_second_order.readers(oracle.geometry, group.kind, live, left))
+        left, (kind, _) = live.without(*the_one(group)), the_one(group)
+        readers = dict(oracle_second_order.readers(oracle.geometry, kind, live, left))
         weights = {name: main_of(before, name) for name in oracle.weights}
         expected, predicted = oracle_second_order.compensated(
-            weights, joined(inputs), oracle.geometry, live, left, group.kind, 0.01
+            weights, joined(inputs), oracle.geometry, live, left, kind, 0.01
         )
         assert expected.keys() == readers.keys()
         for name, kept in readers.items():
@@ -179,4 +181,4 @@ def timed(_rank, _world_size):
 
 def test_what_it_costs_can_be_timed_piece_by_piece():
     ((names, least, lost),) = run_ranks(timed, 1)
-    assert names == [FORWARD, KEEPING, HEAD, FFN, STEM] and least > 0 and lost == (1, 1)
+    assert names == [FORWARD, KEEPING, "head", "ffn", "stem"] and least > 0 and lost == (1, 1)

@@ -1,6 +1,6 @@
 """Put a run together: mesh -> model -> data -> trainer, from checked inputs.
 
-build_model      this rank's ShardedModel, weights in place
+build_model      this rank's LiveModel, weights in place
 build_datasets   training and validation data, sized for the longest the run can take
 build_trainer    all of it, resumed where the checkpoint says
 """
@@ -23,11 +23,13 @@ from megatron_prune.data import datasets as data
 from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, wanted_samples
 from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.launch.assembly.saving import CheckpointSaver
+from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
-from megatron_prune.model.param_axes import ParamTable
-from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel
+from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.pruning.groups import find_group
 from megatron_prune.pruning.history import HistoryWriter
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.failures import agreed
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.training.metrics import Reporter
@@ -40,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 def quanta(config: Config) -> Quanta:
     """Rounding of stored widths."""
-    stored = config.pruning.quantum
-    return Quanta(stored.head, stored.ffn, stored.stem, config.model.make_vocab_size_divisible_by)
+    groups = {find_group(name, "pruning.groups").kind: group.quantum for name, group in config.pruning.groups.items()}
+    return {**groups, VOCAB: config.model.make_vocab_size_divisible_by}
 
 
 def model_options(config: Config) -> ModelOptions:
@@ -76,7 +78,7 @@ def optimizer_options(config: Config) -> OptimizerOptions:
     )
 
 
-def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> ShardedModel:
+def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> LiveModel:
     """This rank's part of the model, with the source's weights or the checkpoint's weights and optimizer state."""
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     shape, options = inputs.architecture.shape, model_options(config)
@@ -84,12 +86,11 @@ def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> ShardedModel:
         layout = inputs.record.layout(mesh.tp_size, quanta(config))
     else:
         layout = ShardLayout.pack(inputs.architecture, mesh.tp_size, quanta(config))
-    table = ParamTable.build(shape)
     llama = build_llama(shape, layout, mesh, options)
     if inputs.read is not None:
         read = inputs.read
-        agreed(mesh, lambda: load_parameters(llama, table, layout, mesh, read))
-    model = ShardedModel.build(llama, layout, table, mesh, optimizer_options(config), options.dtype)
+        agreed(mesh, lambda: load_parameters(llama, layout.architecture.table, layout, mesh, read))
+    model = LiveModel(llama, layout, mesh, optimizer_options(config), options.dtype)
     if inputs.record is not None:
         restores = inputs.resumes and not config.checkpoint.no_load_optim
         load_checkpoint(model, inputs.record.path, load_optim=restores)

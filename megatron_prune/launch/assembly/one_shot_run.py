@@ -1,6 +1,6 @@
 """Open what scoring or pruning without training needs: a training run's configuration, reduced to one batch.
 
-one_shot_config   a run's Config -> one that scores one global batch, many groups per scoring
+one_shot_config   a run's Config -> one that scores one global batch
 check_pruning     what pruning needs besides
 opened            inputs, model and data on this rank's place in the mesh, closed again at the end
 prune_and_save    prune to the target and save a checkpoint that starts a run
@@ -20,7 +20,6 @@ from megatron_prune.config import (
     CheckpointConfig,
     Config,
     ContinuedConfig,
-    GroupCost,
     LoggingConfig,
     OptimizerConfig,
     validate,
@@ -32,8 +31,8 @@ from megatron_prune.launch.assembly.opening import Inputs, open_inputs
 from megatron_prune.launch.assembly.outputs import write_config, write_summary
 from megatron_prune.launch.assembly.watch import Watch, launchers, writing
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.optimizer.build import ShardedModel
 from megatron_prune.pruning.history import HistoryWriter, Removal
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.failures import agreed
 from megatron_prune.runtime.join import meet
 from megatron_prune.runtime.mesh import Mesh, close_mesh
@@ -43,25 +42,27 @@ from megatron_prune.training.state import RunState
 from megatron_prune.training.step import validation_loss
 from megatron_prune.training.trainer import Datasets
 
-ALL_AT_ONCE = 999_999  # groups per scoring: more than any model has
+MOST = 999_999  # batches, and groups per scoring: more than any model has
 
 
-def one_shot_config(config: Config, batches: int | None, groups_per_scoring: int | None = None) -> Config:
+def check_count(flag: str, value: int | None) -> None:
+    """Raise UserError, naming `flag`, for a number that counts nothing."""
+    if value is not None and not 1 <= value <= MOST:
+        raise UserError(f"{flag} must be between 1 and {MOST}, got {value}")
+
+
+def one_shot_config(config: Config, batches: int | None) -> Config:
     """`config` for scoring and pruning without training.
 
-    Model, layout, data and the rules of the choice are the run's. Smoothing, schedule and learning rates mean nothing
-    here and are set to what means "one scoring, then this many groups".
+    Model, layout, data and the rules of the choice are the run's; its schedule and learning rates mean nothing here.
 
     Args:
         batches: micro-batches to score on, over all data-parallel ranks; None: the configuration's global batch.
-        groups_per_scoring: removals between two scorings; None: all of them after one.
 
     Raises:
         UserError: a number below 1.
     """
-    for flag, value in (("--batches", batches), ("--rescore-every", groups_per_scoring)):
-        if value is not None and not 1 <= value <= ALL_AT_ONCE:
-            raise UserError(f"{flag} must be between 1 and {ALL_AT_ONCE}, got {value}")
+    check_count("--batches", batches)
     training, pruning, checkpoint = config.training, config.pruning, config.checkpoint
     batch = training.global_batch_size if batches is None else batches * training.micro_batch_size
     moments_matter = pruning.fisher == "adam"
@@ -69,13 +70,7 @@ def one_shot_config(config: Config, batches: int | None, groups_per_scoring: int
         config,
         training=dataclasses.replace(training, global_batch_size=batch, train_iters=2, exit_interval=None),
         optimizer=OptimizerConfig(),
-        pruning=dataclasses.replace(
-            pruning,
-            ratio=f"{groups_per_scoring or ALL_AT_ONCE}:1",
-            first_prune_iter=1,
-            group_cost=GroupCost(1, 1, 1),
-            saliency_momentum=0.0,
-        ),
+        pruning=dataclasses.replace(pruning, first_prune_iter=1),
         continued=ContinuedConfig(),
         checkpoint=CheckpointConfig(
             save=checkpoint.save,
@@ -121,7 +116,7 @@ class Opened:
 
     mesh: Mesh
     inputs: Inputs
-    model: ShardedModel
+    model: LiveModel
     datasets: Datasets
 
 
@@ -168,8 +163,13 @@ class Pruned:
     path: Path
 
 
-def prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architecture], None]) -> Pruned:
+def prune_and_save(
+    config: Config, run: Opened, on_removal: Callable[[Architecture], None], groups_per_scoring: int | None = None
+) -> Pruned:
     """Prune to the target and save: a checkpoint at iteration 0 from which `pretrain --load` trains on (collective).
+
+    Args:
+        groups_per_scoring: removals after which the units are scored again; None: all of them after one scoring.
 
     Raises:
         UserError: the target is not reached (nothing is written then), the checkpoint cannot be written, or another
@@ -179,16 +179,18 @@ def prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architectu
     with Watch(None, launchers(os.environ)) as watch, writing(config.checkpoint.save, run.mesh, watch):
         agreed(run.mesh, lambda: refuse_content(Path(str(config.checkpoint.save))))  # somebody was faster, perhaps
         insist_shared(run.mesh, config.checkpoint.save)
-        return _prune_and_save(config, run, on_removal)
+        return _prune_and_save(config, run, on_removal, groups_per_scoring)
 
 
-def _prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architecture], None]) -> Pruned:
+def _prune_and_save(
+    config: Config, run: Opened, on_removal: Callable[[Architecture], None], groups_per_scoring: int | None
+) -> Pruned:
     assert config.checkpoint.save is not None
     before = [] if run.inputs.record is None else run.inputs.record.history
     state = RunState(history=[Removal.from_json(removal) for removal in before])
     one_shot = OneShot(config, run.model, run.datasets.train, on_removal=on_removal)
     _measure("source", config, run, state)
-    scorings = sum(1 for _ in one_shot.rounds(state))
+    scorings = sum(1 for _ in one_shot.rounds(state, groups_per_scoring))
     _measure("pruned", config, run, state)
     saved = RunState(history=state.history, stages=state.stages)  # a run that goes on from here scores anew
     directory, is_writer = Path(config.checkpoint.save), run.mesh.rank == 0
@@ -199,12 +201,12 @@ def _prune_and_save(config: Config, run: Opened, on_removal: Callable[[Architect
     if is_writer:
         HistoryWriter(directory, saved.history).close()
         write_config(config, directory)
-        write_summary(config, saved, run.model.layout.architecture, directory)
+        write_summary(config, saved, run.model.architecture, directory)
     removed = saved.history[len(before) :]
-    return Pruned(saved, removed, scorings, run.model.layout.architecture, directory)
+    return Pruned(saved, removed, scorings, run.model.architecture, directory)
 
 
 def _measure(stage: str, config: Config, run: Opened, state: RunState) -> None:
     if run.datasets.valid is not None:
         loss, speed = validation_loss(run.model, run.datasets.valid, config)
-        state.record_stage(stage, run.model.layout.architecture, loss, speed)
+        state.record_stage(stage, run.model.architecture, loss, speed)

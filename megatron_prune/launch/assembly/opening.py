@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_prune.checkpoint import RunRecord
 from megatron_prune.checkpoint.files import holds_checkpoint
-from megatron_prune.config import Config
+from megatron_prune.config import Config, PruningConfig
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
@@ -27,9 +27,10 @@ from megatron_prune.huggingface.weights import FolderWeights, source_view
 from megatron_prune.launch.assembly.data_order import check_order
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.sources import RandomWeights
+from megatron_prune.pruning.groups import find_group
 from megatron_prune.pruning.selector import least_parameters
 from megatron_prune.saliency.criteria import find_criterion
-from megatron_prune.training.pruner import selector_settings
+from megatron_prune.training.pruning_settings import selector_rules
 
 logger = logging.getLogger(__name__)
 
@@ -143,28 +144,28 @@ def _check_target(config: Config, architecture: Architecture) -> None:
     if target is None:
         return
     find_criterion(pruning.metric)
-    widths = {
-        "min_heads": architecture.num_attention_heads,
-        "min_ffn": architecture.ffn_hidden_size,
-        "min_hidden": architecture.hidden_size,
-    }
-    for field, width in widths.items():
-        if getattr(pruning, field) > width:
-            raise UserError(f"pruning.{field}: {getattr(pruning, field)} is above the model's {width}")
-    for field, width in (("ffn", architecture.ffn_hidden_size), ("hidden", architecture.hidden_size)):
-        if getattr(pruning.round_widths, field) > width:
-            raise UserError(f"pruning.round_widths: {field} multiple is above the model's width of {width}")
+    _check_groups(pruning, architecture)
     if target >= architecture.parameters and config.checkpoint.load is None:
         raise UserError(
             f"pruning.target_params: {target} is not below the source's {architecture.parameters} parameters; "
             "give a smaller target, or null to train without pruning"
         )
-    least = least_parameters(architecture, selector_settings(config))
+    least = least_parameters(architecture, selector_rules(config))
     if target < least:
         raise UserError(
             f"pruning.target_params: {target} cannot be reached: at the floors of {', '.join(pruning.types)} "
             f"{least} parameters are left; allow more types or raise the target"
         )
+
+
+def _check_groups(pruning: PruningConfig, architecture: Architecture) -> None:
+    for name in pruning.types:
+        find_group(name)
+    for name, group in pruning.groups.items():
+        width = architecture.width(find_group(name, "pruning.groups").kind)
+        for field in ("floor", "round_to"):
+            if getattr(group, field) > width:
+                raise UserError(f"pruning.groups: {name}: {field} {getattr(group, field)} is above the model's {width}")
 
 
 def _check_output(config: Config) -> None:

@@ -16,7 +16,7 @@ from megatron_prune.errors import TrainingStoppedError
 from megatron_prune.huggingface.trained_with import tokenizer_facts
 from megatron_prune.launch.assembly.data_order import consumed, data_order
 from megatron_prune.launch.assembly.opening import Inputs
-from megatron_prune.optimizer.build import ShardedModel
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.training.metrics import Reporter
 from megatron_prune.training.state import RunState
 
@@ -34,7 +34,7 @@ class CheckpointSaver:
         self,
         config: Config,
         inputs: Inputs,
-        model: ShardedModel,
+        model: LiveModel,
         train: Any,
         directory: Path,
         reporter: Reporter,

@@ -10,11 +10,8 @@ attention).
 
 from __future__ import annotations
 
-import numpy as np
-
 from megatron_prune.config import Config
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.model.architecture import FFN, HEAD, KV_HEAD, STEM, VOCAB
 from megatron_prune.model.layout import ShardLayout
 
 FP32, BF16, INT64 = 4, 2, 8
@@ -34,7 +31,7 @@ def saved_activations(config: Config, layout: ShardLayout, placement: Placement,
     """Bytes that autograd keeps of the forward pass of one micro-batch on a rank of `stage`, parameters not counted."""
     layers = placement.stages[stage]
     tokens, local, size = micro_batch_tokens(config), _local_tokens(config), element_size(config)
-    hidden, seq_length, d = layout.width(STEM), config.data.seq_length, layout.architecture.shape.kv_channels
+    hidden, seq_length, d = layout.stored.hidden, config.data.seq_length, layout.architecture.shape.kv_channels
     total = 0
     if placement.is_first(stage):
         total += INT64 * tokens
@@ -48,7 +45,7 @@ def saved_activations(config: Config, layout: ShardLayout, placement: Placement,
         kept = layers
     total += sum(_layer(config, layout, layer) for layer in kept)
     if placement.is_last(stage):
-        total += _norm(config, layout, hidden, local) + tokens * (FP32 * layout.width(VOCAB) + INT64 + 1)
+        total += _norm(config, layout, hidden, local) + tokens * (FP32 * layout.stored.vocab + INT64 + 1)
     return total
 
 
@@ -64,18 +61,18 @@ def recomputed_activations(config: Config, layout: ShardLayout, placement: Place
 def _layer(config: Config, layout: ShardLayout, layer: int) -> int:
     """Bytes that one layer keeps of one micro-batch."""
     hidden, tokens, local, size = (
-        layout.width(STEM),
+        layout.stored.hidden,
         micro_batch_tokens(config),
         _local_tokens(config),
         element_size(config),
     )
-    mlp = (3 if _is_fused(config) else 5) * layout.width(FFN) * tokens * size
+    mlp = (3 if _is_fused(config) else 5) * layout.stored.ffn * tokens * size
     return 2 * _norm(config, layout, hidden, local) + _attention(config, layout, layer) + mlp
 
 
 def _attention(config: Config, layout: ShardLayout, layer: int) -> int:
     shape, tokens, size = layout.architecture.shape, micro_batch_tokens(config), element_size(config)
-    d, query, kv = shape.kv_channels, layout.width(HEAD), layout.width(KV_HEAD)
+    d, query, kv = shape.kv_channels, layout.stored.heads, layout.stored.kv_heads
     recomputes = config.model.recompute_granularity == "selective"
     kept = query + kv + (query + 2 * kv) + query  # queries, keys, [q | k | v] of which v is a part, output
     if not _is_grouped(layout, layer) and not recomputes:
@@ -92,15 +89,15 @@ def _attention(config: Config, layout: ShardLayout, layer: int) -> int:
 def _norm(config: Config, layout: ShardLayout, width: int, vectors: int) -> int:
     """An RMSNorm over `vectors` vectors: input in fp32, its root mean square, the output, and unfused the quotient."""
     size = element_size(config)
-    scaled = config.training.bf16 or layout.width(STEM) != layout.architecture.hidden_size
+    scaled = config.training.bf16 or layout.stored.hidden != layout.architecture.hidden_size
     return vectors * (width * (FP32 + size + (0 if _is_fused(config) else FP32)) + FP32) + FP32 * width * scaled
 
 
 def _is_grouped(layout: ShardLayout, layer: int) -> bool:
     """Whether every KV head of `layer` serves as many query heads, so that attention needs no gathered copies."""
     architecture = layout.architecture
-    counts = np.unique(architecture.heads[layer] // architecture.shape.heads_per_group, return_counts=True)[1]
-    return len(set(counts.tolist())) == 1
+    followers = [kind for kind in architecture.table.kinds if kind.follows]
+    return all(len(set(architecture.clusters(kind)[layer].tolist())) == 1 for kind in followers)
 
 
 def _is_fused(config: Config) -> bool:

@@ -41,7 +41,7 @@ from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import transformer_config
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.saliency.criteria import find_criterion
-from megatron_prune.training.pruner import pruning_schedule
+from megatron_prune.training.pruning_settings import pruning_schedule
 
 NOT_HERE = "not here (checked at launch)"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -221,7 +221,7 @@ def estimate(config: Config, architecture: Architecture, world_size: int) -> Est
         phases = plan_plain(config, architecture)
         return Estimate(world_size, placement, layout, None, None, start, None, phases, traffic, [], None, 0)
     route = plan_route(config, architecture)
-    iterations = removal_iters(pruning_schedule(config, architecture.shape.kv_channels), route.kinds)
+    iterations = removal_iters(pruning_schedule(config, architecture.shape), route.kinds)
     target_layout = ShardLayout.pack(route.target, placement.tp, quanta(config))
     on_top, compaction = pruning_traffic(config, layout, placement, start.stage, fisher)
     return Estimate(
@@ -236,7 +236,7 @@ def estimate(config: Config, architecture: Architecture, world_size: int) -> Est
         traffic=traffic,
         pruning_traffic=on_top,
         compaction=compaction,
-        compactions=compactions(config, layout, route, iterations),
+        compactions=compactions(layout, route, iterations),
     )
 
 

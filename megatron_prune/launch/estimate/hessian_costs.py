@@ -13,8 +13,8 @@ import math
 from megatron_prune.config import Config
 from megatron_prune.launch.estimate.activations import FP32, element_size, micro_batch_tokens
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.model.architecture import FFN, HEAD, STEM
 from megatron_prune.model.layout import ShardLayout
+from megatron_prune.pruning.groups import find_group
 from megatron_prune.saliency.criteria import INVERSE_HESSIAN, find_criterion
 
 _BYTES_PER_ELEMENT = 20  # of H: fp64 twice (H and factor, or two partial sums) and fp32 once, while it travels
@@ -39,11 +39,15 @@ def hessian_memory(config: Config, layout: ShardLayout, placement: Placement, st
     if not (update or criterion):
         return 0, 0
     shape, layers = layout.architecture.shape, len(placement.stages[stage])
-    features = layers * (layout.width(HEAD) * shape.kv_channels + layout.width(FFN))
+    features = layers * (layout.stored.heads * shape.kv_channels + layout.stored.ffn)
     widest = max(layout.architecture.num_attention_heads * shape.kv_channels, layout.architecture.ffn_hidden_size)
-    if update and config.pruning.second_order.stem and STEM in config.pruning.types:
+    if (
+        update
+        and config.pruning.second_order.stem
+        and any(find_group(name).kind.is_shared for name in config.pruning.types)
+    ):
         inputs = 2 * layers + (placement.is_last(stage) and not shape.tie_word_embeddings)
-        features += inputs * layout.width(STEM) // (placement.tp if config.parallel.splits_sequences else 1)
+        features += inputs * layout.stored.hidden // (placement.tp if config.parallel.splits_sequences else 1)
         widest = max(widest, layout.architecture.hidden_size)
     return kept_tokens(config, placement) * features * element_size(config), _BYTES_PER_ELEMENT * widest**2
 

@@ -25,9 +25,8 @@ from megatron_prune.launch.estimate.activations import (
 )
 from megatron_prune.launch.estimate.hessian_costs import hessian_memory
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.model.architecture import STEM, VOCAB
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.param_axes import ParamAxes, ParamTable
+from megatron_prune.model.table import EMBEDDING, Param, ParamTable
 
 _MOMENTS = 2
 _PARAM_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128  # elements; megatron-core's, with the distributed optimizer
@@ -148,25 +147,25 @@ def gradient_buffer(
     return GradientBuffer(tuple(spans), tuple(buckets))
 
 
-def stage_rows(table: ParamTable, placement: Placement, stage: int) -> Iterator[tuple[ParamAxes, bool]]:
+def stage_rows(table: ParamTable, placement: Placement, stage: int) -> Iterator[tuple[Param, bool]]:
     """(row, whether it is a tied embedding that two stages hold) of each parameter of `stage`, in model order."""
     is_shared = table.shape.tie_word_embeddings and placement.pp > 1
     for row in table.rows:
-        if row.name.startswith("embedding."):
-            if placement.is_first(stage):
-                yield row, is_shared
-        elif row.name.startswith("decoder.layers."):
+        if row.layer is not None:
             if row.layer in placement.stages[stage]:
                 yield row, False
+        elif row.role == EMBEDDING:
+            if placement.is_first(stage):
+                yield row, is_shared
         elif placement.is_last(stage):
             yield row, False
     if is_shared and placement.is_last(stage):
-        yield table.row("output_layer.weight"), True
+        yield table.find(EMBEDDING), True
 
 
 def stage_buffer(config: Config, layout: ShardLayout, placement: Placement, stage: int) -> GradientBuffer:
     """The gradient buffer of a rank of `stage`."""
-    table, parallel = ParamTable.build(layout.architecture.shape), config.parallel
+    table, parallel = layout.architecture.table, config.parallel
     rows = list(stage_rows(table, placement, stage))
     numels = [math.prod(row.local_shape(layout)) for row, _ in rows]
     bucket = None
@@ -178,7 +177,7 @@ def stage_buffer(config: Config, layout: ShardLayout, placement: Placement, stag
 
 def output_elements(layout: ShardLayout, placement: Placement, stage: int) -> int:
     """Elements of the output projections (where saliency is computed) that a rank of `stage` stores."""
-    rows = stage_rows(ParamTable.build(layout.architecture.shape), placement, stage)
+    rows = stage_rows(layout.architecture.table, placement, stage)
     return sum(math.prod(row.local_shape(layout)) for row, _ in rows if row.is_output)
 
 
@@ -233,9 +232,9 @@ def _temporary(config: Config, layout: ShardLayout, placement: Placement, stage:
     size, tokens = element_size(config), micro_batch_tokens(config)
     total = size * max(end - start for start, end in buffer.spans)
     if placement.is_last(stage) and config.training.bf16:  # the fp32 logits are counted as activations
-        total += BF16 * layout.width(VOCAB) * tokens
+        total += BF16 * layout.stored.vocab * tokens
     if config.parallel.splits_sequences:
-        total += size * layout.width(STEM) * tokens
+        total += size * layout.stored.hidden * tokens
     return total
 
 

@@ -15,8 +15,10 @@ from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import RankMemory
 from megatron_prune.launch.estimate.route import Phase, Route
 from megatron_prune.launch.estimate.traffic import Traffic
-from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, KV_HEAD, STEM, Architecture
-from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.layout import ShardLayout, StoredWidths
+from megatron_prune.pruning.groups import group_names
+from megatron_prune.training.pruning_settings import group_costs
 
 MFU = 0.4
 PEAK_FLOPS, PEAK_NAME = 312e12, "A800/A100, dense bf16"
@@ -82,20 +84,18 @@ def _model(estimate: Estimate) -> list[str]:
     live: list[Architecture] = [layout.architecture for layout in layouts]
     rows = [
         ["parameters", *(f"{a.parameters:,}" for a in live)],
-        ["query heads", *(str(a.num_attention_heads) for a in live)],
-        ["KV heads, most in a layer", *(str(max(map(len, map(a.kv_heads, range(a.shape.num_layers))))) for a in live)],
-        ["FFN channels", *(str(a.ffn_hidden_size) for a in live)],
-        ["hidden size", *(str(a.hidden_size) for a in live)],
-        [
-            "stored per rank: heads/KV/FFN/hidden",
-            *("/".join(str(layout.width(kind)) for kind in (HEAD, KV_HEAD, FFN, STEM)) for layout in layouts),
-        ],
+        *([kind.title, *(a.span(kind) for a in live)] for kind in live[0].table.varying),
+        ["stored per rank: heads/KV/FFN/hidden", *(_stored(layout.stored) for layout in layouts)],
     ]
     titles = ["model", "start", "target"] if len(layouts) == 2 else ["model", "start"]
     lines = _columns([titles, *rows], right=True)
     if estimate.route is not None:
         lines.append(f"  widths at the target: {estimate.route.assumption}")
     return lines
+
+
+def _stored(widths: StoredWidths) -> str:
+    return f"{widths.heads}/{widths.kv_heads}/{widths.ffn}/{widths.hidden}"
 
 
 def _memory(estimate: Estimate) -> list[str]:
@@ -144,9 +144,9 @@ def _time(config: Config, estimate: Estimate) -> list[str]:
         )
     if estimate.route is not None:
         groups = Counter(estimate.route.kinds)
-        cost = config.pruning.group_cost.resolved(estimate.layout.architecture.shape.kv_channels)
-        counted = ", ".join(f"{groups[kind]:,} {kind} x {cost[kind]}" for kind in GROUP_KINDS if groups[kind])
-        steps = sum(groups[kind] * cost[kind] for kind in GROUP_KINDS)
+        cost = group_costs(config, estimate.layout.architecture.shape)
+        counted = ", ".join(f"{groups[kind]:,} {kind} x {cost[kind]}" for kind in group_names() if groups[kind])
+        steps = sum(groups[kind] * cost[kind] for kind in group_names())
         lines.append(
             f"  pruning steps: {counted} = {steps:,} at {config.pruning.ratio} (pruning : gradient steps), from "
             f"iteration {config.pruning.first_prune_iter} on"

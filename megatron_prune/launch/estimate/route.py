@@ -15,40 +15,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_prune.checkpoint.record import CONTINUED, PRUNING, Progress
 from megatron_prune.config import Config
-from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, STEM, Architecture
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.pruning.groups import GroupKind, Rules, find_group
 from megatron_prune.pruning.schedule import PruningSchedule
 from megatron_prune.pruning.selector import OVERSHOOT
 from megatron_prune.training.flops import training_flops_per_token
+from megatron_prune.training.pruning_settings import selector_rules
 
 _SAMPLES = 33  # architectures between source and target at which FLOPs per token are computed
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Query heads, FFN channels and stem channels of an architecture."""
-
-    head: int
-    ffn: int
-    stem: int
-
-    @classmethod
-    def of(cls, architecture: Architecture) -> Widths:
-        """Those of `architecture`."""
-        return cls(architecture.num_attention_heads, architecture.ffn_hidden_size, architecture.hidden_size)
-
-    def get(self, kind: str) -> int:
-        """The width of `kind`."""
-        return {HEAD: self.head, FFN: self.ffn, STEM: self.stem}[kind]
-
-
-NOTHING = Widths(0, 0, 0)
+Widths = Mapping[str, int]  # by kind of unit
 
 
 @dataclass(frozen=True)
@@ -71,9 +55,9 @@ class Published:
 PUBLISHED = (
     Published(
         24,
-        Widths(32, 8192, 2048),
+        {"head": 32, "ffn": 8192, "stem": 2048},
         469e6,
-        Widths(19, 3018, 1225),
+        {"head": 19, "ffn": 3018, "stem": 1225},
         "read from Figure 7 of EfficientLLM (arXiv 2502.06663)",
     ),
 )
@@ -85,29 +69,26 @@ class Route:
     """Groups on the way to the target.
 
     Args:
-        source: the architecture to start with.
+        source: the architecture to start with. rules: of the choice.
         kinds: kind of each group, in the order of removal; the last one reaches the target.
-        rounding: groups that leave together with the last one, for `pruning.round_widths`.
-        head_units: query heads per layer that leave with one head group.
-        is_uniform: whether a head group takes a query from every KV head.
+        rounding: groups that leave together with the last one, for `round_to` of their kinds.
         assumption: what the widths rest on, for people.
     """
 
     source: Architecture
+    rules: Rules
     kinds: tuple[str, ...]
     rounding: tuple[str, ...]
-    head_units: int
-    is_uniform: bool
     assumption: str
 
     def after(self, removals: int) -> Architecture:
         """The architecture after the first `removals` groups; which units left is immaterial."""
-        return _shrunk(self.source, Counter(self.kinds[:removals]), self.head_units, self.is_uniform)
+        return _shrunk(self.source, Counter(self.kinds[:removals]), self.rules)
 
     @property
     def target(self) -> Architecture:
         """The architecture at the end of the pruning phase."""
-        return _shrunk(self.source, Counter(self.kinds + self.rounding), self.head_units, self.is_uniform)
+        return _shrunk(self.source, Counter(self.kinds + self.rounding), self.rules)
 
 
 @dataclass(frozen=True)
@@ -121,27 +102,29 @@ class Phase:
 
 def plan_route(config: Config, architecture: Architecture) -> Route:
     """The route from `architecture` to `pruning.target_params`, which is below it and can be reached."""
-    pruning, target = config.pruning, config.pruning.target_params
+    pruning, target, rules = config.pruning, config.pruning.target_params, selector_rules(config)
     assert target is not None and target < architecture.parameters
-    units, is_uniform = _head_units(config, architecture), pruning.gqa == "uniform"
     known = _published(architecture, target)
 
     def shrunk(kinds: Sequence[str]) -> Architecture:
-        return _shrunk(architecture, Counter(kinds), units, is_uniform)
+        return _shrunk(architecture, Counter(kinds), rules)
 
-    def onwards(kinds: list[str], types: tuple[str, ...], goals: Widths = NOTHING) -> list[str]:
-        return [*kinds, *_order(config, Widths.of(shrunk(kinds)), goals, units, types)]
+    def onwards(kinds: list[str], groups: Sequence[GroupKind], goals: Widths | None = None) -> list[str]:
+        return [*kinds, *_order(shrunk(kinds), architecture, rules, goals or {}, groups)]
 
-    order = onwards([], pruning.types, known.final) if known else []
-    kinds = _until(target, onwards(order, pruning.types), shrunk)
+    every = rules.kinds(architecture)
+    order = onwards([], every, known.final) if known else []
+    kinds = _until(target, onwards(order, every), shrunk)
     if pruning.finish == "exact" and shrunk(kinds).parameters < target * (1 - OVERSHOOT):
-        endings = [_until(target, onwards(kinds[:-1], (kind,)), shrunk) for kind in pruning.types]
+        endings = [_until(target, onwards(kinds[:-1], (find_group(name),)), shrunk) for name in pruning.types]
         reached = [ending for ending in (kinds, *endings) if shrunk(ending).parameters <= target]
         kinds = max(reached, key=lambda ending: shrunk(ending).parameters)
-    end, multiples = shrunk(kinds), pruning.round_widths
-    rounding = (FFN,) * (end.ffn_hidden_size % multiples.ffn) + (STEM,) * (end.hidden_size % multiples.hidden)
+    end = shrunk(kinds)
+    rounding = [
+        name for name, group in pruning.groups.items() for _ in range(end.width(find_group(name).kind) % group.round_to)
+    ]
     assumption = f"if {', '.join(pruning.types)} shrink by the same factor; scores will decide"
-    return Route(architecture, tuple(kinds), rounding, units, is_uniform, known.origin if known else assumption)
+    return Route(architecture, rules, tuple(kinds), tuple(rounding), known.origin if known else assumption)
 
 
 def _until(target: int, order: list[str], shrunk: Callable[[Sequence[str]], Architecture]) -> list[str]:
@@ -155,50 +138,43 @@ def _until(target: int, order: list[str], shrunk: Callable[[Sequence[str]], Arch
 
 def _published(architecture: Architecture, target: int) -> Published | None:
     for known in PUBLISHED:
-        same = known.layers == architecture.shape.num_layers and known.source == Widths.of(architecture)
+        same = known.layers == architecture.shape.num_layers and all(
+            architecture.width(kind) == known.source.get(kind.name) for kind in architecture.table.prunable
+        )
         if same and math.isclose(known.parameters, target, rel_tol=_SAME_TARGET):
             return known
     return None
 
 
-def _head_units(config: Config, architecture: Architecture) -> int:
-    """Query heads of a layer that leave with one head group."""
-    if config.pruning.gqa == "cluster":
-        return 1
-    return architecture.shape.heads_per_group if config.pruning.gqa == "kv_group" else len(architecture.kv_heads(0))
+def _order(
+    start: Architecture, source: Architecture, rules: Rules, goals: Widths, groups: Sequence[GroupKind]
+) -> Iterator[str]:
+    """Kinds of groups, each time of the kind that has kept the largest share of what it may lose, down to the goals.
 
-
-def _order(config: Config, start: Widths, goals: Widths, head_units: int, types: tuple[str, ...]) -> Iterator[str]:
-    """Kinds of groups, each time of the kind that has kept the largest share of what it may lose, down to the goals."""
-    pruning = config.pruning
-    floors = {HEAD: pruning.min_heads, FFN: pruning.min_ffn, STEM: pruning.min_hidden}
-    units = {HEAD: head_units, FFN: 1, STEM: 1}
-    width = {kind: start.get(kind) for kind in GROUP_KINDS}
-    loss = {kind: width[kind] - goals.get(kind) for kind in GROUP_KINDS}
-    least = {kind: max(goals.get(kind), floors[kind], 1) for kind in GROUP_KINDS}
+    Args:
+        start: where the order begins. source: what says how many units a group takes.
+        groups: the kinds that may go.
+    """
+    units = {group.name: group.units(source, rules) for group in groups}
+    goal = {group.name: goals.get(group.kind.name, 0) for group in groups}
+    width = {group.name: start.width(group.kind) for group in groups}
+    loss = {name: width[name] - goal[name] for name in width}
+    least = {name: max(goal[name], rules.floor(name)) for name in width}
     while True:
-        open_kinds = [k for k in GROUP_KINDS if k in types and width[k] - units[k] >= least[k]]
+        open_kinds = [name for name in width if width[name] - units[name] >= least[name]]
         if not open_kinds:
             return
-        kind = max(open_kinds, key=lambda k: (width[k] - goals.get(k)) / loss[k])
+        kind = max(open_kinds, key=lambda name: (width[name] - goal[name]) / loss[name])
         width[kind] -= units[kind]
         yield kind
 
 
-def _shrunk(source: Architecture, removed: Counter[str], head_units: int, is_uniform: bool) -> Architecture:
-    """`source` without so many groups of each kind, the last units of every dimension."""
-    heads = source.num_attention_heads - head_units * removed[HEAD]
-    ffn = source.ffn_hidden_size - removed[FFN]
-    stem = source.stem[: source.hidden_size - removed[STEM]]
-    per_group = source.shape.heads_per_group
-
-    def first(ids: np.ndarray) -> np.ndarray:
-        if not is_uniform:
-            return ids[:heads]
-        keep = heads // len(np.unique(ids // per_group))
-        return np.concatenate([ids[ids // per_group == kv][:keep] for kv in np.unique(ids // per_group)])
-
-    return Architecture(source.shape, tuple(map(first, source.heads)), tuple(f[:ffn] for f in source.ffn), stem)
+def _shrunk(source: Architecture, removed: Counter[str], rules: Rules) -> Architecture:
+    """`source` without so many groups of each kind."""
+    left = source
+    for name, count in removed.items():
+        left = find_group(name).shrunk(left, count, rules) if count else left
+    return left
 
 
 def removal_iters(schedule: PruningSchedule, kinds: tuple[str, ...]) -> np.ndarray:

@@ -20,8 +20,7 @@ from megatron_prune.launch.estimate.activations import FP32, element_size, micro
 from megatron_prune.launch.estimate.hessian_costs import hessian_traffic
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import output_elements, stage_buffer
-from megatron_prune.launch.estimate.route import Route, Widths
-from megatron_prune.model.architecture import FFN, HEAD, STEM, VOCAB
+from megatron_prune.launch.estimate.route import Route
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.saliency.scores import score_length
 
@@ -54,10 +53,10 @@ def training_traffic(config: Config, layout: ShardLayout, placement: Placement, 
     lines.append(Traffic("activations over TP", _tensor_parallel(config, layout, placement, stage)))
     neighbours = (not placement.is_first(stage)) + (not placement.is_last(stage))
     tokens = micro_batch_tokens(config) // (placement.tp if config.parallel.splits_sequences else 1)
-    passed = neighbours * placement.micro_batches * tokens * layout.width(STEM) * size
+    passed = neighbours * placement.micro_batches * tokens * layout.stored.hidden * size
     lines.append(Traffic("activations over PP: to the neighbouring stages", passed))
     if layout.architecture.shape.tie_word_embeddings and placement.pp > 1 and stage in (0, placement.pp - 1):
-        embedding = layout.width(VOCAB) * layout.width(STEM)
+        embedding = layout.stored.vocab * layout.stored.hidden
         lines.append(Traffic("tied embedding's gradient between first and last stage", FP32 * embedding))
     return [line for line in lines if line.bytes]
 
@@ -77,7 +76,7 @@ def _tensor_parallel(config: Config, layout: ShardLayout, placement: Placement, 
         passes += 2
     if placement.is_last(stage):  # output layer: all-reduce backward, or gather, gather again, reduce-scatter
         passes += 3 if splits else 2
-    activations = micro_batch_tokens(config) * layout.width(STEM) * element_size(config)
+    activations = micro_batch_tokens(config) * layout.stored.hidden * element_size(config)
     return placement.micro_batches * passes * activations * half_ring(placement.tp)
 
 
@@ -105,21 +104,21 @@ def pruning_traffic(
     return [line for line in lines if line.bytes], Traffic("one compaction: optimizer state over DP", moved)
 
 
-def compactions(config: Config, layout: ShardLayout, route: Route, iterations: np.ndarray) -> int:
+def compactions(layout: ShardLayout, route: Route, iterations: np.ndarray) -> int:
     """Iterations of `route` after which stored widths shrink; the one that ends the phase always counts.
 
     Args:
         layout: at the start.
         iterations: `removal_iters` of the route.
     """
-    quantum, start = config.pruning.quantum, Widths.of(route.source)
-    units = {HEAD: route.head_units, FFN: 1, STEM: 1}
-    multiples = {HEAD: quantum.head * layout.tp, FFN: quantum.ffn * layout.tp, STEM: quantum.stem}
-    width = {kind: start.get(kind) for kind in units}
+    kinds = {group.name: group.kind for group in route.rules.kinds(route.source)}
+    units = {group.name: group.units(route.source, route.rules) for group in route.rules.kinds(route.source)}
+    multiples = {name: layout.quantum(kind) * kind.ranks(layout.tp) for name, kind in kinds.items()}
+    width = {name: route.source.width(kind) for name, kind in kinds.items()}
     due = {int(iterations[-1])}
-    for kind, iteration in zip(route.kinds, iterations, strict=True):
-        before = -(-width[kind] // multiples[kind])
-        width[kind] -= units[kind]
-        if -(-width[kind] // multiples[kind]) < before:
+    for name, iteration in zip(route.kinds, iterations, strict=True):
+        before = -(-width[name] // multiples[name])
+        width[name] -= units[name]
+        if -(-width[name] // multiples[name]) < before:
             due.add(int(iteration))
     return len(due)

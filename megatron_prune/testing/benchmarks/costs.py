@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, STEM, LlamaShape
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups import group_names, known_groups
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.saliency.scores import score_length
@@ -40,14 +41,14 @@ class Preset:
     """A column of the output.
 
     Args:
-        thinned: FFN and stem channels removed and compacted away first, so that the widths are odd ones.
+        thinned: by kind, groups removed and compacted away first, so that the widths are odd ones.
         pairs: how many pruning steps are compared with plain ones. repeats: how often everything else is timed.
     """
 
     title: str
     setup: Setup
     device: str
-    thinned: tuple[int, int]
+    thinned: Mapping[str, int]
     pairs: int
     repeats: int
 
@@ -109,7 +110,7 @@ def measure(_rank: int, _world_size: int, preset: Preset) -> list[CostRow]:
         run, clock = SteppedRun(preset.setup, mesh), Clock(mesh)
         clock.median(run.plain_step, SETTLED)
         before, source = clock.median(run.plain_step, preset.repeats + 2), run.architecture.parameters
-        for kind, count in zip((FFN, STEM), preset.thinned, strict=True):
+        for kind, count in preset.thinned.items():
             run.retire(kind, count)
         run.compact()
         clock.median(run.plain_step, SETTLED)
@@ -118,7 +119,8 @@ def measure(_rank: int, _world_size: int, preset: Preset) -> list[CostRow]:
         rows = [
             CostRow("context: parameters", f"{live:,}"),
             CostRow(
-                "context: slots per rank, heads / FFN / stem", " / ".join(str(layout.width(k)) for k in GROUP_KINDS)
+                f"context: slots per rank, {' / '.join(group_names())}",
+                " / ".join(str(layout.width(kind.kind)) for kind in known_groups()),
             ),
             CostRow("context: seconds per plain step", f"{step.wall:.3f}", f"{step.cpu:.3f}"),
             CostRow("speed per live parameter: these widths / the source's", *speeds(before, step, live / source)),
@@ -140,12 +142,7 @@ SCORING = {
     "elements": "scoring: S of every output weight / step",
     "sums": "scoring: sums per unit over all ranks / step",
 }
-CHANGES = {
-    "decision": "decision: choice, broadcast, agreement / step",
-    HEAD: "retirement of a head in every layer / step",
-    FFN: "retirement of an FFN channel in every layer / step",
-    STEM: "retirement of a stem channel / step",
-}
+DECISION = "decision: choice, broadcast, agreement / step"
 
 
 def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -> Iterator[CostRow]:
@@ -161,9 +158,10 @@ def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -
     scoring = [pieces[piece] for piece in SCORING]
     total = Seconds(sum(s.wall for s in scoring), sum(s.cpu for s in scoring))
     yield CostRow("scoring, all of it / step", *share(total, step))
-    for piece, name in CHANGES.items():
-        yield CostRow(name, *share(pieces[piece], step))
-    removal = median([pieces[kind] for kind in GROUP_KINDS])
+    yield CostRow(DECISION, *share(pieces["decision"], step))
+    for kind in group_names():
+        yield CostRow(f"retirement of a group, {kind} / step", *share(pieces[kind], step))
+    removal = median([pieces[kind] for kind in group_names()])
     added = {by: sum(getattr(piece, by) for piece in (total, pieces["decision"], removal)) for by in CLOCKS}
     expected = (1 / (1 + added[by] / getattr(step, by)) for by in CLOCKS)
     yield CostRow(f"{THROUGHPUT} by the sum of these", *(f"{value:.3f}" for value in expected))
@@ -179,11 +177,11 @@ def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: 
     yield CostRow(
         "second order: keeping the inputs / step", *(f"{keeping[by] / getattr(step, by):.2%}" for by in CLOCKS)
     )
-    for kind in GROUP_KINDS:
+    for kind in group_names():
         yield CostRow(f"second order: update before a removal, {kind} / step", *share(spent[kind], step))
     for every, goal in ((9, "0.90"), (1, "")):
         added = (
-            max((keeping[by] + getattr(spent[kind], by)) / getattr(step, by) for kind in GROUP_KINDS) / every
+            max((keeping[by] + getattr(spent[kind], by)) / getattr(step, by) for kind in group_names()) / every
             for by in CLOCKS
         )
         name = f"throughput with it at 1:{every} / without, costliest kind"
@@ -194,7 +192,7 @@ def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: 
 def rows_of_compactions(run: SteppedRun, clock: Clock, step: Seconds) -> tuple[Seconds, list[CostRow]]:
     """(what a compaction costs in all, in plain steps; rows). The step after one pays for fresh memory."""
     rows, compactions, first_steps = [], [], []
-    for kind in GROUP_KINDS:
+    for kind in group_names():
         run.retire_quantum(kind)
         compactions.append(clock.time(run.compact)[1])
         first_steps.append(clock.time(run.plain_step)[1])
@@ -232,7 +230,7 @@ def rows_of_throughput(run: SteppedRun, clock: Clock, compaction: Seconds, count
         values = (f"{1 / (1 / faster[by] + getattr(compaction, by) / every):.3f}" for by in CLOCKS)
         wall, cpu = values
         yield CostRow(f"{THROUGHPUT} A B A B, a compaction per {every} removals", wall, cpu, "0.97")
-    quantum = run.setup.case.quanta.ffn
+    quantum = max(n for kind, n in run.setup.case.quanta.items() if kind.is_prunable)
     compactions = sum(pair.compaction is not None for pair in pairs)
     yield CostRow("context: quantum as run, compactions / removals", f"{quantum}, {compactions} / {count}")
     yield CostRow(f"{THROUGHPUT} A B A B, at the quantum as run", *(f"{_as_run(pairs, by):.3f}" for by in CLOCKS))
@@ -271,7 +269,7 @@ def rows_of_traffic(run: SteppedRun) -> Iterator[CostRow]:
     yield CostRow(FORMULA, f"{FP32_BYTES * score_length(run.architecture):,}")
     yield CostRow("bytes: squares over data parallelism", f"{fisher_bytes:,}")
     yield CostRow("bytes: decision", f"{decision:,}")
-    for kind in GROUP_KINDS:
+    for kind in group_names():
         _, retirement = counted(lambda: run.retire_quantum(kind))  # noqa: B023 - called at once
         yield CostRow(f"bytes: retirements of a quantum, {kind}", f"{retirement:,}")
         yield CostRow(f"bytes: compaction after it, {kind}", f"{counted(run.compact)[1]:,}")
@@ -300,7 +298,7 @@ def measure_memory(_rank: int, _world_size: int, preset: Preset) -> list[CostRow
             during("plain", run.plain_step)
         during("rest", lambda: None)
         during("pruning", run.pruning_step)
-        for kind in GROUP_KINDS:
+        for kind in group_names():
             run.retire_quantum(kind)
         during("compaction", run.compact)
     plain = peaks.pop("plain")

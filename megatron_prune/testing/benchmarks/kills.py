@@ -30,12 +30,12 @@ _RESHARDING = "megatron_prune.resharding"
 # name -> (module, dotted attribute, whether death comes after the call instead of before it)
 MOMENTS: dict[str, tuple[str, str, bool]] = {
     "in a collective": ("torch.distributed", "all_reduce", False),
-    "before the optimizer step": (f"{_TRAINING}.trainer", "clip_and_step", False),
-    "after the optimizer step": (f"{_TRAINING}.trainer", "clip_and_step", True),
+    "before the optimizer step": ("megatron_prune.optimizer.wrapped", "WrappedModel.step", False),
+    "after the optimizer step": ("megatron_prune.optimizer.wrapped", "WrappedModel.step", True),
     "before the decision": (f"{_RESHARDING}.coordinator", "Coordinator.prepare", False),
     "between decision and commit": (f"{_RESHARDING}.coordinator", "Coordinator.commit", False),
-    "after the commit": (f"{_RESHARDING}.coordinator", "retire", True),
-    "before a compaction": (f"{_RESHARDING}.coordinator", "compact", False),
+    "after the commit": (f"{_RESHARDING}.live", "LiveModel.retire", True),
+    "before a compaction": (f"{_RESHARDING}.live", "LiveModel.compact", False),
     "while a compaction moves weights": (f"{_RESHARDING}.compact", "move", True),
     "while a compaction moves optimizer state": (f"{_RESHARDING}.compact", "_move_state", True),
     "before a save": (f"{_CHECKPOINT}.save", "plan_save", False),

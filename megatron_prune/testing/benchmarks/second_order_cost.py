@@ -5,12 +5,12 @@ time_second_order   keeping inputs, and the update before a group of each kind, 
 
 from __future__ import annotations
 
-from megatron_prune.model.architecture import GROUP_KINDS
+from megatron_prune.pruning.groups import group_names
 from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
 from megatron_prune.testing.helpers.meters import Seconds
 from megatron_prune.testing.helpers.stepped_run import SteppedRun, Timer
-from megatron_prune.training.pruner import collector_settings
+from megatron_prune.training.pruning_settings import collector_settings
 
 FORWARD, KEEPING = "forward and backward", "forward and backward that keep inputs"
 
@@ -21,7 +21,7 @@ def time_second_order(run: SteppedRun, timer: Timer) -> dict[str, Seconds]:
     The inputs are of as many micro-batches as the configuration's calibration tokens make. Groups are chosen at random
     and leave, as in training.
     """
-    settings = collector_settings(run.config, run.trainer.num_microbatches, run.mesh.dp_size)
+    settings = collector_settings(run.config, run.mesh.dp_size)
     spent = {FORWARD: timer(run.forward_backward)[1]}
     watcher = InputWatcher(run.model, InputNeeds(kept=settings.kept_microbatches, keep_stem=True))
     watcher.arm()
@@ -29,7 +29,7 @@ def time_second_order(run: SteppedRun, timer: Timer) -> dict[str, Seconds]:
     kept = watcher.finish().kept
     assert kept is not None
     update = SecondOrderUpdate(run.model, kept, settings.damping)
-    for kind in GROUP_KINDS:
+    for kind in group_names():
         group = run.group(kind)
         _, spent[kind] = timer(lambda: update.compensate(group))  # noqa: B023 - called at once
         run.coordinator.commit(group)

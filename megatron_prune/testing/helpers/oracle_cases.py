@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_prune.model.layout import Quanta
-from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.sharded import Case, rounded
 from megatron_prune.testing.helpers.tiny_models import tiny_config
+from megatron_prune.testing.reference import oracle_scores
 
 MODELS = {
     "mha": tiny_config(intermediate_size=64),
@@ -25,7 +26,7 @@ MODELS = {
     "qwen2": tiny_config(intermediate_size=64, model_type="qwen2", num_attention_heads=6, num_key_value_heads=3),
     "qwen3": tiny_config(intermediate_size=64, model_type="qwen3", num_attention_heads=6, num_key_value_heads=2),
 }
-KINDS = {"all": ("head", "ffn", "stem"), "head": ("head",), "ffn": ("ffn",), "stem": ("stem",)}
+KINDS = {"all": oracle_scores.KINDS, **{kind: (kind,) for kind in oracle_scores.KINDS}}
 
 FACTORS = {
     "tp": (1, 2, 3),
@@ -91,7 +92,7 @@ def everything() -> list[dict[str, Any]]:
 
 
 OracleCase = tuple[Case, dict[str, Any], dict[str, Any]]  # case, HF config, fields of OracleSettings
-EXACT, COARSE = Quanta(vocab=8), Quanta(1, 4, 4, 8)
+EXACT, COARSE = rounded(vocab=8), rounded(ffn=4, stem=4, vocab=8)
 
 
 def case_of(factors: Mapping[str, Any], quanta: Quanta = EXACT) -> OracleCase:
@@ -119,7 +120,7 @@ SPECIAL: dict[str, OracleCase] = {
         {"criterion": "taylor_first", "head_score": "sum"},
     ),
     "coarse-quanta": (
-        Case(dp=2, distributed_optimizer=True, quanta=Quanta(1, 8, 8, 8)),
+        Case(dp=2, distributed_optimizer=True, quanta=rounded(ffn=8, stem=8, vocab=8)),
         MODELS["mqa"],
         {"gqa": "cluster", "normalize": "none"},
     ),
@@ -129,7 +130,7 @@ SPECIAL: dict[str, OracleCase] = {
         {"criterion": "obd", "fisher_unit": "token", "gqa": "cluster"},
     ),
     "recompute-core": (
-        Case(tp=2, recompute="selective", quanta=Quanta(2, 8, 4, 8)),
+        Case(tp=2, recompute="selective", quanta=rounded(head=2, ffn=8, stem=4, vocab=8)),
         MODELS["mha"],
         {"criterion": "magnitude"},
     ),

@@ -18,19 +18,20 @@ from torch import Tensor
 from megatron_prune.config import (
     Config,
     ContinuedConfig,
-    GroupCost,
+    GroupConfig,
+    GroupConfigs,
     OptimizerConfig,
     PruningConfig,
-    Quantum,
-    RoundWidths,
     SecondOrder,
     TrainingConfig,
 )
-from megatron_prune.model.architecture import Architecture, LlamaShape
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import find_kind
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
-from megatron_prune.model.param_axes import ParamTable
-from megatron_prune.optimizer.build import OptimizerOptions, ShardedModel
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.resharding.live import LiveModel
 from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
@@ -38,6 +39,12 @@ from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.state import RunState
 from megatron_prune.training.trainer import Datasets, Trainer
+
+
+def rounded(vocab: int = 128, **multiples: int) -> Quanta:
+    """Quanta by name of kind."""
+    return {find_kind(name): multiple for name, multiple in {**multiples, "vocab": vocab}.items()}
+
 
 SHARED_GPU = "shared-gpu"  # all ranks on the first GPU, over gloo, since NCCL wants one each
 
@@ -57,10 +64,10 @@ class Case:
     distributed_optimizer: bool = False
     overlap: bool = False
     bf16: bool = False
-    quanta: Quanta = field(default_factory=lambda: Quanta(vocab=8))
+    quanta: Quanta = field(default_factory=lambda: rounded(vocab=8))
     recompute: str | None = None
     first_stage_layers: int | None = None
-    round_widths: tuple[int, int] = (1, 1)
+    round_to: Mapping[str, int] = field(default_factory=dict)
     device: str = "cpu"
 
     @property
@@ -71,12 +78,13 @@ class Case:
     @property
     def name(self) -> str:
         """Short name for test ids."""
+        widest = max((multiple for kind, multiple in self.quanta.items() if kind.is_prunable), default=1)
         flags = {
             "sp": self.sequence_parallel,
             "do": self.distributed_optimizer,
             "ov": self.overlap,
             "bf16": self.bf16,
-            f"q{self.quanta.ffn}": self.quanta.ffn > 1,
+            f"q{widest}": widest > 1,
             f"{self.recompute}-recompute": self.recompute is not None,
             "uneven": self.first_stage_layers is not None,
         }
@@ -163,7 +171,7 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             target_params=settings.target_params,
             ratio=f"{settings.ratio[0]}:{settings.ratio[1]}",
             first_prune_iter=settings.first_prune_iter,
-            types=tuple(settings.types),  # type: ignore[arg-type]
+            types=tuple(settings.types),
             metric=settings.criterion,
             fisher=settings.fisher,  # type: ignore[arg-type]
             fisher_unit=settings.fisher_unit,  # type: ignore[arg-type]
@@ -172,21 +180,22 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             saliency_momentum=settings.saliency_momentum,
             second_order=SecondOrder(settings.second_order, settings.second_order_stem, settings.damping),
             gqa=settings.gqa,  # type: ignore[arg-type]
-            group_cost=GroupCost(**{kind: int(cost) for kind, cost in settings.group_cost.items()}),
+            groups=GroupConfigs(
+                {
+                    name: GroupConfig(int(settings.group_cost.get(name, 0)) or None, floor)
+                    for name, floor in settings.floors.items()
+                }
+            ),
             finish="exact" if settings.finish == "exact" else "first",
-            min_heads=settings.min_heads,
-            min_ffn=settings.min_ffn,
-            min_hidden=settings.min_hidden,
-            quantum=Quantum(),
         ),
     )
 
 
 def build_sharded(
     shape: LlamaShape, read: Any, mesh: Mesh, case: Case, seq_length: int, optimizer: OptimizerConfig
-) -> ShardedModel:
+) -> LiveModel:
     """This rank's part of the model, filled through `read` (Hugging Face name -> tensor)."""
-    table, dtype = ParamTable.build(shape), torch.bfloat16 if case.bf16 else torch.float32
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
     layout = ShardLayout.pack(Architecture.full(shape), case.tp, case.quanta)
     options = ModelOptions(
         seq_length,
@@ -198,7 +207,7 @@ def build_sharded(
         num_layers_in_first_pipeline_stage=case.first_stage_layers,
     )
     model = build_llama(shape, layout, mesh, options)
-    load_parameters(model, table, layout, mesh, read)
+    load_parameters(model, layout.architecture.table, layout, mesh, read)
     adam = OptimizerOptions(
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
@@ -211,7 +220,7 @@ def build_sharded(
         overlap_param_gather=case.overlap and case.distributed_optimizer,
         ddp_bucket_size=3000 if case.overlap else None,
     )
-    return ShardedModel.build(model, layout, table, mesh, adam, dtype)
+    return LiveModel(model, layout, mesh, adam, dtype)
 
 
 class _Recorder(Reporter):
@@ -252,8 +261,10 @@ def train_case(
 ) -> Outcome:
     """Train and prune on this rank of `mesh`, which has the layout of `case`, and return what happened."""
     config = run_config(settings, micro_batches, micro_batch_size, seq_length)
-    rounded = dataclasses.replace(config.pruning, round_widths=RoundWidths(*case.round_widths))
-    config = dataclasses.replace(config, pruning=rounded)
+    groups = config.pruning.groups
+    for name, multiple in case.round_to.items():
+        groups = groups.having(name, round_to=multiple)
+    config = dataclasses.replace(config, pruning=dataclasses.replace(config.pruning, groups=groups))
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -268,8 +279,8 @@ def train_case(
         losses=[report.loss for report in recorder.reports],
         grad_norms=[report.grad_norm for report in recorder.reports],
         removals=[removal.to_json() for removal in state.history],
-        parameters=model.layout.architecture.parameters,
+        parameters=model.architecture.parameters,
         compactions=trainer.coordinator.compactions,
-        stored={kind: model.layout.width(kind) for kind in ("head", "kv_head", "ffn", "stem")},
+        stored={kind.name: model.layout.width(kind) for kind in model.table.varying},
     )
     return outcome

@@ -16,15 +16,17 @@ import numpy as np
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from megatron_prune.config import Config, GroupCost, OptimizerConfig, PruningConfig, TrainingConfig
-from megatron_prune.model.architecture import FFN, GROUP_KINDS, HEAD, STEM, Architecture, Group, LlamaShape
+from megatron_prune.config import Config, GroupConfig, GroupConfigs, OptimizerConfig, PruningConfig, TrainingConfig
+from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
+from megatron_prune.pruning.groups import find_group, group_names
 from megatron_prune.pruning.selector import choose
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.reducer import ElementScores, score_elements
-from megatron_prune.saliency.scores import UnitScores, smooth
+from megatron_prune.saliency.scores import UnitScores, score_length, smooth
 from megatron_prune.testing.helpers.meters import Seconds
 from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded
 from megatron_prune.training.metrics import Reporter
@@ -59,9 +61,15 @@ class Setup:
             training=TrainingConfig(self.micro_batch_size, batch, train_iters=10**6, bf16=self.case.bf16),
             optimizer=OptimizerConfig(lr_decay_style="constant"),
             pruning=PruningConfig(
-                target_params=1, ratio="1:1", group_cost=GroupCost(head=1), min_heads=self.shape.num_attention_heads - 2
+                target_params=1, ratio="1:1", groups=GroupConfigs({name: self._group(name) for name in group_names()})
             ),
         )
+
+    def _group(self, name: str) -> GroupConfig:
+        """Few groups of many units, such as heads, may leave, or there would be none left after some steps."""
+        kind = find_group(name)
+        size = kind.kind.size(self.shape)
+        return GroupConfig(cost=1, floor=size - 2 if kind.default_cost(self.shape) > 1 else 1)
 
 
 class SteppedRun:
@@ -87,7 +95,7 @@ class SteppedRun:
     @property
     def architecture(self) -> Architecture:
         """Live units now."""
-        return self.model.layout.architecture
+        return self.model.architecture
 
     @property
     def is_compaction_due(self) -> bool:
@@ -125,23 +133,18 @@ class SteppedRun:
 
     def score(self, squares: dict[str, Tensor]) -> ElementScores:
         """S of the output weights that this rank owns."""
-        return score_elements(self.model, self.pruner.criterion, self.config.pruning.fisher, squares)
+        return score_elements(self.model, self.pruner.settings.criterion, self.config.pruning.fisher, squares)
 
     def decide(self, sums: UnitScores) -> None:
         """Smooth, choose on one rank, agree on all."""
         self._smoothed = smooth(self._smoothed, sums, self.config.pruning.saliency_momentum)
-        is_first = self.mesh.rank == 0
-        self.coordinator.prepare(choose(self._smoothed, self.architecture, self.pruner.settings) if is_first else None)
+        rules, is_first = self.pruner.settings.rules, self.mesh.rank == 0
+        self.coordinator.prepare(choose(self._smoothed, self.architecture, rules) if is_first else None)
 
-    def group(self, kind: str) -> Group:
-        """Any group of `kind` (of heads: a KV head's queries in every layer), the same on all ranks."""
-        a = self.architecture
-        if kind == HEAD:
-            picks = [self._random.choice(a.kv_heads(layer)) for layer in range(a.shape.num_layers)]
-            owned = [ids[ids // a.shape.heads_per_group == kv] for ids, kv in zip(a.heads, picks, strict=True)]
-            return Group(kind, tuple(tuple(int(unit) for unit in ids) for ids in owned))
-        live = a.ffn if kind == FFN else (a.stem,)
-        return Group(kind, tuple((int(self._random.choice(ids)),) for ids in live))
+    def group(self, name: str) -> Group:
+        """Any group of the kind called `name`, the same on all ranks."""
+        random = UnitScores.from_vector(self.architecture, self._random.random(score_length(self.architecture)))
+        return find_group(name).offer(random, self.architecture, self.pruner.settings.rules).group
 
     def retire(self, kind: str, count: int = 1) -> None:
         """Remove `count` groups of `kind`."""
@@ -150,13 +153,13 @@ class SteppedRun:
 
     def retire_quantum(self, kind: str) -> None:
         """Remove as many groups of `kind` as the loop does before it compacts for them (one group of heads)."""
-        quanta, tp = self.setup.case.quanta, self.setup.case.tp
-        self.retire(kind, {HEAD: 1, FFN: quanta.ffn * tp, STEM: quanta.stem}[kind])
+        case, unit = self.setup.case, find_group(kind).kind
+        takes_several = any(other.follows == unit for other in self.architecture.table.kinds)
+        self.retire(kind, 1 if takes_several else case.quanta.get(unit, 1) * unit.ranks(case.tp))
 
     def compact(self) -> None:
         """Compact now, whatever it frees."""
         self.coordinator.compact_if_due(force=True)
-        self.trainer.scheduler.optimizer = self.model.optimizer
 
     def time_pieces(self, timer: Timer) -> dict[str, Seconds]:
         """Score, decide, and remove a group of each kind; the time of each piece, by name (a group's by its kind)."""
@@ -172,7 +175,7 @@ class SteppedRun:
         elements = timed("elements", lambda: self.score(squares))
         sums = timed("sums", elements.reduce)
         timed("decision", lambda: self.decide(sums))
-        for kind in GROUP_KINDS:
+        for kind in group_names():
             group, layout = self.group(kind), self.model.layout
             timed(kind, lambda: self._remove(group, layout, elements))  # noqa: B023 - called at once
         return spent

@@ -44,7 +44,7 @@ class TinyRun:
             *("--train-iters", PRUNING_ITERATIONS, "--continue-tokens", CONTINUED_ITERATIONS * _BATCH * _SEQ),
             *("--lr", "2e-3", "--lr-warmup-iters", 3, "--continue-lr-warmup-iters", 2, "--device", "cpu"),
             *("--make-vocab-size-divisible-by", 8, "--prune-target-params", 11_400, "--prune-ratio", "2:1"),
-            *("--prune-group-cost", "head=2", "--prune-gqa", "cluster", "--prune-min-ffn", 38, "--prune-min-heads", 2),
+            *("--prune-gqa", "cluster", "--prune-groups", "head.cost=2", "head.floor=2", "ffn.floor=38"),
             *("--eval-interval", 1000, "--eval-iters", 1, "--log-interval", 1, "--progress", "lines"),
             *("--save", save, "--load", save),
         )

@@ -26,8 +26,6 @@ from torch.nn.functional import cross_entropy
 from megatron_prune.errors import UserError
 from megatron_prune.testing.reference import oracle_model, oracle_scores, oracle_second_order
 from megatron_prune.testing.reference.oracle_geometry import (
-    HEAD,
-    STEM,
     Geometry,
     LiveUnits,
     count,
@@ -297,7 +295,9 @@ class DenseOracle:
             columns = self.remove(best.kind, best.units, scores.columns)
             scores = Scores(columns, shrink(self.geometry, scores.rows or {}, live, self.live))
             inputs = inputs and oracle_second_order.without(inputs, self.geometry, live, self.live, best.kind)
-            self.credits -= self.settings.group_cost.get(best.kind, self.geometry.head_dim if best.kind == HEAD else 1)
+            self.credits -= self.settings.group_cost.get(
+                best.kind, oracle_scores.default_cost(best.kind, self.geometry)
+            )
             saliencies = {candidate.kind: candidate.score for candidate in found}
             removal = OracleRemoval(
                 best.kind, best.units, saliencies, margin, self.parameters(), self.iteration, errors
@@ -308,7 +308,7 @@ class DenseOracle:
 
     def _compensate(self, kind: str, units: Units, inputs: Mapping[str, Tensor] | None) -> tuple[float, float] | None:
         """Second-order update for a group that is about to leave, from the inputs of this iteration's batch."""
-        if inputs is None or (kind == STEM and not self.settings.second_order_stem):
+        if inputs is None or (oracle_scores.is_shared(kind) and not self.settings.second_order_stem):
             return None
         after = self.live.without(kind, units)
         updated, errors = oracle_second_order.compensated(

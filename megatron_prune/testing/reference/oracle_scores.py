@@ -68,6 +68,16 @@ def input_scores(criterion: str, weight: Tensor, x: Tensor, damping: float) -> T
     return w.square() / torch.linalg.inv(damped_hessian(x, damping)).diagonal()
 
 
+def default_cost(kind: str, geometry: Geometry) -> int:
+    """Pruning steps that a group of `kind` uses up: one per column that a head owns, else one."""
+    return geometry.head_dim if kind == HEAD else 1
+
+
+def is_shared(kind: str) -> bool:
+    """Whether all layers share the units of `kind`."""
+    return kind == STEM
+
+
 @dataclass(frozen=True)
 class OracleScores:
     """Sums of S per unit, by original id: heads and FFN channels per layer (over their input columns of W_o and

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from megatron_prune.errors import UserError
 from megatron_prune.testing.reference import oracle_scores
-from megatron_prune.testing.reference.oracle_geometry import FFN, HEAD, STEM
 
 _CHOICES = {
     "criterion": oracle_scores.CRITERIA + oracle_scores.INPUT_CRITERIA,
@@ -82,6 +81,12 @@ class OracleSettings:
                 raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
 
     @property
+    def floors(self) -> dict[str, int]:
+        """Widths that are kept, by kind."""
+        floors = (self.min_heads, self.min_ffn, self.min_hidden)
+        return {kind: max(1, floor) for kind, floor in zip(oracle_scores.KINDS, floors, strict=True)}
+
+    @property
     def choice_rules(self) -> oracle_scores.ChoiceRules:
         """The part that the choice of a group depends on; only where there is a target."""
         assert self.target_params is not None
@@ -90,7 +95,7 @@ class OracleSettings:
             normalize=self.normalize,
             gqa=self.gqa,
             types=tuple(self.types),
-            min_widths={HEAD: max(1, self.min_heads), FFN: max(1, self.min_ffn), STEM: max(1, self.min_hidden)},
+            min_widths=self.floors,
             target_params=self.target_params,
             finish=self.finish,
         )

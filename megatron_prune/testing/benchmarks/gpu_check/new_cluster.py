@@ -17,13 +17,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.layout import Quanta
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Axis, Mesh, Ranks, agree, broadcast_object, close_mesh, init_mesh
 from megatron_prune.testing.benchmarks.gpu_check.rows import Row
 from megatron_prune.testing.benchmarks.gpu_check.smoke import FP32_ERROR
 from megatron_prune.testing.helpers.comparison import MICRO_BATCH, SEQUENCE, hold_together, oracle_run, oracle_settings
-from megatron_prune.testing.helpers.sharded import Case, train_case
+from megatron_prune.testing.helpers.sharded import Case, rounded, train_case
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
 
 ITERATIONS = 12
@@ -65,7 +64,7 @@ def _rows(device: str, tp: int, pp: int) -> Iterator[Row]:
         mesh.dp_size,
         sequence_parallel=tp > 1,
         distributed_optimizer=True,
-        quanta=Quanta(1, 4, 4, 8),
+        quanta=rounded(ffn=4, stem=4, vocab=8),
         device=mesh.device.kind,
     )
     yield from _prune(mesh, case)

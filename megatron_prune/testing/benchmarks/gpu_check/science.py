@@ -66,7 +66,7 @@ def _arguments(context: Context, recipe: Recipe, model: Path, data: Path, run: P
         *("--hf-model", model, "--data-path", data, "--split", "90,10,0", "--save", run, "--load", run),
         *("--device", context.device, "--seq-length", recipe.seq_length, "--global-batch-size", recipe.batch),
         *("--micro-batch-size", recipe.micro_batch, "--lr", recipe.lr, "--train-iters", iterations),
-        *("--prune-target-params", target, "--prune-group-cost", "head=1", "--prune-ratio", "2:1"),
+        *("--prune-target-params", target, "--prune-groups", "head.cost=1", "--prune-ratio", "2:1"),
         *("--continue-tokens", iterations * recipe.batch * recipe.seq_length, "--log-interval", 20),
         *("--eval-interval", 100, "--eval-iters", 8, "--exit-duration-in-mins", max(1, round(context.minutes))),
         *(("--bf16",) if context.is_cuda else ()),

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_prune.data.batches import BatchStream
-from megatron_prune.model.architecture import Architecture, LlamaShape
-from megatron_prune.model.layout import Quanta
-from megatron_prune.model.param_axes import ParamTable
-from megatron_prune.optimizer.build import clip_and_step
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.table import ParamTable
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context
-from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.sharded import Case, rounded
 from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 from megatron_prune.training.step import forward_backward
 
@@ -76,7 +75,8 @@ class DeviceWeights:
 
 def start(context: Context, shapes: Shapes, shape: LlamaShape, mesh: Mesh, quantum: int = 64) -> SteppedRun:
     """A run in bf16 with main weights, as `pretrain` would build it."""
-    quanta = Quanta(1, quantum, quantum, 128) if not context.tiny else Quanta(1, min(quantum, 4), min(quantum, 4), 8)
+    multiple = min(quantum, 4) if context.tiny else quantum
+    quanta = rounded(ffn=multiple, stem=multiple, vocab=8 if context.tiny else 128)
     case = Case(bf16=True, distributed_optimizer=True, quanta=quanta, device=context.device)
     setup = Setup(shape, case, shapes.seq_length, shapes.usual, shapes.sequences // shapes.usual)
     return SteppedRun(setup, mesh, DeviceWeights(shape, mesh.device.device))
@@ -90,7 +90,7 @@ def plain_seconds(run: SteppedRun, micro_batch: int, sequences: int, repeats: in
         run.mesh.device.synchronize()
         started = time.perf_counter()
         forward_backward(run.model, batches, sequences // micro_batch, micro_batch, run.setup.seq_length)
-        clip_and_step(run.model)
+        run.model.step()
         run.mesh.device.synchronize()
         spent.append(time.perf_counter() - started)
     return statistics.median(spent[warm:])

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.model.layout import Quanta
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
 from megatron_prune.testing.benchmarks.gpu_check.smoke import FP32_ERROR
 from megatron_prune.testing.helpers.comparison import (
@@ -30,7 +29,7 @@ from megatron_prune.testing.helpers.comparison import (
 )
 from megatron_prune.testing.helpers.oracle_cases import MODELS
 from megatron_prune.testing.helpers.ranks import free_port, search_path
-from megatron_prune.testing.helpers.sharded import SHARED_GPU, Case, run_case
+from megatron_prune.testing.helpers.sharded import SHARED_GPU, Case, rounded, run_case
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights
 
 CASES = {
@@ -108,7 +107,7 @@ def _rank(name: str, device: str, folder: str) -> None:
         text = "runs"
     else:
         kind = SHARED_GPU if device == "cuda" else "cpu"
-        case = Case(**CASES[name], quanta=Quanta(1, 4, 4, 8), device=kind)  # type: ignore[arg-type]
+        case = Case(**CASES[name], quanta=rounded(ffn=4, stem=4, vocab=8), device=kind)  # type: ignore[arg-type]
         model = MODELS["gqa-tied"]
         weights, settings = random_llama_weights(model, seed=3), oracle_settings(model)
         job = (model, weights, settings, ITERATIONS, MICRO_BATCHES, MICRO_BATCH, SEQUENCE)

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_prune.model.architecture import FFN, GROUP_KINDS, Architecture, LlamaShape
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups import find_group, group_names
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.testing.benchmarks.costs import Clock
@@ -105,7 +107,7 @@ def _pruning(context: Context, shapes: Shapes, run: SteppedRun) -> Iterator[Row]
     yield Row("pruning step without a compaction, plain / pruning", f"{ratio:.3f}", value=ratio)
     yield from _removals(context, run, clock, plain)
     compactions = []
-    for kind in GROUP_KINDS:
+    for kind in group_names():
         run.retire_quantum(kind)
         if context.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -117,9 +119,9 @@ def _pruning(context: Context, shapes: Shapes, run: SteppedRun) -> Iterator[Row]
             text += f"; {torch.cuda.max_memory_allocated() / GIB:.1f} GiB at the peak, reserved but unused "
             text += f"{(stats['reserved_bytes.all.current'] - stats['allocated_bytes.all.current']) / GIB:.1f} GiB"
         yield Row(f"a compaction after a quantum, {kind}", text, value=seconds)
-        if kind == FFN:  # one step after the other: what a ratio of kinds would be is not known here
+        if find_group(kind).default_cost(run.setup.shape) == 1:  # by far the most groups are of such kinds
             compactions.append(seconds + max(first - plain, 0.0))
-    quantum = run.setup.case.quanta.ffn
+    quantum = max(n for kind, n in run.setup.case.quanta.items() if kind.is_prunable)
     extra = statistics.mean(compactions) / plain / quantum
     for every, goal in ((1, GOAL_1_1), (9, GOAL_1_9)):
         value = 1 / (1 + (1 / ratio - 1 + extra) / every)
@@ -133,7 +135,7 @@ def _removals(context: Context, run: SteppedRun, clock: Clock, plain: float) -> 
     text = ", ".join(f"{piece} {1000 * spent.wall:.1f}" for piece, spent in pieces.items())
     total = sum(spent.wall for spent in pieces.values()) / 3
     yield Row("pieces of a removal, ms", text)
-    for kind in GROUP_KINDS:
+    for kind in group_names():
         yield Row(f"retirement of one group, {kind}", counted(context, lambda: run.retire(kind)))  # noqa: B023
     yield Row("three removals with their scoring / plain step", f"{3 * total / plain:.3f}", value=3 * total / plain)
 

@@ -16,18 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.model.llama import named_rows
-from megatron_prune.optimizer.build import ShardedModel
-from megatron_prune.optimizer.owned import owned_shards
+from megatron_prune.optimizer.wrapped import WrappedModel
 
 
 class WeightEditor:
-    """Reads and changes local weights of `model`, which must be in step over DP (`force_param_sync`)."""
+    """Reads and changes local weights of `model`, which it brings in step over DP first."""
 
-    def __init__(self, model: ShardedModel) -> None:
+    def __init__(self, model: WrappedModel) -> None:
+        model.synchronise()
         self._owners = model.mesh.over("owners")
-        self._weights = {name: parameter for name, parameter, _ in named_rows(model.module, model.table)}
-        self._shards = {shard.name: shard for shard in owned_shards(model)}
+        self._weights = {name: parameter for name, parameter, _ in model.rows()}
+        self._shards = {shard.name: shard for shard in model.owned()}
         self._is_split = model.options.use_distributed_optimizer and self._owners.size > 1
 
     @torch.no_grad()

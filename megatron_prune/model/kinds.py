@@ -1,0 +1,118 @@
+"""The kinds of units a model is made of, registered as criteria are.
+
+    Kind           what a unit of it is: how many there are, how ranks share them, what it follows
+    HEAD KV_HEAD FFN STEM VOCAB   those of a Llama;  FIXED  a dimension without units
+    register_kind  adds one;  find_kind  by name
+
+A *unit* is one head, one channel, one row of the vocabulary; it is known by its original id, its number in the source
+model. Everything else (which dims of which parameter a kind runs along, layout, scores, resharding, checkpoints,
+estimates) follows from the table of parameters, `model.table`, whose dims name their kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_prune.model.shape import LlamaShape
+
+TP = "tp"  # the mesh axis whose ranks hold different units
+
+
+@dataclass(frozen=True, repr=False)
+class Kind:
+    """A kind of unit; equal when the names are.
+
+    Args:
+        name: in files, options and messages.
+        label: a word for its width in log lines. title: for tables that people read.
+        size: units that the source model has, in every layer where it has any.
+        axis: the mesh axis that splits them (`TP`), or None: each rank holds all of them.
+        is_shared: the same units in all layers, and outside of them; else each layer has its own.
+        is_prunable: units may leave by themselves; else all stay, or those do that `follows` says.
+        follows: a kind whose units these serve: a unit lives while one of those that it serves does.
+        served: ids of the followed kind -> for each of them, the id here that serves it.
+        quantum: what stored widths are rounded up to, where no configuration says.
+    """
+
+    name: str
+    label: str = field(compare=False)
+    title: str = field(compare=False)
+    size: Callable[[LlamaShape], int] = field(compare=False)
+    axis: str | None = field(default=None, compare=False)
+    is_shared: bool = field(default=False, compare=False)
+    is_prunable: bool = field(default=True, compare=False)
+    follows: Kind | None = field(default=None, compare=False)
+    served: Callable[[np.ndarray, LlamaShape], np.ndarray] | None = field(default=None, compare=False)
+    quantum: int = field(default=1, compare=False)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> tuple[Callable[[str], Kind], tuple[str]]:
+        return find_kind, (self.name,)  # functions do not travel between processes
+
+    def site(self, layer: int) -> int:
+        """Where the units of `layer` stand among the sites of this kind: one per layer, or one for all."""
+        return 0 if self.is_shared else layer
+
+    def sites(self, shape: LlamaShape) -> int:
+        """How many sites a model of `shape` has."""
+        return 1 if self.is_shared else shape.num_layers
+
+    def ranks(self, tp: int) -> int:
+        """Ranks that hold different units of it, of `tp` tensor-parallel ones."""
+        return tp if self.axis == TP else 1
+
+
+_REGISTRY: dict[str, Kind] = {}
+
+
+def register_kind(kind: Kind) -> Kind:
+    """Make `kind` known by its name."""
+    assert kind.name not in _REGISTRY, f"kind {kind.name} is registered twice"
+    _REGISTRY[kind.name] = kind
+    return kind
+
+
+def find_kind(name: str) -> Kind:
+    """The kind called `name`; raises KeyError for an unknown one."""
+    return _REGISTRY[name]
+
+
+def in_order(kinds: Iterable[Kind]) -> tuple[Kind, ...]:
+    """`kinds` in the order of their registration, each once."""
+    wanted = set(kinds)
+    return tuple(kind for kind in _REGISTRY.values() if kind in wanted)
+
+
+HEAD = register_kind(Kind("head", "heads", "query heads", lambda shape: shape.num_attention_heads, TP))
+KV_HEAD = register_kind(
+    Kind(
+        "kv_head",
+        "KV heads",
+        "KV heads",
+        lambda shape: shape.num_query_groups,
+        TP,
+        is_prunable=False,
+        follows=HEAD,
+        served=lambda heads, shape: heads // shape.heads_per_group,
+    )
+)
+FFN = register_kind(Kind("ffn", "ffn", "FFN channels", lambda shape: shape.ffn_hidden_size, TP))
+STEM = register_kind(Kind("stem", "hidden", "hidden size", lambda shape: shape.hidden_size, is_shared=True))
+VOCAB = register_kind(
+    Kind(
+        "vocab",
+        "vocabulary",
+        "vocabulary",
+        lambda shape: shape.vocab_size,
+        TP,
+        is_shared=True,
+        is_prunable=False,
+        quantum=128,
+    )
+)
+FIXED = Kind("fixed", "", "", lambda _: 1, is_shared=True, is_prunable=False)

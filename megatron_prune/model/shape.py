@@ -1,0 +1,73 @@
+"""The source model's shape: frozen facts, as its configuration states them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_prune.errors import UserError
+
+MOST_UNITS = 1 << 26  # heads and FFN channels: ten times those of the largest models; damaged files say more
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """The source model's shape, in Megatron's nouns. `kv_channels` is the head dimension and never changes."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
+    tie_word_embeddings: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    model_type: str = "llama"
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_query_groups:
+            raise UserError(
+                f"num_query_groups ({self.num_query_groups}) must divide num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head in the source model."""
+        return self.num_attention_heads // self.num_query_groups
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON object with the field names of this class."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LlamaShape:
+        """Inverse of `to_json`; raises ValueError or TypeError for values that are no model's."""
+        for name, value in data.items():
+            default = cls.__dataclass_fields__[name].default
+            if isinstance(default, (bool, str)):
+                is_fit = type(value) is type(default)
+            elif isinstance(default, float):
+                is_fit = type(value) in (int, float) and 0 < value < 1e18
+            elif default is None:
+                is_fit = value is None or isinstance(value, dict)
+            else:
+                is_fit = type(value) is int and 0 < value <= 1 << 31
+            if not is_fit:
+                raise ValueError(f"{name} is {str(value)[:60]!r}")
+        shape = cls(**data)
+        if shape.units > MOST_UNITS or shape.hidden_size > MOST_UNITS:
+            raise ValueError(f"{shape.units} heads and FFN channels are too many")
+        return shape
+
+    @property
+    def units(self) -> int:
+        """Heads and FFN channels of all layers: what an architecture keeps a number for."""
+        return self.num_layers * (self.num_attention_heads + self.ffn_hidden_size)

@@ -1,0 +1,323 @@
+"""THE table: which parameters exist, what they are for, what every dimension of them means, how it is packed, and what
+it is called in Hugging Face.
+
+Saliency, retirement, compaction, optimizer slicing, checkpoints, import, export and estimates all read it; nothing else
+knows how qkv or gate/up are packed, and nothing tells parameters apart by their names.
+
+    Dim           kind of unit along one dimension, and elements per unit (a head is `kv_channels` rows)
+    Part          one Hugging Face tensor; the parts of a Megatron parameter are stacked along dim 0
+    Param         a Megatron parameter: name, layer, role and parts
+    ParamTable    the rows for one LlamaShape; counts parameters for any widths
+    register_rows how a family's parameters are listed (Llama's here)
+    positions     slots -> element positions along a dim
+
+On each tensor-parallel rank qkv is [q slots | k slots | v slots] x kv_channels rows and gate/up is [gate | up] rows.
+(Megatron interleaves q, k, v per group; with clusters of unequal size there is no such grid.) Dims of a kind without a
+mesh axis (`stem`, `fixed`) are whole on each rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_prune.model.kinds import FFN, FIXED, HEAD, KV_HEAD, STEM, VOCAB, Kind, in_order
+from megatron_prune.model.shape import LlamaShape
+
+if TYPE_CHECKING:
+    from megatron_prune.model.architecture import Architecture, Group
+    from megatron_prune.model.layout import ShardLayout
+
+EMPTY = -1  # the id in a slot that holds no unit
+
+# Roles: what a parameter is for, whatever it is called.
+EMBEDDING, LM_HEAD, NORM, HEAD_NORM = "embedding", "LM head", "norm", "norm of heads"
+QKV, ATTENTION_OUTPUT, FFN_UP, FFN_DOWN = "qkv", "attention output", "gate/up", "FFN down"
+BIAS = "bias"
+OUTPUTS = (ATTENTION_OUTPUT, FFN_DOWN)  # the output layer group, on which saliency is computed
+ENTRANCES = {ATTENTION_OUTPUT: QKV, FFN_DOWN: FFN_UP}  # where the block of an output reads the stem
+LINEARS = (QKV, ATTENTION_OUTPUT, FFN_UP, FFN_DOWN, LM_HEAD)  # multiplied by inputs that may be watched
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension: `kind` of its units and `size` elements per unit (for `fixed` the whole length, as one unit)."""
+
+    kind: Kind
+    size: int = 1
+
+    @property
+    def is_sharded(self) -> bool:
+        """True when tensor-parallel ranks hold different units of it."""
+        return self.kind.axis is not None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face tensor W[out, in] (or a vector), named with its layer already filled in."""
+
+    hf_name: str
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Param:
+    """A Megatron parameter by its name in the whole model (layers numbered over all pipeline stages).
+
+    Args:
+        name: e.g. `decoder.layers.3.self_attention.linear_qkv.weight`.
+        layer: 0-based layer, or None for parameters outside the layers.
+        role: what it is for, one of the names above.
+        parts: stacked along dim 0, in this order.
+    """
+
+    name: str
+    layer: int | None
+    role: str
+    parts: tuple[Part, ...]
+
+    @property
+    def dims(self) -> tuple[Dim, ...]:
+        """Of the first part; the others differ at most in dim 0."""
+        return self.parts[0].dims
+
+    @property
+    def site(self) -> int:
+        """The layer whose units its dims count; 0 outside the layers, where all kinds are shared."""
+        return self.layer or 0
+
+    @property
+    def is_output(self) -> bool:
+        """True in the output layer group, on which saliency is computed (attention output, FFN down)."""
+        return self.role in OUTPUTS
+
+    @property
+    def is_sharded(self) -> bool:
+        """True when tensor-parallel ranks hold different elements of it."""
+        return any(dim.is_sharded for dim in self.dims)
+
+    def lengths(self, part: Part, layout: ShardLayout, rank: int) -> tuple[int, ...]:
+        """Stored local shape of `part` on tensor-parallel `rank`."""
+        return tuple(len(layout.slots(dim.kind, self.site, rank)) * dim.size for dim in part.dims)
+
+    def local_shape(self, layout: ShardLayout, rank: int = 0) -> tuple[int, ...]:
+        """Stored local shape of the whole parameter on tensor-parallel `rank`."""
+        shapes = [self.lengths(part, layout, rank) for part in self.parts]
+        return (sum(s[0] for s in shapes), *shapes[0][1:])
+
+    def part_rows(self, layout: ShardLayout, rank: int) -> Iterator[tuple[Part, int, int]]:
+        """(part, first row, past-last row) of each part inside the local parameter."""
+        start = 0
+        for part in self.parts:
+            length = self.lengths(part, layout, rank)[0]
+            yield part, start, start + length
+            start += length
+
+    def element_ids(self, dim: int, layout: ShardLayout, rank: int) -> np.ndarray:
+        """Per element along `dim` of the local parameter: its position in the SOURCE tensor of its part, or -1."""
+        return np.concatenate(
+            [
+                expand(layout.slots(part.dims[dim].kind, self.site, rank), part.dims[dim].size)
+                for part in self._along(dim)
+            ]
+        )
+
+    def group_positions(self, group: Group, layout: ShardLayout, rank: int) -> tuple[np.ndarray, ...]:
+        """Per dim of the local parameter, the element positions that hold a unit of `group`.
+
+        `layout` is the one before the removal. Units that only served units of the group are included.
+        """
+        found: list[np.ndarray] = []
+        gone: dict[Kind, np.ndarray] = {}
+        for dim in range(len(self.dims)):
+            hits = [np.zeros(0, dtype=np.int64)]
+            start = 0
+            for part in self._along(dim):
+                kind, size = part.dims[dim].kind, part.dims[dim].size
+                if kind not in gone:
+                    gone[kind] = layout.architecture.leaving(group, kind, self.site)
+                slots = layout.slots(kind, self.site, rank)
+                if len(gone[kind]):
+                    hits.append(start + positions(np.flatnonzero(holds(slots, gone[kind])), size))
+                start += len(slots) * size
+            found.append(np.concatenate(hits))
+        return tuple(found)
+
+    def _along(self, dim: int) -> tuple[Part, ...]:
+        """The parts that follow one another along `dim`."""
+        return self.parts if dim == 0 else self.parts[:1]
+
+
+@dataclass(frozen=True)
+class ParamTable:
+    """All parameters of a model of `shape`, in model order; `row(name)` finds one."""
+
+    shape: LlamaShape
+    rows: tuple[Param, ...]
+
+    @classmethod
+    def build(cls, shape: LlamaShape) -> ParamTable:
+        """The table for `shape`; the same object every time."""
+        return _built(shape)
+
+    def row(self, name: str) -> Param:
+        """The row of Megatron parameter `name`; a tied LM head (last pipeline stage) is the embedding's row."""
+        if name == TIED_COPY and self.shape.tie_word_embeddings:
+            return next(row for row in self.rows if row.role == EMBEDDING)
+        return self._index[name]
+
+    @cached_property
+    def _index(self) -> dict[str, Param]:
+        return {row.name: row for row in self.rows}
+
+    def find(self, role: str, layer: int | None = None) -> Param:
+        """The one row of `role` in `layer`."""
+        return next(row for row in self.rows if row.role == role and row.layer == layer)
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of unit that its dims count, in the order of their registration."""
+        return in_order(dim.kind for row in self.rows for part in row.parts for dim in part.dims)
+
+    @cached_property
+    def prunable(self) -> tuple[Kind, ...]:
+        """Those of `kinds` whose units may leave by themselves."""
+        return tuple(kind for kind in self.kinds if kind.is_prunable)
+
+    @cached_property
+    def varying(self) -> tuple[Kind, ...]:
+        """Those of `kinds` whose number changes: prunable ones, and those that follow them."""
+        return tuple(kind for kind in self.kinds if kind.is_prunable or kind.follows)
+
+    @cached_property
+    def scored(self) -> tuple[Kind, ...]:
+        """Those of `prunable` along dims of the output layer group: they have saliencies."""
+        seen = {dim.kind for row in self.rows if row.is_output for dim in row.dims}
+        return tuple(kind for kind in self.prunable if kind in seen)
+
+    def columns(self, kind: Kind) -> int:
+        """Columns of an output projection that one unit of a scored `kind` owns (for rows: 1)."""
+        return next((row.dims[1].size for row in self.rows if row.is_output and row.dims[1].kind == kind), 1)
+
+    def hf_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name -> live shape of each tensor."""
+        return {
+            part.hf_name: tuple(architecture.width(dim.kind, row.site) * dim.size for dim in part.dims)
+            for row in self.rows
+            for part in row.parts
+        }
+
+    def elements(self, widths: Mapping[Kind, np.ndarray], roles: tuple[str, ...] | None = None) -> int:
+        """Elements of all parameters (or of those of `roles`) at int `widths` [sites] of each kind in `kinds`; a tied
+        LM head is counted once, as the embedding."""
+        flat = np.concatenate([[1], *(widths[kind] for kind in self.kinds)]).astype(np.int64)
+        factors, first, second = self._terms if roles is None else self._terms_of(roles)
+        return int((factors * flat[first] * flat[second]).sum())
+
+    @cached_property
+    def _terms(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._terms_of(None)
+
+    def _terms_of(self, roles: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The count of elements as a polynomial of the widths: int64 (factors, places, places) of its terms, places in
+        [1 | widths of each kind]."""
+        starts, place = {}, 1
+        for kind in self.kinds:
+            starts[kind] = place
+            place += kind.sites(self.shape)
+        terms: Counter[tuple[int, int]] = Counter()
+        for row in self.rows:
+            if roles is not None and row.role not in roles:
+                continue
+            for part in row.parts:
+                places = [0 if dim.kind is FIXED else starts[dim.kind] + dim.kind.site(row.site) for dim in part.dims]
+                first, second = sorted((*places, 0)[:2])
+                terms[first, second] += int(np.prod([dim.size for dim in part.dims]))
+        table = np.array([(factor, *at) for at, factor in terms.items()], dtype=np.int64).reshape(-1, 3)
+        return table[:, 0], table[:, 1], table[:, 2]
+
+
+Rows = Callable[[LlamaShape], Iterator[Param]]
+TIED_COPY = "output_layer.weight"  # what megatron-core calls an LM head, a tied one's second copy included
+_FAMILIES: dict[str, Rows] = {}
+
+
+def register_rows(model_type: str, rows: Rows) -> None:
+    """List the parameters of models whose shape has this `model_type` by `rows`, in model order, instead of Llama's."""
+    assert model_type not in _FAMILIES, f"rows of {model_type} are registered twice"
+    _FAMILIES[model_type] = rows
+
+
+@functools.lru_cache(maxsize=64)
+def _built(shape: LlamaShape) -> ParamTable:
+    return ParamTable(shape, tuple(_FAMILIES.get(shape.model_type, llama_rows)(shape)))
+
+
+def llama_rows(shape: LlamaShape) -> Iterator[Param]:
+    """The parameters of a Llama, Mistral, Qwen2 or Qwen3."""
+    ids, stem = Dim(VOCAB), Dim(STEM)
+    yield single("embedding.word_embeddings.weight", None, EMBEDDING, "model.embed_tokens.weight", ids, stem)
+    for layer in range(shape.num_layers):
+        yield from attention_rows(shape, layer)
+        yield from ffn_rows(layer, Dim(FFN))
+    yield single("decoder.final_layernorm.weight", None, NORM, "model.norm.weight", stem)
+    if not shape.tie_word_embeddings:
+        yield single(TIED_COPY, None, LM_HEAD, "lm_head.weight", ids, stem)
+
+
+def single(name: str, layer: int | None, role: str, hf_name: str, *dims: Dim) -> Param:
+    """A parameter that is one Hugging Face tensor."""
+    return Param(name, layer, role, (Part(hf_name, dims),))
+
+
+def attention_rows(shape: LlamaShape, layer: int) -> Iterator[Param]:
+    """The attention block of `layer`, its norm first."""
+    ours, theirs, d = f"decoder.layers.{layer}.", f"model.layers.{layer}.", shape.kv_channels
+    stem, head, kv = Dim(STEM), Dim(HEAD, d), Dim(KV_HEAD, d)
+    qkv = (("q_proj", head), ("k_proj", kv), ("v_proj", kv))
+    yield single(f"{ours}input_layernorm.weight", layer, NORM, f"{theirs}input_layernorm.weight", stem)
+    parts = tuple(Part(f"{theirs}self_attn.{name}.weight", (out, stem)) for name, out in qkv)
+    yield Param(f"{ours}self_attention.linear_qkv.weight", layer, QKV, parts)
+    if shape.add_qkv_bias:
+        parts = tuple(Part(f"{theirs}self_attn.{name}.bias", (out,)) for name, out in qkv)
+        yield Param(f"{ours}self_attention.linear_qkv.bias", layer, BIAS, parts)
+    for name in ("q", "k") if shape.qk_layernorm else ():
+        hf_name = f"{theirs}self_attn.{name}_norm.weight"
+        yield single(f"{ours}self_attention.{name}_layernorm.weight", layer, HEAD_NORM, hf_name, Dim(FIXED, d))
+    hf_name = f"{theirs}self_attn.o_proj.weight"
+    yield single(f"{ours}self_attention.linear_proj.weight", layer, ATTENTION_OUTPUT, hf_name, stem, head)
+
+
+def ffn_rows(layer: int, channel: Dim) -> Iterator[Param]:
+    """The gated FFN of `layer` with `channel` along its intermediate activation, its norm first."""
+    ours, theirs, stem = f"decoder.layers.{layer}.", f"model.layers.{layer}.", Dim(STEM)
+    yield single(f"{ours}pre_mlp_layernorm.weight", layer, NORM, f"{theirs}post_attention_layernorm.weight", stem)
+    parts = tuple(Part(f"{theirs}mlp.{name}_proj.weight", (channel, stem)) for name in ("gate", "up"))
+    yield Param(f"{ours}mlp.linear_fc1.weight", layer, FFN_UP, parts)
+    yield single(f"{ours}mlp.linear_fc2.weight", layer, FFN_DOWN, f"{theirs}mlp.down_proj.weight", stem, channel)
+
+
+def holds(slots: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Bool per slot: does it hold one of `units`? Those are few, and one comparison each beats a general search."""
+    found = np.zeros(slots.shape, dtype=bool)
+    for unit in units:
+        found |= slots == unit
+    return found
+
+
+def positions(units: np.ndarray, size: int) -> np.ndarray:
+    """Element positions (int64) of units of `size` elements: [1, 3], 2 -> [2, 3, 6, 7]."""
+    return (units.astype(np.int64)[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def expand(ids: np.ndarray, size: int) -> np.ndarray:
+    """Like `positions`, but empty slots (-1) stay -1 for each of their elements."""
+    elements = positions(ids, size)
+    elements[np.repeat(ids == EMPTY, size)] = EMPTY
+    return elements

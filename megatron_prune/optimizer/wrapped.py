@@ -1,0 +1,98 @@
+"""This rank's part of the model in training: the module, megatron-core's DDP and optimizer around it, and what it owns.
+
+Everything that walks over parameters, linear layers or optimizer state does so through a `WrappedModel`. The layout and
+what changes it are added by `resharding.live`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer.module import Float16Module
+
+from megatron_prune.model.llama import NamedRow, PrunableLlama, named_linears, named_rows
+from megatron_prune.model.table import Param, ParamTable
+from megatron_prune.optimizer.build import OptimizerOptions, wrap
+from megatron_prune.optimizer.owned import OwnedShard, owned_shards, set_steps, steps_taken
+from megatron_prune.runtime.mesh import Mesh
+
+
+class WrappedModel:
+    """A module with DDP and optimizer.
+
+    Args:
+        model: this rank's stage; its weights must be there already (fp32 main weights are copied from them).
+        table: the meaning of every parameter's dims.
+        dtype: that training computes in.
+
+    Attributes:
+        module: the bare model (or its Float16 wrapper).
+        ddp, optimizer: megatron-core's, around `module`; others after `rewrap`.
+    """
+
+    def __init__(
+        self, model: PrunableLlama, table: ParamTable, mesh: Mesh, options: OptimizerOptions, dtype: torch.dtype
+    ) -> None:
+        self.module = Float16Module(model.config, model) if dtype == torch.bfloat16 else model
+        self.table, self.mesh, self.options, self.dtype = table, mesh, options, dtype
+        self.ddp, self.optimizer = wrap(self.module, options, dtype)
+        self._is_in_step = True
+
+    def rows(self) -> Iterator[NamedRow]:
+        """(name, parameter, row) of each local parameter, in model order (see `llama.named_rows`)."""
+        return named_rows(self.module, self.table)
+
+    def linears(self) -> Iterator[tuple[str, torch.nn.Module, Param]]:
+        """(name of its weight, module, row) of each local linear layer, in model order (see `llama.named_linears`)."""
+        return named_linears(self.module, self.table)
+
+    def owned(self) -> Iterator[OwnedShard]:
+        """What this rank's optimizer steps, in model order."""
+        return owned_shards(self.rows(), self.optimizer)
+
+    def rewrap(self, before_optimizer: Callable[[DistributedDataParallel], None]) -> None:
+        """New DDP and optimizer for the parameters that the module has now; see `build.wrap`."""
+        with torch.enable_grad():  # DDP finds the gradient accumulators through a graph
+            self.ddp, self.optimizer = wrap(self.module, self.options, self.dtype, before_optimizer)
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float]:
+        """Clip by the global norm and step, unless a gradient is not finite; returns (stepped, gradient norm before
+        clipping).
+
+        The norm is over the whole model (tied and tensor-parallel copies counted once), so all ranks take the same
+        branch.
+        """
+        optimizer = self.optimizer
+        optimizer.prepare_grads()
+        norm = float(optimizer.get_grad_norm())
+        if not torch.isfinite(torch.tensor(norm)):
+            return False, norm
+        for inner in optimizer.chained_optimizers:
+            parameters = inner.get_parameters()
+            if parameters and self.options.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.options.clip_grad, total_norm=norm)
+        self._is_in_step = False
+        optimizer.step_with_ready_grads()
+        return True, norm
+
+    def synchronise(self) -> None:
+        """Make every rank see the stepped weights (a collective over DP): with overlapped gathers, ranks hold old
+        values of what others own until the next forward pass. Costs nothing a second time."""
+        if not self._is_in_step and self.options.use_distributed_optimizer and self.options.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
+        self._is_in_step = True
+
+    def adam_step(self) -> int:
+        """Adam steps taken so far (bias correction), agreed over all ranks; 0 before the first (a collective)."""
+        latest = torch.tensor([steps_taken(self.optimizer)], dtype=torch.int64, device=self.mesh.device.device)
+        dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=self.mesh.over("world").group)
+        return int(latest)
+
+    def set_adam_step(self, step: int) -> None:
+        """Continue the bias correction at `step`; call after the moments were set. Does nothing for step 0."""
+        set_steps(self.optimizer, self.owned(), step)

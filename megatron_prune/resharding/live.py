@@ -1,0 +1,78 @@
+"""The live model: a wrapped model whose units leave, and the only writer of its layout.
+
+    LiveModel.retire     empty the slots of a group, at once and exactly
+    LiveModel.compact    rebuild weights, optimizer and gradient buffers without the empty slots
+    LiveModel.rebuilt    who wants to know when the optimizer is another one
+
+Weights are in step on all ranks before either touches them. What each does to tensors is in `retire` and `compact`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.llama import PrunableLlama, bind_layout
+from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.optimizer.wrapped import WrappedModel
+from megatron_prune.resharding.compact import Compaction
+from megatron_prune.resharding.retire import zero_units
+from megatron_prune.runtime.mesh import Mesh
+
+
+class LiveModel(WrappedModel):
+    """This rank's part of the model in training, and which unit sits in which slot of all ranks.
+
+    Args:
+        layout: of the weights in `model`, for all layers and ranks.
+    """
+
+    def __init__(
+        self, model: PrunableLlama, layout: ShardLayout, mesh: Mesh, options: OptimizerOptions, dtype: torch.dtype
+    ) -> None:
+        super().__init__(model, layout.architecture.table, mesh, options, dtype)
+        self._layout = layout
+        self.rebuilt: list[Callable[[], None]] = []
+
+    @property
+    def layout(self) -> ShardLayout:
+        """Slots of all layers and ranks, now."""
+        return self._layout
+
+    @property
+    def architecture(self) -> Architecture:
+        """Live units, now."""
+        return self._layout.architecture
+
+    @torch.no_grad()
+    def retire(self, group: Group) -> None:
+        """Empty the slots of `group` in weights, main weights and moments. A collective over DP at most."""
+        self.synchronise()
+        zero_units(self, group, self._layout)
+        self._bind(self._layout.without(group))
+
+    @torch.no_grad()
+    def compact(self) -> bool:
+        """Bring the model to the compact layout of its live units; False when it is there already.
+
+        Raises:
+            MemoryError-like torch errors unchanged; the model is unusable then, checkpoints are not touched.
+        """
+        new = self._layout.compacted()
+        if new.fingerprint() == self._layout.fingerprint():
+            return False
+        self.synchronise()
+        compaction = Compaction(self, self._layout, new)
+        compaction.move_weights()
+        self._bind(new)
+        compaction.move_optimizer()
+        for tell in self.rebuilt:
+            tell()
+        return True
+
+    def _bind(self, layout: ShardLayout) -> None:
+        self._layout = layout
+        bind_layout(self.module, layout, self.mesh)

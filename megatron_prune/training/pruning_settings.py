@@ -1,0 +1,108 @@
+"""The configuration as the pruning phase takes it: rules of the choice, schedule, what is collected for scores.
+
+`PruningSettings` is what a pruner needs besides model and state; whoever has no `Config` makes one by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_prune.config import Config
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups import Rules, find_group, known_groups
+from megatron_prune.pruning.schedule import PruningSchedule
+from megatron_prune.pruning.spike_guard import SpikeGuard
+from megatron_prune.saliency.collector import CollectorSettings
+from megatron_prune.saliency.criteria import Criterion, find_criterion
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """How units are scored and removed.
+
+    Args:
+        rules: of the choice. criterion: what is summed per unit.
+        collector: what the statistics depend on.
+        momentum: of the scores' smoothing over scoring steps; 0: none.
+        updates: whether weights beside a group take over what they can (second order); `updates_stem`: also for units
+            of kinds that all layers share.
+        refresh: removals after which inverse Hessians are computed anew.
+        round_to: by name of kind, multiples to which live widths are brought at the target.
+        guard: when pruning pauses, or None.
+    """
+
+    rules: Rules
+    criterion: Criterion
+    collector: CollectorSettings
+    momentum: float = 0.0
+    updates: bool = False
+    updates_stem: bool = False
+    refresh: int = 1
+    round_to: Mapping[str, int] = field(default_factory=dict)
+    guard: SpikeGuard | None = None
+
+
+def selector_rules(config: Config) -> Rules:
+    """The selector's part of the configuration; a target that is not set counts as one parameter."""
+    pruning = config.pruning
+    return Rules(
+        target_params=pruning.target_params or 1,
+        types=tuple(pruning.types),
+        gqa=pruning.gqa,
+        head_score=pruning.head_score,
+        normalize=pruning.normalize,
+        finish=pruning.finish,
+        floors={name: group.floor for name, group in pruning.groups.items()},
+        draw_seed=config.training.seed if pruning.metric == "random" else None,
+    )
+
+
+def group_costs(config: Config, shape: LlamaShape) -> dict[str, int]:
+    """Pruning steps that a group of each kind uses up, by name."""
+    given = {name: group.cost for name, group in config.pruning.groups.items()}
+    return {kind.name: given.get(kind.name) or kind.default_cost(shape) for kind in known_groups()}
+
+
+def pruning_schedule(config: Config, shape: LlamaShape) -> PruningSchedule:
+    """The schedule's part of the configuration."""
+    pruning = config.pruning
+    assert pruning.target_params is not None
+    steps, gradients = pruning.ratio_steps
+    return PruningSchedule(
+        steps, gradients, pruning.first_prune_iter, group_costs(config, shape), pruning.target_params
+    )
+
+
+def collector_settings(config: Config, dp_size: int) -> CollectorSettings:
+    """The part of the configuration that statistics depend on."""
+    pruning, training = config.pruning, config.training
+    micro_batch_tokens = training.micro_batch_size * config.data.seq_length
+    num_microbatches = training.global_batch_size // (training.micro_batch_size * dp_size)
+    kept = math.ceil(pruning.second_order.calibration_tokens / (micro_batch_tokens * dp_size))
+    return CollectorSettings(
+        fisher=pruning.fisher,
+        fisher_scale=micro_batch_tokens if pruning.fisher_unit == "token" else training.micro_batch_size,
+        num_microbatches=num_microbatches,
+        kept_microbatches=min(kept, num_microbatches),
+        damping=pruning.second_order.damping,
+    )
+
+
+def pruning_settings(config: Config, dp_size: int) -> PruningSettings:
+    """All of it, for a run on `dp_size` data-parallel ranks."""
+    pruning, second_order = config.pruning, config.pruning.second_order
+    rules, guard = selector_rules(config), config.pruning.spike_guard
+    is_shared = any(find_group(name).kind.is_shared for name in pruning.types)
+    return PruningSettings(
+        rules=rules,
+        criterion=find_criterion(pruning.metric),
+        collector=collector_settings(config, dp_size),
+        momentum=pruning.saliency_momentum,
+        updates=second_order.enabled,
+        updates_stem=second_order.enabled and second_order.stem and is_shared,
+        refresh=second_order.refresh,
+        round_to={name: group.round_to for name, group in pruning.groups.items()},
+        guard=None if guard.factor is None else SpikeGuard(guard.factor, guard.window),
+    )
