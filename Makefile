@@ -20,7 +20,7 @@ STAMP = $(VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS = $(addprefix -c ,$(CONSTRAINTS))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
-SOURCES = megatron_prune tests setup.py $(wildcard tools examples)
+SOURCES = megatron_prune tests setup.py $(wildcard tools examples docs)
 
 # Recipes find .venv's python and torchrun first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
