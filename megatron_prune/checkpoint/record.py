@@ -20,7 +20,7 @@ megatron-core's own files (`.metadata`, `metadata.json`, `*.distcp`):
 
 The run's state is any nesting of dicts, lists, tuples, numbers, strings, None, numpy arrays and tensors. Fields in
 `STATE_FIELDS` are of the type given there wherever they are present, and none must be: converted weights have few, and
-versions before 0.1.0 fewer. Fields that are not known are kept and ignored. A change that this does not cover needs
+older versions fewer. Fields that are not known are kept and ignored. A change that this does not cover needs
 another `FORMAT`.
 """
 
@@ -89,12 +89,8 @@ class Progress:
         refuse_damaged(save, iteration, damages(folder, [RUN_FILE]))
         run = _run_file(folder, iteration)
         check_fields(run, {"state": TABLE}, folder / RUN_FILE, required=True)
-        check_fields(run["state"], STATE_FIELDS, folder / RUN_FILE)
-        return cls.of(iteration, run["state"])
-
-    @classmethod
-    def of(cls, iteration: int, state: Mapping[str, Any]) -> Progress:
-        """From a run's state."""
+        state = run["state"]
+        check_fields(state, STATE_FIELDS, folder / RUN_FILE)
         return cls(iteration, state.get("phase") or PRUNING, state.get("phase_start") or 0)
 
     def end(self, config: Config) -> int:
@@ -279,11 +275,6 @@ class RunRecord:
     def is_run(self) -> bool:
         """Whether it is of a run that can go on, not just weights to start from."""
         return "phase" in self.state
-
-    @property
-    def progress(self) -> Progress:
-        """How far the run is."""
-        return Progress.of(self.iteration, self.state)
 
     @property
     def history(self) -> list[dict[str, Any]]:
