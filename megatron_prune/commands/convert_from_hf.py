@@ -51,7 +51,7 @@ class ImportOptions:
 def convert(arguments: ImportOptions) -> int:
     """Check, print the plan, write; the exit status. Raises UserError."""
     from megatron_prune.huggingface.cluster import read_architecture
-    from megatron_prune.huggingface.config import read_source
+    from megatron_prune.huggingface.source_facts import read_source
 
     folder, save = Path(arguments.hf_model), Path(arguments.save)
     architecture = read_architecture(folder)  # before the slow imports

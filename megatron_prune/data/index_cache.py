@@ -13,11 +13,9 @@ never asked.
 
 from __future__ import annotations
 
-import glob
 import logging
 import mmap
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prune.data.leftovers import claim, clear_unowned
+from megatron_prune.data.leftovers import claim, staging
 from megatron_prune.errors import UserError
 
 FIELD = "data.data_cache_path (--data-cache-path)"
@@ -131,8 +129,7 @@ def _complaint(path: str, entry: Entry) -> str | None:
 def _publish(folder: str, name: str, array: np.ndarray) -> None:
     """Put an array under its name, whole or not at all."""
     place = Path(folder)
-    clear_unowned(place.glob(f".{glob.escape(name)}.*.partial"))
-    temporary = place / f".{name}.{secrets.token_hex(4)}.partial"
+    temporary = staging(place / name)
     try:
         with claim(temporary) as stream:
             # Not numpy's own writer: it ends short on a full disk without a word.

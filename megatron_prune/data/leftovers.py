@@ -1,6 +1,8 @@
-"""Temporary files that tell whether somebody still writes them.
+"""Temporary files and folders that tell whether somebody still writes them.
 
+    staging       a name beside the target, after removing what killed processes left under such names
     claim         create a file that is locked as long as it is open
+    claim_folder  the same for a folder
     clear_unowned remove those of processes that are gone
 
 The lock is the kernel's (flock): it ends with the process, however that ended, and other nodes see it on file systems
@@ -10,14 +12,26 @@ that share locks. Where there are no locks at all, nothing is ever cleared.
 from __future__ import annotations
 
 import fcntl
+import glob
 import logging
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
+
+
+def staging(target: Path) -> Path:
+    """`.NAME.0123abcd.partial` beside `target`, not there yet; unowned ones of the same target are removed."""
+    named = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.partial")
+    found = target.parent.glob(f".{glob.escape(target.name)}.*.partial")
+    clear_unowned(path for path in found if named.fullmatch(path.name))
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
 
 
 def claim(path: Path) -> BinaryIO:
@@ -28,26 +42,58 @@ def claim(path: Path) -> BinaryIO:
     """
     while True:
         stream = open(path, "xb")  # noqa: SIM115 - the caller closes it, and lets go of the lock with that
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # somebody clears it, who came between these two lines
-            stream.close()
-            continue
-        except OSError:  # no locks here: then nobody clears, either
+        if _lock(stream.fileno(), path):
             return stream
+        stream.close()
+
+
+@contextmanager
+def claim_folder(path: Path) -> Iterator[None]:
+    """Make the folder `path`, and those above it, locked while entered; if it is still there afterwards, it goes.
+
+    Raises:
+        FileExistsError: it is there. OSError: it cannot be made.
+    """
+    while True:
+        path.mkdir(parents=True)
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-                return stream
-        stream.close()  # it was cleared
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            if _lock(descriptor, path):
+                break
+            os.close(descriptor)
+    try:
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock what has just been made as `path`; False: somebody who clears came between, and it is gone or will be."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here: then nobody clears, either
+        return True
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False
 
 
 def clear_unowned(paths: Iterable[Path]) -> None:
-    """Remove the files among `paths` that nobody holds a claim on."""
+    """Remove the files and folders among `paths` that nobody holds a claim on."""
     for path in paths:
+        mode = os.O_RDONLY if path.is_dir() else os.O_RDWR  # NFS locks no file that was opened for reading
         try:
-            with open(path, "r+b") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-        except OSError:  # somebody writes it, it has just gone, or it is not ours to remove
+            descriptor = os.open(path, mode | os.O_NOFOLLOW)
+        except OSError:  # it has just gone, or it is not ours to remove
             continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError:  # somebody writes it, or it is not ours to remove
+            continue
+        finally:
+            os.close(descriptor)
         logger.info("%s: removed, left by a run that was killed", path)

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prune.data.leftovers import claim_folder, staging
 from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer, check_rows
 from megatron_prune.data.tokenizer_files import SIDE_FILES, find_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import SPECIAL_IDS, WRITTEN_FOR, config_json
 from megatron_prune.huggingface.kv_policy import AUTO, CLUSTER, KvPlan
-from megatron_prune.huggingface.leftovers import remove_leftovers
 from megatron_prune.huggingface.model_card import CardFacts, model_card
 from megatron_prune.huggingface.replacing import check_kept, check_replaceable, put_in_place, write_list
 from megatron_prune.huggingface.shards import (
@@ -95,7 +93,7 @@ def export(
         tokenizer_model, tokenizer_type: the tokenizer trained with, as `build_tokenizer` takes them; None writes none.
         check_tokenizer: raises UserError for a tokenizer that must not be exported.
         max_shard_size: e.g. `5GB`, of tensor data per file.
-        source: what `config.read_source` said of the source model.
+        source: what `source_facts.read_source` said of the source model.
         facts: for the model card.
         overwrite: replace an export; files in its folder that it did not write stay (see `replacing`).
 
@@ -115,23 +113,20 @@ def export(
         check_tokenizer(tokenizer)
     others = {name: DTYPES[other] for name, other in (other_dtypes or {}).items()}
     stored = StoredDtypes(DTYPES[dtype] if dtype else read(EMBEDDING).dtype, others)
-    staged = target.parent / f".{target.name}.{os.getpid()}.partial"
-    remove_leftovers(target)
+    staged = staging(target)
     try:
-        staged.mkdir(parents=True)
-        files, parameters = _write_weights(staged, read, architecture, plan, stored, max_bytes)
-        config = _write_settings(staged, architecture, plan, stored.main, tokenizer, source or {})
-        if tokenizer is not None:
-            _write_tokenizer(staged, tokenizer, architecture.shape.max_position_embeddings)
-        card = model_card(architecture, plan, dtype_name(stored.main), parameters, facts or CardFacts())
-        (staged / "README.md").write_text(card, encoding="utf-8")
-        write_list(staged)
-        check_kept(staged, target)
-        put_in_place(staged, target)
+        with claim_folder(staged):
+            files, parameters = _write_weights(staged, read, architecture, plan, stored, max_bytes)
+            config = _write_settings(staged, architecture, plan, stored.main, tokenizer, source or {})
+            if tokenizer is not None:
+                _write_tokenizer(staged, tokenizer, architecture.shape.max_position_embeddings)
+            card = model_card(architecture, plan, dtype_name(stored.main), parameters, facts or CardFacts())
+            (staged / "README.md").write_text(card, encoding="utf-8")
+            write_list(staged)
+            check_kept(staged, target)
+            put_in_place(staged, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     names = tuple(target / file.name for file in files)
     return Exported(target, names, config["architectures"][0], plan, stored, parameters)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prune.data.leftovers import claim, staging
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
-from megatron_prune.huggingface.config import read_json, read_shape
+from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabulary
-from megatron_prune.huggingface.leftovers import remove_leftovers
+from megatron_prune.huggingface.hub_files import read_json
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
@@ -121,15 +121,15 @@ def convert(
     vocabulary = read_vocabulary(folder, shape.vocab_size)
     entries = list(_entries(weights, shape, DTYPES[dtype]))
     architecture = _ARCHITECTURES[shape.model_type]
-    staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    remove_leftovers(target)
+    staged = staging(target)
     writer = gguf.GGUFWriter(None, architecture)
     _write_metadata(writer, gguf, shape, folder, dtype)
     _write_vocabulary(writer, vocabulary)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_tensors(writer, gguf, entries, staged, on_tensor)
-        staged.replace(target)
+        with claim(staged):
+            _write_tensors(writer, gguf, entries, staged, on_tensor)
+            staged.replace(target)
     except OSError as error:
         raise UserError(f"--save {save}: cannot be written: {error.strerror or error}") from error
     finally:

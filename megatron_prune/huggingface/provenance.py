@@ -2,7 +2,7 @@
 
     run_facts      meta -> CardFacts
     tokenizer_of   meta -> (kind, path) of the tokenizer that was trained with
-    source_of      meta -> what `config.read_source` said of the source model
+    source_of      meta -> what `source_facts.read_source` said of the source model
     dtypes_of      meta -> the dtypes that the source's weights are stored in
 
 Read are the keys `config` (YAML text of the run), `iteration`, `consumed_tokens`, `history`, `stages`, `source`,
@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from megatron_prune.errors import UserError, first_line
-from megatron_prune.huggingface.config import read_source
 from megatron_prune.huggingface.model_card import CardFacts
 from megatron_prune.huggingface.shards import DTYPES
+from megatron_prune.huggingface.source_facts import read_source
 from megatron_prune.model.first_format import group_name
 
 _TOLD = {

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.config import config_json, read_shape, read_source, shape_from_config
+from megatron_prune.huggingface.config import config_json, read_shape, shape_from_config
+from megatron_prune.huggingface.source_facts import read_source
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import STEM
 from megatron_prune.model.llama import inverse_frequencies

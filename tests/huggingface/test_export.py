@@ -14,11 +14,12 @@ import yaml
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.config import read_shape, read_source, shape_from_config
+from megatron_prune.huggingface.config import read_shape, shape_from_config
 from megatron_prune.huggingface.export import Exported, export, stored_weights
 from megatron_prune.huggingface.model_card import CardFacts
 from megatron_prune.huggingface.provenance import dtypes_of, run_facts, source_of, tokenizer_of
 from megatron_prune.huggingface.replacing import LIST
+from megatron_prune.huggingface.source_facts import read_source
 from megatron_prune.huggingface.verify_export import load_stock_model, sample_tokens, stock_logits, wrong_weight
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import Architecture, Group

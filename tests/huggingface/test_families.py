@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.huggingface.config import read_shape, read_source
+from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.kv_policy import EXPAND, NATIVE
+from megatron_prune.huggingface.source_facts import read_source
 from megatron_prune.huggingface.verify_export import stock_logits
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import Architecture, Group

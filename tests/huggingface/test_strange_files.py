@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.cluster import read_architecture
-from megatron_prune.huggingface.config import read_shape, read_source
+from megatron_prune.huggingface.config import read_shape
+from megatron_prune.huggingface.source_facts import read_source
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.llama import inverse_frequencies

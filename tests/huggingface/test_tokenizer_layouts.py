@@ -353,8 +353,9 @@ def test_templates_are_rendered_and_refusals_compared(stories260k: Path, text: P
 
 
 def test_ends_of_text_that_disagree_are_all_kept(stories260k: Path, text: Path, tmp_path: Path) -> None:
-    from megatron_prune.huggingface.config import read_shape, read_source
+    from megatron_prune.huggingface.config import read_shape
     from megatron_prune.huggingface.export import export
+    from megatron_prune.huggingface.source_facts import read_source
     from megatron_prune.model.architecture import Architecture
     from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from megatron_prune.config import load_config
+from megatron_prune.data.leftovers import claim_folder, staging
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.leftovers import remove_leftovers
 from megatron_prune.launch.assembly.outputs import check_places
 from megatron_prune.runtime.failures import exit_status, lost_contact, mishap
 
@@ -43,14 +43,19 @@ def test_few_file_descriptors_are_no_lost_rank():
 
 
 def test_what_killed_exports_left_is_removed(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (tmp_path / f".model.{ended.pid}.partial").mkdir()
-    (tmp_path / f".model.{ended.pid}.partial" / "weights").write_text("half")
-    (tmp_path / f".model.{os.getppid()}.partial").mkdir()
-    (tmp_path / f".other.{ended.pid}.partial").write_text("of another target")
-    assert remove_leftovers(tmp_path / "model") == [tmp_path / f".model.{ended.pid}.partial"]
-    assert len(list(tmp_path.iterdir())) == 2
+    killed = "import os, pathlib, sys\nfrom megatron_prune.data.leftovers import claim_folder, staging\n"
+    killed += "place = staging(pathlib.Path(sys.argv[1]))\n"
+    killed += "with claim_folder(place):\n    (place / 'weights').write_text('half')\n    os._exit(9)"
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path / "model")], check=False)
+    assert len(list(tmp_path.glob(".model.*.partial/weights"))) == 1
+    (tmp_path / ".model.12.partial").write_text("half a file")
+    (tmp_path / ".model.mine.partial").write_text("of the user")
+    (tmp_path / ".other.12.partial").write_text("of another target")
+    with claim_folder(tmp_path / ".model.34.partial"):  # somebody else's, who still writes it
+        assert not staging(tmp_path / "model").exists()
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {".model.mine.partial", ".other.12.partial", ".model.34.partial"}
+    assert not (tmp_path / ".model.34.partial").exists()
 
 
 def test_small_files_of_a_checkpoint_are_checked_without_assertions():

@@ -21,8 +21,8 @@ from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
-from megatron_prune.huggingface.config import read_source
 from megatron_prune.huggingface.provenance import source_of, tokenizer_of
+from megatron_prune.huggingface.source_facts import read_source
 from megatron_prune.huggingface.weights import FolderWeights, source_view
 from megatron_prune.launch.assembly.data_order import check_order
 from megatron_prune.model.architecture import Architecture
