@@ -205,30 +205,6 @@ def build_datasets(
     Raises:
         UserError: a share without documents, an epoch of less than one sample, a cache folder that is not writable.
     """
-    datasets = _rank_after_rank(
-        lambda: (
-            _build(blend, tokenizer, seq_length, samples, split, seed, cache_path, eod_mask_loss)
-            if not dist.is_initialized() or is_built_on_rank()
-            else (None, None, None)
-        )
-    )
-    for name, dataset in zip(SPLITS, datasets):
-        if dataset is not None:
-            logger.info("%s data: %d samples of %d tokens", name, len(dataset), seq_length)
-    return datasets
-
-
-def _build(
-    blend: Blend,
-    tokenizer: Tokenizer,
-    seq_length: int,
-    samples: tuple[int | None, int | None, int | None],
-    split: str,
-    seed: int,
-    cache_path: str | None,
-    eod_mask_loss: bool,
-) -> tuple[Any, Any, Any]:
-    """This rank's data sets, without a word to the others."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     with _quiet("megatron.core.datasets"):
@@ -243,16 +219,31 @@ def _build(
             eod_mask_loss=eod_mask_loss,
             create_attention_mask=False,
         )
+    has_data = not dist.is_initialized() or is_built_on_rank()
+    datasets = _rank_after_rank(
+        lambda: _build(blend, config, samples, split, cache_path) if has_data else (None, None, None)
+    )
+    for name, dataset in zip(SPLITS, datasets):
+        if dataset is not None:
+            logger.info("%s data: %d samples of %d tokens", name, len(dataset), seq_length)
+    return datasets
+
+
+def _build(
+    blend: Blend, config: Any, samples: tuple[int | None, int | None, int | None], split: str, cache_path: str | None
+) -> tuple[Any, Any, Any]:
+    """This rank's data sets, without a word to the others; completes megatron-core's `config`."""
+    with _quiet("megatron.core.datasets"):
         # What is not wanted is taken out: in a split without documents megatron-core would search for ever.
         parts = [part if count != 0 else None for part, count in zip(config.split_matrix, samples)]
-        _check_documents(blend, parts, samples, seq_length, split)
+        _check_documents(blend, parts, samples, config.sequence_length, split)
         sizes = [0 if part is None else count for part, count in zip(parts, samples)]
         raise_file_limit(len(blend.data), sum(part is not None for part in parts))
         config.split_matrix = parts
         config.path_to_cache = _cache_folder(blend, cache_path)
         config.fast_cache_load = True  # or megatron-core waits for other ranks in the middle of a blend
         config.mid_level_dataset_surplus = _surplus(blend.weights, sizes)
-        classes = guarded(tokenizer.vocab_size if blend.vocab_size is None else blend.vocab_size)
+        classes = guarded(config.tokenizer.vocab_size if blend.vocab_size is None else blend.vocab_size)
         train, valid, test = classes.builder(classes.dataset, sizes, lambda: True, config).build()
     return train, valid, test
 

@@ -1,6 +1,7 @@
 """Before ranks know each other: do all of them read the same configuration with the same code?
 
     RankFacts       what one rank brings: its complaint if it has one, its configuration, code, libraries and device
+    first_complaint of all ranks, in one line that names them
     verdict         all ranks' facts -> what is wrong with them, or None   (pure)
     code_version    a digest of the package's sources
     insist          compare over a mesh
@@ -58,10 +59,9 @@ class RankFacts:
 
 def verdict(facts: Sequence[RankFacts]) -> str | None:
     """What is wrong, in one line; None when all ranks agree and none complains."""
-    complaining = [rank for rank, fact in enumerate(facts) if fact.complaint is not None]
-    if complaining:
-        where = "" if len(complaining) == len(facts) else f" ({ranks_named(complaining)} only)"
-        return f"{facts[complaining[0]].complaint}{where}"
+    told = first_complaint([fact.complaint for fact in facts])
+    if told is not None:
+        return told
     others = [rank for rank, fact in enumerate(facts) if fact.code != facts[0].code]
     if others:
         return (
@@ -83,6 +83,15 @@ def verdict(facts: Sequence[RankFacts]) -> str | None:
             "all nodes the same file and flags"
         )
     return None
+
+
+def first_complaint(complaints: Sequence[str | None]) -> str | None:
+    """The first of all ranks' complaints, and which ranks have one unless all do; None where none has."""
+    failed = [rank for rank, text in enumerate(complaints) if text is not None]
+    if not failed:
+        return None
+    where = "" if len(failed) == len(complaints) else f" (on {ranks_named(failed)} only)"
+    return f"{complaints[failed[0]]}{where}"
 
 
 def ranks_named(numbers: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_prune.errors import DisagreementError, PeerLostError, UserError, first_line, one_line
+from megatron_prune.runtime.agreement import first_complaint
 from megatron_prune.runtime.mesh import Mesh, agree
 from megatron_prune.runtime.places import speaks
 from megatron_prune.runtime.rendezvous import NotMetError
@@ -45,12 +46,9 @@ def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
         complaint = str(error)
     except OSError as error:
         complaint = mishap(error)
-    complaints = agree(mesh, complaint)
-    failed = [rank for rank, text in enumerate(complaints) if text is not None]
-    if failed:
-        ranks = f"rank{'s' * (len(failed) > 1)} {', '.join(map(str, failed))}"
-        where = "" if len(failed) == len(complaints) else f" (on {ranks} only)"
-        raise UserError(f"{complaints[failed[0]]}{where}")
+    told = first_complaint(agree(mesh, complaint))
+    if told is not None:
+        raise UserError(told)
     return result  # type: ignore[return-value]
 
 

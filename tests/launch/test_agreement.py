@@ -30,7 +30,7 @@ def test_other_code_is_named_before_other_configuration():
 
 def test_complaints_of_some_say_whose():
     assert verdict([RankFacts("cannot read run.yaml")] * 2) == "cannot read run.yaml"
-    assert verdict([GOOD, RankFacts("cannot read run.yaml")]) == "cannot read run.yaml (rank 1 only)"
+    assert verdict([GOOD, RankFacts("cannot read run.yaml")]) == "cannot read run.yaml (on rank 1 only)"
 
 
 def test_own_facts_hold_the_complaint():
@@ -81,7 +81,7 @@ def test_everybody_gets_rank_0s_plan():
 
 def test_everybody_stops_with_the_same_words():
     told = together(GOOD, RankFacts("cannot read run.yaml"))
-    assert told == ["cannot read run.yaml (rank 1 only)"] * 2
+    assert told == ["cannot read run.yaml (on rank 1 only)"] * 2
 
     def refuses():
         raise UserError("nothing to export")

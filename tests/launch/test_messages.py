@@ -10,11 +10,31 @@ import pytest
 from megatron_prune.config import load_config
 from megatron_prune.data.leftovers import claim_folder, staging
 from megatron_prune.errors import UserError
+from megatron_prune.launch.assembly.alike import insist_shared
 from megatron_prune.launch.assembly.outputs import check_places
+from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.failures import exit_status, lost_contact, mishap
+from megatron_prune.runtime.mesh import close_mesh, init_mesh
+from megatron_prune.testing.helpers.ranks import RankError, run_ranks
 
 
-@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--data-cache-path"])
+def share(_rank, _world_size, save):
+    mesh = init_mesh(choose_device("cpu"), 1, 1)
+    try:
+        insist_shared(mesh, save)
+    finally:
+        close_mesh()
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    told = r"checkpoint\.save \(--save\): .* cannot be written: .*; give another folder"
+    with pytest.raises(RankError, match=told):
+        run_ranks(share, 1, str(tmp_path / "file" / "below"))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("flag", ["--tensorboard-dir", "--data-cache-path"])
 def test_a_folder_that_cannot_be_made_names_its_field(flag, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere", "/dev/full/x"):

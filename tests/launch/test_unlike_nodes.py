@@ -157,7 +157,7 @@ def test_a_mistake_of_one_rank_ends_all(nodes, tmp_path):
     """Before there is a process group, which the others would wait for."""
     words = [command(tmp_path / "run"), command(tmp_path / "run", "--seq-length", "long")]
     line = told(start(nodes, words))
-    assert "--seq-length" in line and "(rank 1 only)" in line
+    assert "--seq-length" in line and "(on rank 1 only)" in line
 
 
 # Comparing ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from megatron_prune.checkpoint import load_checkpoint
 from megatron_prune.checkpoint.record import COMMON_FILE
 from megatron_prune.config import Config
 from megatron_prune.data import datasets as data
-from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, wanted_samples
+from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, splits_read, wanted_samples
 from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.launch.assembly.saving import CheckpointSaver
 from megatron_prune.model.kinds import VOCAB
@@ -101,9 +101,6 @@ def build_datasets(config: Config, inputs: Inputs, train_samples: int | None = N
     """megatron-core's data sets; the training set holds `train_samples` or more (None: for a run from its start)."""
     if train_samples is None:
         train_samples = wanted_samples(config, RunState(), None)
-    valid_samples = (
-        config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
-    )
     build = partial(
         data.build_datasets,
         tokenizer=inputs.tokenizer,
@@ -112,12 +109,11 @@ def build_datasets(config: Config, inputs: Inputs, train_samples: int | None = N
         cache_path=config.data.data_cache_path,
         eod_mask_loss=config.data.eod_mask_loss,
     )
-    if inputs.valid is not None:
-        train, _, _ = build(inputs.train, samples=(train_samples, 0, 0), split="1,0,0")
-        _, valid, _ = build(inputs.valid, samples=(0, valid_samples, 0), split="0,1,0")
-        return Datasets(train, valid)
-    train, valid, _ = build(inputs.train, samples=(train_samples, valid_samples, 0), split=config.data.split)
-    return Datasets(train, valid)
+    train, valid = splits_read(config, train_samples)
+    training, validation, _ = build(inputs.train, split=train.split, samples=train.samples)
+    if valid is not None and inputs.valid is not None:
+        _, validation, _ = build(inputs.valid, split=valid.split, samples=valid.samples)
+    return Datasets(training, validation)
 
 
 def build_trainer(

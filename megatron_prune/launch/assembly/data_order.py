@@ -2,6 +2,7 @@
 
     data_order      Config, Blend -> plain values for the checkpoint
     check_order     refuse to resume on another order, unless asked for
+    splits_read     which shares of the data sets are read, and how much of each
     wanted_samples  how many samples to shuffle
     shuffle_of      what came of the shuffle, for the checkpoint
     check_shuffle   refuse to resume on another shuffle, unless asked for
@@ -20,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,13 +36,29 @@ _COMPARED = 4096  # entries of each shuffle; two shuffles that differ do so from
 logger = logging.getLogger(__name__)
 
 
+class SplitRead(NamedTuple):
+    """Of one blend: shares of its documents for training, validation and test, and the samples wanted of each."""
+
+    split: str
+    samples: tuple[int, int, int]
+
+
+def splits_read(config: Config, train_samples: int = 1) -> tuple[SplitRead, SplitRead | None]:
+    """What a run reads of data.data_path, and of data.valid_data_path, if it has one."""
+    training = config.training
+    valid_samples = training.eval_iters * training.global_batch_size if training.eval_interval else 0
+    if config.data.valid_data_path:
+        return SplitRead("1,0,0", (train_samples, 0, 0)), SplitRead("0,1,0", (0, valid_samples, 0))
+    return SplitRead(config.data.split, (train_samples, valid_samples, 0)), None
+
+
 def data_order(config: Config, blend: Blend) -> dict[str, Any]:
     """Content and shares of the data sets, and what shuffles them; paths do not count."""
     weights = blend.weights or (1.0,)
     return {
         "data": [data.fingerprint for data in blend.data],
         "weights": [weight / math.fsum(weights) for weight in weights],
-        "split": config.data.split if config.data.valid_data_path is None else "1,0,0",
+        "split": splits_read(config)[0].split,
         "seq_length": config.data.seq_length,
         "seed": config.training.seed,
     }

@@ -30,6 +30,7 @@ from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.launch.assembly import opening
 from megatron_prune.launch.assembly.assemble import model_options, quanta
+from megatron_prune.launch.assembly.data_order import splits_read
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank
 from megatron_prune.launch.estimate.report import Estimate, Finding, render
@@ -81,13 +82,14 @@ def look(config: Config) -> Found:
     findings: list[Finding] = []
     record, architecture = _source(config, findings)
     tokenizer = _tokenizer(config, record, findings)
-    for field, text in (
-        ("data.data_path (--data-path)", config.data.data_path),
-        ("data.valid_data_path (--valid-data-path)", config.data.valid_data_path),
+    train, valid = splits_read(config)
+    for field, text, read in (
+        ("data.data_path (--data-path)", config.data.data_path, train),
+        ("data.valid_data_path (--valid-data-path)", config.data.valid_data_path, valid),
     ):
-        if text is not None:
+        if text and read is not None:
             present = _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
-            _documents(config, present, field)
+            check_documents(Blend(tuple(present), None), read.split, read.samples, config.data.seq_length)
     _tasks(config, findings)
     opening._check_context(config, architecture)
     opening._check_target(config, architecture)
@@ -171,16 +173,6 @@ def _data(
     sizes = {data.prefix: f"{data.sequences:,} documents, {data.tokens:,} tokens" for data in present}
     findings += [Finding(f"data {prefix}", sizes.get(prefix, NOT_HERE)) for prefix in prefixes]
     return present
-
-
-def _documents(config: Config, present: list[IndexedData], field: str) -> None:
-    """Every split that is read must hold documents, as `build_datasets` will ask. Raises UserError."""
-    is_valid, training = field.startswith("data.valid"), config.training
-    evaluates = bool(training.eval_interval)
-    has_own = config.data.valid_data_path is not None
-    split = "0,1,0" if is_valid else "1,0,0" if has_own else config.data.split
-    wanted = (0 if is_valid else 1, int(evaluates and (is_valid or not has_own)), 0)
-    check_documents(Blend(tuple(present), None), split, wanted, config.data.seq_length)
 
 
 def _tasks(config: Config, findings: list[Finding]) -> None:
