@@ -51,9 +51,9 @@ _SPLITS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Vocabulary:
-    """What GGUF stores of a tokenizer.
+    """What GGUF stores of a tokenizer; `read_vocabulary` completes it step by step.
 
     Attributes:
         model: `llama` (SentencePiece BPE), `t5` (SentencePiece unigram) or `gpt2` (byte-level BPE).

@@ -324,10 +324,9 @@ class _Rank:
                     return code if code > 0 else 1
             if job.left_out is None:
                 self.ledger = self.ledger.with_done(stage, iteration)
-                self.ledger.skipped.pop(stage, None)
             else:
                 logger.info("stage %s: %s, %s", stage, "incomplete" if job.words else "skipped", job.left_out)
-                self.ledger.skipped[stage] = job.left_out
+                self.ledger = self.ledger.with_skipped(stage, job.left_out)
             self.ledger.write(self.save)
         self._note(FINISHED)
         logger.info("done: stages %s; everything is in %s", ", ".join(self.request.stages), self.save)

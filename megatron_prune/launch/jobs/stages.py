@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ class Ledger:
     """
 
     status: str = RUNNING
-    done: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    done: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, save: Path) -> Ledger:
@@ -84,7 +84,12 @@ class Ledger:
 
     def with_done(self, stage: str, iteration: int) -> Ledger:
         """The same with `stage` done for the checkpoint of `iteration`."""
-        return dataclasses.replace(self, done={**self.done, stage: iteration})
+        skipped = {name: why for name, why in self.skipped.items() if name != stage}
+        return dataclasses.replace(self, done={**self.done, stage: iteration}, skipped=skipped)
+
+    def with_skipped(self, stage: str, why: str) -> Ledger:
+        """The same with `stage` left out."""
+        return dataclasses.replace(self, skipped={**self.skipped, stage: why})
 
 
 @dataclass(frozen=True)
