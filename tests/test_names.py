@@ -1,6 +1,7 @@
 """The package stays easy to find one's way in: names occur once, and modules import each other in one direction.
 
-Read with ast from the sources, as in test_rooms; imports inside functions and under TYPE_CHECKING count as well.
+Read with ast from the sources, as in test_rooms. Imports inside functions count as well; those under TYPE_CHECKING,
+which only say what an annotation means, do not.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ def imports(modules: Mapping[Path, ast.Module], package: str) -> dict[str, set[s
     names = {path: ".".join((package, *path.with_suffix("").parts)).removesuffix(".__init__") for path in modules}
     graph = {}
     for path, tree in modules.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+                node.body.clear()
         targets = (target for _, target in import_targets(tree, package=(package, *path.parts[:-1])))
         candidates = {".".join(target[:end]) for target in targets for end in (len(target), len(target) - 1)}
         exact = {name for name in candidates if name in names.values()}

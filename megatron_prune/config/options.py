@@ -63,7 +63,7 @@ class NamedParts(Mapping[str, Any]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class FieldRules:
     """What a field accepts beyond its type.
 
     Arguments:
@@ -119,7 +119,7 @@ class Option:
     optional: bool
     default: Any
     help: str
-    rules: Rules
+    rules: FieldRules
 
     @property
     def key(self) -> str:
@@ -188,8 +188,10 @@ def option(
     required: bool = False,
     unique: bool = False,
 ) -> Any:
-    """Declare a field of a section; see `Rules` for the keyword arguments."""
-    rules = Rules(at_least, above, below, count, several_words, refused, at_most, choices, metavar, required, unique)
+    """Declare a field of a section; see `FieldRules` for the keyword arguments."""
+    rules = FieldRules(
+        at_least, above, below, count, several_words, refused, at_most, choices, metavar, required, unique
+    )
     return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
 
 
