@@ -17,13 +17,10 @@ already (true changes, pruned models, runs) is not computed again, so that a new
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +30,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_prune.commands.running import run_command
+from megatron_prune.config.options import option
 from megatron_prune.model.kinds import find_kind
 
 SEQUENCE, CALIBRATION, HELD_OUT, FFN_SAMPLE = 256, 64, 64, 32
@@ -48,15 +47,18 @@ FIRST, SECOND, BOTH = "signed, first order", "signed, second order", "signed, bo
 PER_TOKEN, ABSOLUTE = ", Fisher per token", "absolute value of the signed sum, first order"
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--hf-model", required=True, metavar="DIR", help="Hugging Face folder of the model")
-    add("--text", required=True, metavar="FILE", help="text of the model's kind; documents are split by blank lines")
-    add("--output-dir", required=True, metavar="OUT", help="where tables, figure and runs go; data sets are kept there")
-    add("--skip-training", action="store_true", help="only the correlation and pruning without training")
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class CorrelationOptions:
+    """Its options."""
+
+    hf_model: str = option(None, "Hugging Face folder of the model", metavar="DIR", required=True)
+    text: str = option(
+        None, "text of the model's kind; documents are split by blank lines", metavar="FILE", required=True
+    )
+    output_dir: str = option(
+        None, "where tables, figure and runs go; data sets are kept there", metavar="OUT", required=True
+    )
+    skip_training: bool = option(False, "only the correlation and pruning without training")
 
 
 # Correlation ----------------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def pruned_losses(config: Any, names: Sequence[str], output: Path) -> tuple[list
     return lines, min(found for title, found in best.items() if title != "`random`")[1]
 
 
-def trained_losses(arguments: argparse.Namespace, base: Sequence[str], target: int, best: str) -> list[str]:
+def trained_losses(arguments: CorrelationOptions, base: Sequence[str], target: int, best: str) -> list[str]:
     """The same tokens, three ways; lines of the table."""
     from megatron_prune.pretrain import main as pretrain
 
@@ -321,15 +323,11 @@ def prune_steps(common: Sequence[str], flags: Sequence[str], save: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all of it; returns the exit status."""
-    arguments = parse(argv)
-    warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    from megatron_prune.runtime.failures import exit_status
-
-    return exit_status(lambda: run(arguments))
+    about = "How well criteria predict what removing a unit does to the loss."
+    return run_command("criteria_correlation.py", CorrelationOptions, run, argv, about=about)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: CorrelationOptions) -> int:
     """Raises UserError."""
     from megatron_prune.config import parse_command
     from megatron_prune.data.preprocess import Options, preprocess

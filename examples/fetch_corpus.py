@@ -12,13 +12,17 @@ Python-Edu publishes where each file lies instead of its text (blob_id, in Softw
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_prune.commands.running import run_command
+from megatron_prune.config.options import option
+from megatron_prune.errors import UserError
 
 BYTES_PER_TOKEN = 4
 
@@ -70,28 +74,35 @@ def reader(key: str) -> Callable[[Mapping[str, Any]], str]:
     return text_of
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--repository", required=True)
-    add("--configuration", default="-", help="- for none")
-    add("--key", default="text")
-    add("--billions", type=float, required=True, help="tokens that are wanted")
-    add("--share", type=float, default=1.0, help="of them")
-    add("--output", type=Path, required=True)
-    arguments = parser.parse_args(argv)
+@dataclass(frozen=True)
+class FetchOptions:
+    """Its options."""
+
+    repository: str = option(None, "on the hub", metavar="ID", required=True)
+    configuration: str = option("-", "of the data set; - for none", metavar="NAME")
+    key: str = option("text", "where a record holds its text")
+    billions: float = option(None, "tokens that are wanted", required=True)
+    share: float = option(1.0, "of them")
+    output: str = option(None, "JSON lines, gzipped", metavar="FILE", required=True)
+
+
+def fetch(arguments: FetchOptions) -> int:
+    """Download and write; the exit status. Raises UserError."""
     try:
         from datasets import load_dataset
-    except ImportError:
-        print("fetch_corpus: needs the package datasets; pip install datasets", file=sys.stderr)
-        return 2
+    except ImportError as error:
+        raise UserError("fetch_corpus needs the package datasets; pip install datasets") from error
     configuration = None if arguments.configuration == "-" else arguments.configuration
     records = load_dataset(arguments.repository, configuration, split="train", streaming=True)
     limit = int(arguments.billions * arguments.share * 1e9 * BYTES_PER_TOKEN)
-    count = write(take(records, reader(arguments.key), limit), arguments.output)
+    count = write(take(records, reader(arguments.key), limit), Path(arguments.output))
     print(f"{arguments.output}: {count:,} documents")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return run_command("fetch_corpus.py", FetchOptions, fetch, argv, about="One corpus from the hub as JSON lines.")
 
 
 if __name__ == "__main__":

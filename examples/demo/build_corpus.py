@@ -16,7 +16,6 @@ installed. Files are parsed, never imported.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
@@ -25,8 +24,13 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from megatron_prune.commands.running import run_command
+from megatron_prune.config.options import option
+from megatron_prune.errors import UserError
 
 SKIPPED = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test"}
 SKIPPED |= {"tests", "turtledemo"}
@@ -134,27 +138,33 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to write")
-    parser.add_argument("--megabytes", type=float, default=6.0, metavar="N", help="size aimed at")
-    arguments = parser.parse_args(argv)
-    library = Path(sysconfig.get_paths()["stdlib"])
+@dataclass(frozen=True)
+class CorpusOptions:
+    """Its options."""
+
+    output: str = option(None, "JSON lines to write", metavar="FILE", required=True)
+    megabytes: float = option(6.0, "size aimed at")
+
+
+def build(arguments: CorpusOptions) -> int:
+    """Write the corpus; the exit status. Raises UserError."""
+    library, output = Path(sysconfig.get_paths()["stdlib"]), Path(arguments.output)
     corpus = choose(all_documents(library, reference()), int(arguments.megabytes * 1e6))
     size = sum(document.size for document in corpus)
     if size < LEAST_TOTAL:
-        print(f"build_corpus: {library} holds only {size:,} bytes of text: are its sources there?", file=sys.stderr)
-        return 2
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("w", encoding="utf-8") as file:
+        raise UserError(f"{library} holds only {size:,} bytes of text: are its sources there?")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in corpus)
     kinds = Counter(document.name.partition("/")[0] for document in corpus)
     counts = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items()))
-    print(f"{arguments.output}: {size:,} bytes in {len(corpus):,} documents ({counts})")
+    print(f"{output}: {size:,} bytes in {len(corpus):,} documents ({counts})")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return run_command("build_corpus.py", CorpusOptions, build, argv, about="A corpus out of Python's own texts.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ is printed is also written to `results.md` in the folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -16,8 +15,12 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_prune.commands.running import run_command
+from megatron_prune.config.options import option
 
 STAGES = {"source": "source", "pruned": "right after pruning", "final": "final"}
 HEADINGS = ("model", "parameters", "heads (KV)", "FFN", "hidden", "tokens seen", "validation loss", "tokens/s")
@@ -132,20 +135,30 @@ def report(folder: Path, seconds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where the demo writes everything")
-    parser.add_argument("--seconds", type=int, default=0, metavar="N", help="how long the demo has taken")
-    arguments = parser.parse_args(argv)
+@dataclass(frozen=True)
+class ReportOptions:
+    """Its options."""
+
+    folder: str = option(None, "where the demo writes everything", metavar="DIR", required=True)
+    seconds: int = option(0, "how long the demo has taken")
+
+
+def show(arguments: ReportOptions) -> int:
+    """Print the report and write it; the exit status."""
+    folder = Path(arguments.folder)
     try:
-        text = report(arguments.folder, arguments.seconds)
+        text = report(folder, arguments.seconds)
     except (OSError, KeyError, ValueError) as error:
-        print(f"report: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    (arguments.folder / "results.md").write_text(f"# The demo's results\n\n{text}", encoding="utf-8")
+    (folder / "results.md").write_text(f"# The demo's results\n\n{text}", encoding="utf-8")
     print(f"\n{text}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return run_command("report.py", ReportOptions, show, argv, about="What the demo came to.")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ of spaces only. Ids: unknown 0, begin 1, end 2, the 256 bytes, then pieces.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_prune.commands.running import run_command
+from megatron_prune.config.options import option
+from megatron_prune.errors import UserError
 
 
 def sample_lines(corpus: Path, megabytes: float) -> Iterator[str]:
@@ -52,26 +56,30 @@ def train(lines: Iterator[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--corpus", type=Path, required=True, metavar="FILE", help="JSON lines with a key text")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="tokenizer.model to write")
-    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="ids")
-    parser.add_argument(
-        "--megabytes", type=float, default=2.0, metavar="N", help="text to train on, which bounds the time"
-    )
-    arguments = parser.parse_args(argv)
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Its options."""
+
+    corpus: str = option(None, "JSON lines with a key text", metavar="FILE", required=True)
+    output: str = option(None, "tokenizer.model to write", metavar="FILE", required=True)
+    vocab_size: int = option(2048, "ids")
+    megabytes: float = option(2.0, "text to train on, which bounds the time")
+
+
+def write(arguments: TokenizerOptions) -> int:
+    """Train and write; the exit status. Raises UserError."""
     try:
-        content = train(sample_lines(arguments.corpus, arguments.megabytes), arguments.vocab_size)
-    except (OSError, RuntimeError) as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr)
-        return 2
-    arguments.output.write_bytes(content)
+        content = train(sample_lines(Path(arguments.corpus), arguments.megabytes), arguments.vocab_size)
+    except RuntimeError as error:
+        raise UserError(f"--corpus {arguments.corpus}: {error}") from error
+    Path(arguments.output).write_bytes(content)
     print(f"{arguments.output}: {arguments.vocab_size:,} ids, trained on {arguments.megabytes:g} MB of text")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return run_command("train_tokenizer.py", TokenizerOptions, write, argv, about="A tokenizer of the corpus's own.")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,17 @@ from megatron_prune.runtime.places import speaks
 
 
 def run_command(
-    name: str, own: type, work: Callable[[Any], int], argv: Sequence[str] | None, interrupted: str = "interrupted"
+    name: str,
+    own: type,
+    work: Callable[[Any], int],
+    argv: Sequence[str] | None,
+    interrupted: str = "interrupted",
+    about: str = "",
 ) -> int:
     """Run a command of one process; returns the exit status.
 
     Args:
+        name: one of COMMANDS; or how a script outside of the package is called, and `about` what it does.
         own: dataclass of its options, which `work` gets filled; `work` returns the exit status.
         argv: the words after the command; None: this process's.
         interrupted: what to say after Ctrl-C.
@@ -41,7 +47,7 @@ def run_command(
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    return run_on_ranks(name, own, through, argv, level=logging.WARNING)
+    return run_on_ranks(name, own, through, argv, level=logging.WARNING, about=about)
 
 
 def run_on_ranks(
@@ -51,6 +57,7 @@ def run_on_ranks(
     argv: Sequence[str] | None,
     sections: Mapping[str, type] | None = None,
     level: int = logging.ERROR,
+    about: str = "",
 ) -> int:
     """Run a command that may be one of many ranks, of which one tells mistakes; returns the exit status.
 
@@ -58,8 +65,9 @@ def run_on_ranks(
         sections: of the configuration, whose flags it takes as well.
         level: of the messages that are shown.
     """
-    about = COMMANDS[name][1]
-    line = CommandLine(f"megatron-prune {name}", f"{about[0].upper()}{about[1:]}.", own, sections or {})
+    if name in COMMANDS:
+        name, about = f"megatron-prune {name}", f"{COMMANDS[name][1]}."
+    line = CommandLine(name, about[:1].upper() + about[1:], own, sections or {})
     try:  # torch is imported when the command line is known to be right
         given = line.read(sys.argv[1:] if argv is None else argv)
         if given is not None:
