@@ -42,7 +42,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("--help", "-h"):
+    if not words or words[0] in ("--help", "-h", "help"):
         (sys.stdout if words else sys.stderr).write(help_text())
         return 0 if words else 2
     if words[0] == "--version":

@@ -37,6 +37,8 @@ def run_command(
     """
 
     def through(given: Given) -> int:
+        from megatron_prune.runtime import failures
+
         # Leaving by an exception removes temporary files and what is half written.
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
@@ -44,6 +46,11 @@ def run_command(
         except KeyboardInterrupt:
             sys.stderr.write(f"error: {interrupted}\n")
             return 128 + signal.SIGINT
+        except OSError as error:
+            reason = failures.mishap(error)
+            if reason is None:
+                raise
+            raise UserError(reason) from error
         finally:
             signal.signal(signal.SIGTERM, before)
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from megatron_prune.commands import COMMANDS, main
+from megatron_prune.commands.running import run_command
+from megatron_prune.commands.token_scaling import ScalingOptions
 from tests.commands import ROOT
 
 RUN = "import sys; from megatron_prune.commands import main; status = main()"
@@ -55,6 +57,20 @@ def test_mistakes_are_one_line_that_names_the_flag(words, told, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert told in captured.err
+
+
+def test_what_the_machine_refuses_and_an_interruption_are_one_line(tmp_path, capsys):
+    def fails(_options):
+        (tmp_path / "absent" / "file").write_text("")
+
+    def is_interrupted(_options):
+        raise KeyboardInterrupt
+
+    words = ["--runs", "a", "--output-dir", "b"]
+    assert run_command("token-scaling", ScalingOptions, fails, words) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/absent/file: No such file or directory\n"
+    assert run_command("token-scaling", ScalingOptions, is_interrupted, words, "interrupted; nothing written") == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing written\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
