@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_prune.config import Config
-from megatron_prune.data.batches import BatchStream, Dataset
+from megatron_prune.data.batches import Dataset
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.pruning.history import Removal
@@ -26,7 +26,7 @@ from megatron_prune.saliency.scores import UnitScores
 from megatron_prune.training.pruner import Scored, Scoring
 from megatron_prune.training.pruning_settings import pruning_settings, selector_rules
 from megatron_prune.training.state import RunState
-from megatron_prune.training.step import Batches, forward_backward, read_batch
+from megatron_prune.training.step import Batches, forward_backward, microbatches, open_stream, read_batch
 
 
 def _ignore(*_: Any) -> None:
@@ -58,8 +58,7 @@ class OneShot:
     @property
     def num_microbatches(self) -> int:
         """Micro-batches that this rank sees per scoring."""
-        training = self.config.training
-        return training.global_batch_size // (training.micro_batch_size * self.model.mesh.dp_size)
+        return microbatches(self.config, self.model.mesh)
 
     def unit_scores(self, metric: str) -> UnitScores:
         """Sums per unit of the criterion called `metric`, as training would score the same batch; nothing is removed.
@@ -113,8 +112,7 @@ class OneShot:
     def _score(self, config: Config, state: RunState) -> Scored:
         """Gradients of the calibration batch, watched as in training; nothing is smoothed."""
         mesh, training = self.model.mesh, config.training
-        samples = mesh.over("samples")
-        batches = BatchStream(self.dataset, training.micro_batch_size, samples.rank, samples.size)
+        batches = open_stream(self.dataset, config, mesh)
         settings = dataclasses.replace(pruning_settings(config, mesh.dp_size), momentum=0.0)
         scoring = Scoring(self.coordinator, settings, state)
         forward_backward(

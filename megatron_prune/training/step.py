@@ -23,6 +23,18 @@ Batches = Iterator[dict[str, Tensor]]
 NEXT_TOKEN = CrossEntropy()
 
 
+def microbatches(config: Config, mesh: Mesh) -> int:
+    """Micro-batches of a rank per global batch."""
+    return config.training.global_batch_size // (config.training.micro_batch_size * mesh.dp_size)
+
+
+def open_stream(dataset: Dataset, config: Config, mesh: Mesh, consumed_samples: int = 0) -> BatchStream:
+    """This rank's micro-batches of `dataset`; those of the next global batch are read while one computes."""
+    samples, size = mesh.over("samples"), config.training.micro_batch_size
+    ahead = microbatches(config, mesh)
+    return BatchStream(dataset, size, samples.rank, samples.size, consumed_samples, ahead, mesh.device)
+
+
 def read_batch(batches: Batches, count: int, mesh: Mesh) -> Batches:
     """The next `count` micro-batches, read before any of them is used, on all ranks or on none; collective.
 
@@ -68,9 +80,7 @@ def evaluate(
 def validation_loss(model: LiveModel, dataset: Dataset, config: Config) -> tuple[float, float]:
     """(mean loss over the first `eval_iters` global batches of `dataset`, tokens per second)."""
     mesh, training = model.mesh, config.training
-    samples = mesh.over("samples")
-    batches = BatchStream(dataset, training.micro_batch_size, samples.rank, samples.size)
-    count = training.global_batch_size // (training.micro_batch_size * samples.size)
+    batches, count = open_stream(dataset, config, mesh), microbatches(config, mesh)
     mesh.device.synchronize()
     start = time.perf_counter()
     losses = [

@@ -18,7 +18,6 @@ import torch
 
 from megatron_prune.checkpoint.record import CONTINUED, FINISHED, PRUNING
 from megatron_prune.config import Config
-from megatron_prune.data.batches import BatchStream
 from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history import HistoryWriter, Removal
@@ -31,7 +30,15 @@ from megatron_prune.training.objective import Objective
 from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.pruning_settings import pruning_schedule, pruning_settings
 from megatron_prune.training.state import RunState
-from megatron_prune.training.step import NEXT_TOKEN, forward_backward, most, read_batch, validation_loss
+from megatron_prune.training.step import (
+    NEXT_TOKEN,
+    forward_backward,
+    microbatches,
+    most,
+    open_stream,
+    read_batch,
+    validation_loss,
+)
 from megatron_prune.training.stopping import StepAgreement, Stop
 
 logger = logging.getLogger(__name__)
@@ -100,9 +107,8 @@ class Trainer:
             )
         self.scheduler = build_scheduler(config, model, state)
         model.rebuilt.append(self._follow_optimizer)
-        training = config.training
-        self.num_microbatches = training.global_batch_size // (training.micro_batch_size * model.mesh.dp_size)
-        self.batches = self._stream(datasets.train, state.consumed_samples)
+        self.num_microbatches = microbatches(config, model.mesh)
+        self.batches = open_stream(datasets.train, config, model.mesh, state.consumed_samples)
         self.agreement = agreement or StepAgreement(config.training, model.mesh)
 
     @property
@@ -301,10 +307,6 @@ class Trainer:
         if self.saver is not None:
             self.saver.finish()
             self.coordinator.last_checkpoint = self.saver.complete
-
-    def _stream(self, dataset: Any, consumed: int) -> BatchStream:
-        samples = self.model.mesh.over("samples")
-        return BatchStream(dataset, self.config.training.micro_batch_size, samples.rank, samples.size, consumed)
 
     def _validation_loss(self) -> tuple[float, float]:
         if self.datasets.valid is None:

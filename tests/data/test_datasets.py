@@ -8,6 +8,8 @@ import os
 import re
 import resource
 import shlex
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -332,13 +334,15 @@ class Numbers:
     data_parallel_size=st.integers(1, 4),
     accumulation=st.integers(1, 3),
     consumed=st.integers(0, 50),
+    ahead=st.integers(0, 4),
 )
 def test_a_global_batch_is_the_next_samples_for_any_layout(
-    micro_batch_size: int, data_parallel_size: int, accumulation: int, consumed: int
+    micro_batch_size: int, data_parallel_size: int, accumulation: int, consumed: int, ahead: int
 ) -> None:
     dataset = Numbers(1000)
     streams = [
-        BatchStream(dataset, micro_batch_size, rank, data_parallel_size, consumed) for rank in range(data_parallel_size)
+        BatchStream(dataset, micro_batch_size, rank, data_parallel_size, consumed, ahead)
+        for rank in range(data_parallel_size)
     ]
     size = micro_batch_size * data_parallel_size * accumulation
     for step in range(3):
@@ -366,8 +370,60 @@ def test_micro_batches_are_stacked(make_data: Callable[..., str], tokenizer: Tok
     assert torch.equal(batch["tokens"][2], train[6]["tokens"])
 
 
-def test_an_exhausted_data_set_is_explained() -> None:
-    stream = BatchStream(Numbers(5), 2, 0, 1)
+@pytest.mark.parametrize("ahead", [0, 5])
+def test_an_exhausted_data_set_is_explained(ahead: int) -> None:
+    stream = BatchStream(Numbers(5), 2, 0, 1, ahead=ahead)
     next(stream), next(stream)
     with pytest.raises(UserError, match="it holds 5 samples and sample 5 is wanted"):
         next(stream)
+
+
+class Read(Numbers):
+    """Notes what is read, and cannot read some."""
+
+    def __init__(self, length: int, broken: int = -1) -> None:
+        super().__init__(length)
+        self.seen: list[int] = []
+        self.broken = broken
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.seen.append(index)
+        if index == self.broken:
+            raise UserError(f"sample {index} is damaged")
+        return super().__getitem__(index)
+
+
+def test_so_many_micro_batches_are_read_ahead_and_no_more() -> None:
+    data = Read(100)
+    stream = BatchStream(data, 2, 0, 1, ahead=3)
+    assert data.seen == []  # nothing before it is asked for
+    next(stream)
+    wait_until(lambda: len(data.seen) >= 8)
+    next(stream)
+    wait_until(lambda: len(data.seen) >= 10)
+    assert data.seen == list(range(10))
+
+
+def test_a_damaged_sample_is_told_with_its_own_micro_batch() -> None:
+    stream = BatchStream(Read(100, broken=5), 2, 0, 1, ahead=8)
+    next(stream), next(stream)
+    with pytest.raises(UserError, match="^sample 5 is damaged$"):
+        next(stream)
+
+
+def test_reading_takes_nothing_from_the_training_and_ends_with_the_stream() -> None:
+    before, others = torch.get_rng_state(), set(threading.enumerate())
+    stream = BatchStream(Numbers(100), 2, 0, 1, ahead=2)
+    next(stream)
+    (reader,) = set(threading.enumerate()) - others
+    del stream
+    gc.collect()
+    wait_until(lambda: not reader.is_alive())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

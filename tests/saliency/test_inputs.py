@@ -21,7 +21,7 @@ from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.training import pruner
 from megatron_prune.training.state import RunState
-from megatron_prune.training.step import evaluate, forward_backward
+from megatron_prune.training.step import evaluate, forward_backward, open_stream
 from tests.resharding.live_run import GQA, MICRO_BATCH, QWEN2, SEQUENCE, start
 
 TOKENS = MICRO_BATCH * SEQUENCE
@@ -50,7 +50,7 @@ def one_rank(_rank, _world_size, config, recompute):
     assert moments.mean_square[5] == moments.magnitude[5] == moments.variance[5] == 0, "an empty slot"
     assert int((moments.magnitude > 0).sum()) == 29
     # The same samples again, without gradients: the same tokens are seen.
-    trainer.batches = trainer._stream(trainer.datasets.train, 0)
+    trainer.batches = open_stream(trainer.datasets.train, trainer.config, trainer.model.mesh)
     evaluated = watched(trainer, EVERYTHING, evaluate)
     assert evaluated.moments.keys() == trained.moments.keys() == {n for n in names if n != "output_layer.weight"}
     for name, found in trained.moments.items():
