@@ -28,6 +28,7 @@ REQUIRES = [
     "numpy>=1.26",
     "psutil>=5.9",  # megatron-core's dist_checkpointing needs it and does not declare it
     "pyyaml>=6.0",
+    "rich>=13.9",  # the dashboard
     "safetensors>=0.4.3",
     "sentencepiece>=0.2",
     "tensorboard>=2.16.2",  # 2.16.0 requires nightly builds of TensorFlow

@@ -4,6 +4,9 @@ Snapshot    what is shown
 render      Snapshot -> lines   (pure)
 sparkline   numbers -> a small curve in characters
 Dashboard   draws on a terminal, at most a few times a second
+
+Drawing in place, sizes of terminals and keeping others' warnings apart are rich's. Elsewhere than on a terminal the
+messages are plain lines, and the last drawing follows them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _CURVE = 60  # points of a curve
@@ -40,8 +47,8 @@ class Snapshot:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def render(snapshot: Snapshot, width: int) -> list[str]:
-    """Lines of at most `width` characters."""
+def render(snapshot: Snapshot) -> list[str]:
+    """The lines of a drawing."""
     done = snapshot.iteration / max(snapshot.total_iterations, 1)
     first, now, target = snapshot.parameters
     lines = [
@@ -67,7 +74,7 @@ def render(snapshot: Snapshot, width: int) -> list[str]:
         parts = sorted(snapshot.seconds.items(), key=lambda item: -item[1])
         shown = [f"{part} {1000 * seconds:.1f}" for part, seconds in parts if seconds >= 5e-5]
         lines.append("ms          " + " | ".join(shown))
-    return [line[:width] for line in lines]
+    return lines
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -91,12 +98,12 @@ class Dashboard:
     """Draws snapshots over each other.
 
     Args:
-        stream: a terminal. width: its columns.
+        stream: a terminal, or whatever stands in for it.
     """
 
-    def __init__(self, stream: IO[str], width: int) -> None:
-        self._stream, self._width = stream, width
-        self._lines: list[str] = []
+    def __init__(self, stream: IO[str]) -> None:
+        self._console = Console(file=stream)
+        self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False)
         self._drawn = -math.inf
         self.losses: deque[float] = deque(maxlen=_CURVE)
         self.saliencies: deque[float] = deque(maxlen=_CURVE)
@@ -107,26 +114,17 @@ class Dashboard:
 
     def draw(self, snapshot: Snapshot) -> None:
         """Replace the last drawing."""
-        self._erase()
-        self._lines = render(snapshot, self._width - 1)
-        self._show()
+        if not self._live.is_started:
+            self._live.start()
+            self._console.show_cursor()  # rich hides it until `close`, which a killed run never comes to
+        lines = [*render(snapshot), ""]  # others write below it
+        self._live.update(Text("\n".join(lines), no_wrap=True, overflow="crop"), refresh=True)
         self._drawn = time.monotonic()
 
     def write(self, text: str) -> None:
         """A message above the drawing."""
-        self._erase()
-        self._stream.write(text + "\n")
-        self._show()
+        self._console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last drawing where it is."""
-        self._lines = []
-
-    def _erase(self) -> None:
-        if self._lines:
-            self._stream.write(f"\x1b[{len(self._lines)}F\x1b[J")
-
-    def _show(self) -> None:
-        if self._lines:
-            self._stream.write("\n".join(self._lines) + "\n")
-        self._stream.flush()
+        self._live.stop()

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -105,7 +104,7 @@ class Reporter:
         if progress == "auto":
             progress = "dashboard" if sys.stderr.isatty() else "lines"
         if progress == "dashboard":
-            self._dashboard = Dashboard(sys.stderr, _columns(sys.stderr))
+            self._dashboard = Dashboard(sys.stderr)
         elif progress == "bar":
             from tqdm import tqdm
 
@@ -281,14 +280,6 @@ def _group_names() -> str:
 def _counts(removed: Counter[str]) -> str:
     """Removed groups by kind, in the order of `_group_names`."""
     return "/".join(str(removed[name]) for name in group_names())
-
-
-def _columns(terminal: IO[str]) -> int:
-    """Of a terminal; 100 where it does not say."""
-    try:
-        return os.get_terminal_size(terminal.fileno()).columns or 100
-    except OSError:
-        return 100
 
 
 def _own_peak(config: Config) -> float | None:
