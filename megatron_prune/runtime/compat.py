@@ -21,17 +21,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
-__all__ = [
-    "PRIVATE",
-    "TorchDispatchMode",
-    "hooked_datasets",
-    "set_rng_with",
-    "start_all_workers",
-    "stop_feeding",
-    "storage_info",
-]
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # also for importers
 
 _GPT = "megatron.core.datasets.gpt_dataset:GPTDataset"
 _POOL = "concurrent.futures:ProcessPoolExecutor()"

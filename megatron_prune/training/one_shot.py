@@ -112,7 +112,7 @@ class OneShot:
     def _score(self, config: Config, state: RunState) -> Scored:
         """Gradients of the calibration batch, watched as in training; nothing is smoothed."""
         mesh, training = self.model.mesh, config.training
-        batches = open_stream(self.dataset, config, mesh)
+        batches = open_stream(self.dataset, config, mesh, is_single=True)
         settings = dataclasses.replace(pruning_settings(config, mesh.dp_size), momentum=0.0)
         scoring = Scoring(self.coordinator, settings, state)
         forward_backward(

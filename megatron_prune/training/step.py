@@ -28,10 +28,12 @@ def microbatches(config: Config, mesh: Mesh) -> int:
     return config.training.global_batch_size // (config.training.micro_batch_size * mesh.dp_size)
 
 
-def open_stream(dataset: Dataset, config: Config, mesh: Mesh, consumed_samples: int = 0) -> BatchStream:
-    """This rank's micro-batches of `dataset`; those of the next global batch are read while one computes."""
+def open_stream(
+    dataset: Dataset, config: Config, mesh: Mesh, consumed_samples: int = 0, is_single: bool = False
+) -> BatchStream:
+    """This rank's micro-batches of `dataset`; unless one global batch is all, the next is read while one computes."""
     samples, size = mesh.over("samples"), config.training.micro_batch_size
-    ahead = microbatches(config, mesh)
+    ahead = 0 if is_single else microbatches(config, mesh)
     return BatchStream(dataset, size, samples.rank, samples.size, consumed_samples, ahead, mesh.device)
 
 
