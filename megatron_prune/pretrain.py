@@ -71,21 +71,12 @@ def _run(argv: list[str]) -> int:
 
 def _train(read: Callable[[int], Config]) -> int:
     from megatron_prune.launch.assembly.watch import Watch, launchers
-    from megatron_prune.runtime.failures import lost_contact
     from megatron_prune.runtime.join import meet
-    from megatron_prune.runtime.mesh import close_mesh
     from megatron_prune.runtime.signals import StopSignals
 
     started, meeting = time.monotonic(), meet(read)
-    with StopSignals() as signals, Watch(None, launchers(os.environ)) as watch:
-        mesh = meeting.join()
-        try:
-            _fit(meeting.config, mesh, signals.is_asked, started, watch)
-        except BaseException as error:
-            if lost_contact(error) is None:  # else nobody is left to tear the mesh down with
-                close_mesh()
-            raise
-        close_mesh()
+    with StopSignals() as signals, Watch(None, launchers(os.environ)) as watch, meeting.joined() as mesh:
+        _fit(meeting.config, mesh, signals.is_asked, started, watch)
     return 0
 
 

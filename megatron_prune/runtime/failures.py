@@ -3,6 +3,7 @@
     mishap         what the machine refused, in one line, else None
     agreed         run a step that may fail on some ranks only; all ranks learn of it together
     lost_contact   what a collective said when another rank died or hung, else None
+    SilentError    another rank tells it (see `voice`)
     exit_status    run a whole job and turn what it raises into an exit status
 
 Exit status: 0 done or stopped as asked, 1 a defect or a broken run, 2 a mistake that the user can mend or a run that
@@ -33,6 +34,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PEER_LOST = 3
+
+
+class SilentError(Exception):
+    """This rank ends with `status` and says nothing: another one tells why (see `voice`)."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
@@ -88,13 +97,17 @@ def lost_contact(error: BaseException) -> str | None:
 
 def exit_status(job: Callable[[], int]) -> int:
     """Run `job`; a mistake becomes one line on stderr of one rank (of each node's first, before ranks know each
-    other).
+    other; of a rank alone, where it is that one's).
     """
     try:
         return job()
+    except SilentError as error:
+        return error.status
     except (UserError, DisagreementError) as error:
         if speaks(os.environ) or isinstance(error, NotMetError):
             sys.stderr.write(f"error: {error}\n")
+        elif getattr(error, "is_this_ranks", False):
+            sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: {error}\n")
         return 2 if isinstance(error, UserError) else 1
     except PeerLostError as error:
         sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: {error}\n")

@@ -2,7 +2,7 @@
 
     own_place  which rank this process is
     meet       environment and configuration -> Meeting; nobody goes on unless all do
-    Meeting    what the rank knows then; `join` builds the mesh
+    Meeting    what the rank knows then; `joined` builds the mesh, and sees to it that one rank tells what goes wrong
 
 Until ranks have met, a mistake of one of them (a configuration it cannot read, no GPU where the others have one) would
 leave the others waiting for it: so it is told over the store, and all stop with the same words.
@@ -10,9 +10,10 @@ leave the others waiting for it: so it is told over the store, and all stop with
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,11 @@ from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
 from megatron_prune.runtime.agreement import RankFacts, consult, insist, own_facts
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
+from megatron_prune.runtime.failures import lost_contact
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.runtime.places import Rank, find_rank
+from megatron_prune.runtime.rendezvous import keeps_store
+from megatron_prune.runtime.voice import Voice
 
 _MINUTES = 10.0  # to wait for the others where the configuration could not be read
 
@@ -35,6 +39,27 @@ class Meeting:
     config: Config
     device: DeviceRuntime
     store: Any
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[Mesh]:
+        """The mesh, torn down at the end (collective). Raises UserError as `init_mesh` does, and SilentError in the
+        place of an error that another rank tells.
+        """
+        mesh = self.join()
+        voice = Voice(self.store, mesh.rank, mesh.world_size, keeps_store(mesh.rank, os.environ))
+        try:
+            yield mesh
+        except BaseException as error:
+            is_alone = lost_contact(error) is not None  # nobody is left to tear the mesh down with
+            try:
+                voice.settle(error)
+                raise
+            finally:
+                if not is_alone:
+                    close_mesh()
+                if is_alone:
+                    voice.leave()
+        close_mesh()
 
     def join(self) -> Mesh:
         """Build the mesh (collective). Raises UserError as `init_mesh` does."""

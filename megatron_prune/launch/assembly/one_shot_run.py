@@ -35,7 +35,7 @@ from megatron_prune.pruning.history import HistoryWriter, Removal
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.failures import agreed
 from megatron_prune.runtime.join import meet
-from megatron_prune.runtime.mesh import Mesh, close_mesh
+from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.training.metrics import Reporter
 from megatron_prune.training.one_shot import OneShot
 from megatron_prune.training.state import RunState
@@ -127,14 +127,11 @@ def opened(config: Config, writes: bool = True) -> Iterator[Opened]:
     Raises:
         UserError: whatever `open_inputs` refuses, and a target that is not below the model's size.
     """
-    mesh = meet(lambda _world_size: config).join()
-    try:
+    with meet(lambda _world_size: config).joined() as mesh:
         inputs = agreed(mesh, lambda: _inputs(config, writes))
         insist_alike(mesh, config, inputs)
         model = build_model(config, inputs, mesh)
         yield Opened(mesh, inputs, model, build_datasets(config, inputs))
-    finally:
-        close_mesh()
 
 
 def _inputs(config: Config, writes: bool) -> Inputs:
