@@ -167,6 +167,8 @@ STATE_FIELDS = {
 }
 """Of the state in a checkpoint; whoever writes it may add others."""
 
+LAYOUT_FIELDS = {"tp": COUNT, "quanta": TABLE}
+
 
 def check_fields(values: Mapping[str, Any], types: Mapping[str, FieldType], file: Path, required: bool = False) -> None:
     """See that fields read from `file` are of their types; those that are absent or None are not `required`.
@@ -255,7 +257,7 @@ class RunRecord:
         refuse_damaged(folder.parent, iteration, damages(folder, SMALL_FILES))
         run, layout = _run_file(folder, iteration), _load_json(folder / "layout.json")
         check_fields(run, _FACTS, folder / RUN_FILE, required=True)
-        check_fields(layout, {"tp": COUNT, "quanta": TABLE}, folder / "layout.json", required=True)
+        check_fields(layout, LAYOUT_FIELDS, folder / "layout.json", required=True)
         common = unpack(folder / COMMON_FILE)
         if not isinstance(common, dict):
             raise UserError(f"{folder / COMMON_FILE}: holds no state of a run")

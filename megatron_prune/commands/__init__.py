@@ -7,6 +7,8 @@ answers at once. `running.py` is what they share.
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -72,8 +74,16 @@ def help_text() -> str:
 
 
 def start(argv: Sequence[str] | None = None) -> None:
-    """Be the program: run, and end the process with the exit status."""
-    status = main(argv)
+    """Be the program: run, and end the process with the exit status; where nobody reads any more what it says
+    (`| head`), with that of a program that the signal for it ended.
+    """
+    try:
+        status = main(argv)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's own flush would say it again
+        status = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
+        sys.stderr.write("" if status != 2 else f"error: standard output: {error.strerror}\n")
     if status in (0, 1, 2):
         sys.exit(status)
     from megatron_prune.runtime.failures import leave  # knows when other ranks cannot be waited for

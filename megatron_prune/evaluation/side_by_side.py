@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.perplexity import Perplexity
 from megatron_prune.evaluation.zero_shot import Failure, Score, average
@@ -119,7 +120,7 @@ class Report:
 
 
 def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
-    """Write both forms; returns (JSON, Markdown).
+    """Write both forms, each in one piece; returns (JSON, Markdown).
 
     Raises:
         UserError: the folder cannot be written.
@@ -127,8 +128,8 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
     files = Path(folder) / JSON_NAME, Path(folder) / MARKDOWN_NAME
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-        files[1].write_text(report.to_markdown(), encoding="utf-8")
+        replace_file(files[0], (json.dumps(report.to_json(), indent=2) + "\n").encode())
+        replace_file(files[1], report.to_markdown().encode())
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written: {error.strerror}") from error
     return files

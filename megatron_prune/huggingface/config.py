@@ -23,7 +23,7 @@ from typing import Any
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.hub_files import read_json, what_else
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.shape import MOST_UNITS, LlamaShape
+from megatron_prune.model.shape import MOST_UNITS, SCALING_NUMBERS, LlamaShape
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -35,10 +35,6 @@ CLASSES = {
 OLDEST_TRANSFORMERS = {"llama": "4.45", "mistral": "4.48", "qwen2": "4.48", "qwen3": "4.51"}
 WRITTEN_FOR = "5.0.0"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_ROPE_NUMBERS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 _ROPE_IGNORED = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # Far beyond any model; what is kept per unit stays small, and a damaged file is refused before anything is allocated.
 _LARGEST = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14}
@@ -234,9 +230,9 @@ def _rope(fields: Fields, context: int) -> tuple[float, dict[str, Any] | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in SCALING_NUMBERS:
         raise fields.refuse(name, f"rope_type {shown(kind)} is not supported (default, linear, llama3 are)")
-    unknown = sorted(set(rope) - set(_ROPE_NUMBERS[kind]) - _ROPE_IGNORED)
+    unknown = sorted(set(rope) - set(SCALING_NUMBERS[kind]) - _ROPE_IGNORED)
     if unknown:
         raise fields.refuse(name, f"{', '.join(unknown)}: unknown for rope_type {kind!r}")
     # Beside the scaling instead of in it, the original context goes first: transformers 5 computes so.
@@ -245,7 +241,7 @@ def _rope(fields: Fields, context: int) -> tuple[float, dict[str, Any] | None]:
     rope |= {} if outer is None else {"original_max_position_embeddings": outer}
     inner_fields = Fields(rope, f"{fields.where}: {name}")
     scaling: dict[str, Any] = {"rope_type": kind}
-    for number in _ROPE_NUMBERS[kind]:
+    for number in SCALING_NUMBERS[kind]:
         if inner_fields.get(number) is None:
             raise inner_fields.refuse(number, f"is missing; rope_type {kind!r} needs it")
         is_length = number == "original_max_position_embeddings"

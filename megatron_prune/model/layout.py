@@ -221,12 +221,14 @@ class ShardLayout:
     def from_state(cls, architecture: Architecture, state: dict[str, Any]) -> ShardLayout:
         """Inverse of `to_state`; raises UserError unless the slots hold exactly the live units."""
         try:
+            if not all(type(size) is int and size > 0 for size in (state["tp"], *state["quanta"].values())):
+                raise ValueError("tp and quanta are numbers above 0")
             named = first_format.slots(state)
             placed = {kind: np.array(named[kind.name], dtype=np.int32) for kind in architecture.table.kinds}
-            quanta = {find_kind(name): int(quantum) for name, quantum in state["quanta"].items()}
-            layout = cls(architecture, int(state["tp"]), quanta, placed)
+            quanta = {find_kind(name): quantum for name, quantum in state["quanta"].items()}
+            layout = cls(architecture, state["tp"], quanta, placed)
             layout._check_slots()
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
             raise UserError(f"layout.json: not the slot map of this architecture ({error!r})") from error
         return layout
 

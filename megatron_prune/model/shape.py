@@ -10,6 +10,13 @@ from megatron_prune.errors import UserError
 
 MOST_UNITS = 1 << 26  # heads and FFN channels: ten times those of the largest models; damaged files say more
 
+SCALING_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kinds of `rope_scaling`, and the numbers that belong to each."""
+
 
 @dataclass(frozen=True)
 class LlamaShape:
@@ -57,7 +64,7 @@ class LlamaShape:
             elif isinstance(default, float):
                 is_fit = type(value) in (int, float) and 0 < value < 1e18
             elif default is None:
-                is_fit = value is None or isinstance(value, dict)
+                is_fit = value is None or _is_scaling(value)
             else:
                 is_fit = type(value) is int and 0 < value <= 1 << 31
             if not is_fit:
@@ -71,3 +78,15 @@ class LlamaShape:
     def units(self) -> int:
         """Heads and FFN channels of all layers: what an architecture keeps a number for."""
         return self.num_layers * (self.num_attention_heads + self.ffn_hidden_size)
+
+
+def _is_scaling(value: Any) -> bool:
+    """Whether a stored `rope_scaling` is of a kind that is known, with all the numbers that it needs."""
+    if not isinstance(value, dict):
+        return False
+    kind = value.get("rope_type", value.get("type", "default"))
+    if not isinstance(kind, str) or kind not in SCALING_NUMBERS:
+        return False
+    numbers: list[Any] = [value.get(name) for name in SCALING_NUMBERS[kind]]
+    are_numbers = all(type(number) in (int, float) and 0 < number < 1e18 for number in numbers)
+    return are_numbers and (kind != "llama3" or value["low_freq_factor"] != value["high_freq_factor"])

@@ -12,15 +12,17 @@ broke its own rules, 3 another rank died or hung.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import re
 import resource
+import select
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch.distributed as dist
 
@@ -118,6 +120,8 @@ def exit_status(job: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            raise  # for `commands.start`
         if lost_contact(error) is not None:
             sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: lost another rank: {lost_contact(error)}\n")
             return PEER_LOST
@@ -128,6 +132,15 @@ def exit_status(job: Callable[[], int]) -> int:
         # Ranks of a broken run fail in different ways; each one's own traceback is wanted then.
         sys.stderr.write(f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}\n")
         return 1
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether it is a pipe whose reader has left."""
+    with contextlib.suppress(OSError, ValueError):  # no descriptor at all, or a closed one
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def leave(status: int) -> None:

@@ -1,23 +1,31 @@
 """What a folder tells of its run: how far, how long, whether it goes on; older and strange fields; without torch."""
 
 import dataclasses
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_prune.checkpoint import files
 from megatron_prune.checkpoint.plain import pack
-from megatron_prune.checkpoint.record import Facts, Progress, RunRecord, record_files
+from megatron_prune.checkpoint.record import LAYOUT_FIELDS, Facts, Progress, RunRecord, check_fields, record_files
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.provenance import config_of
+from megatron_prune.launch.jobs.stages import LEDGER_FILE, Ledger
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.llama import inverse_frequencies
 from megatron_prune.saliency.scores import UnitScores
 from megatron_prune.training.state import RunState
 from tests.checkpoint.small_run import SHAPE
+from tests.strange import ANYTHING, is_read_or_refused, mutated, places
 
 ARCHITECTURE = Architecture.full(SHAPE)
 FACTS = Facts("float32", (), 0, 1, 1, 1)
@@ -171,3 +179,87 @@ def test_strange_state_is_one_line_that_names_file_and_field(tmp_path, fields, w
     with pytest.raises(UserError) as raised:
         RunState.from_state({**RunState(7).to_state(), **fields}, ARCHITECTURE, tmp_path / "common.pt")
     assert str(raised.value).startswith(f"{tmp_path / 'common.pt'}: {words}")
+
+
+# Files that were changed ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_folder_that_was_renamed_to_another_iteration_is_refused(tmp_path):
+    saved(tmp_path, 5, RunState(5).to_state())
+    (tmp_path / "iter_0000005").rename(tmp_path / "iter_0000007")
+    (tmp_path / files.LATEST).write_text("7\n")
+    for read in (RunRecord.read, Progress.read):
+        with pytest.raises(UserError, match="iter_0000007: holds the checkpoint of iteration 5; .* rename it back"):
+            read(tmp_path)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 8192
+
+
+@given(st.data())
+def test_a_stored_architecture_and_layout_with_strange_values_are_refused_or_usable(data):
+    """Whatever is read must be fit to compute with: frequencies, and the stored slots."""
+    shape = dataclasses.replace(
+        SHAPE, rope_scaling=data.draw(st.sampled_from([LLAMA3, {"type": "linear", "factor": 2}]))
+    )
+    layout = ShardLayout.pack(Architecture.full(shape), 1)
+    stored = {"architecture": layout.architecture.to_json(), "layout": layout.to_state()}
+    stored = json.loads(json.dumps(stored))
+    inner = data.draw(st.sampled_from([("architecture", "shape", "rope_scaling"), ("architecture",), ("layout",)]))
+    found = stored
+    for name in inner:
+        found = found[name]
+    where = data.draw(st.sampled_from([place for place in places(found) if len(place) < 5]))
+    stored = mutated(stored, (*inner, *where), data.draw(ANYTHING))
+
+    def read():
+        read = Architecture.from_json(stored["architecture"])
+        assert torch.isfinite(inverse_frequencies(read.shape)).all()
+        state = stored["layout"]
+        check_fields(state if isinstance(state, dict) else {}, LAYOUT_FIELDS, Path("layout.json"), required=True)
+        ShardLayout.from_state(read, state)
+
+    is_read_or_refused(read)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "is_read"),
+    [
+        (None, True),
+        (LLAMA3, True),
+        ({"rope_type": "linear", "factor": 4}, True),
+        ({"rope_type": "linear", "factor": "4"}, False),
+        ({"rope_type": "linear", "factor": True}, False),
+        ({"rope_type": "linear"}, False),
+        ({"rope_type": "yarn", "factor": 4}, False),
+        ({"rope_type": ["linear"], "factor": 4}, False),
+        (LLAMA3 | {"high_freq_factor": 1.0}, False),
+        (LLAMA3 | {"low_freq_factor": None}, False),
+        ([], False),
+    ],
+)
+def test_a_stored_rope_scaling_is_checked(scaling, is_read):
+    stored = ARCHITECTURE.to_json()
+    stored["shape"]["rope_scaling"] = scaling
+    if is_read:
+        assert Architecture.from_json(stored).shape.rope_scaling == scaling
+    else:
+        with pytest.raises(UserError, match="architecture.json: .*rope_scaling is"):
+            Architecture.from_json(stored)
+
+
+@pytest.mark.parametrize(
+    "ledger",
+    [
+        {"status": ["x"], "done": {}, "skipped": {}},
+        {"status": "failed", "done": {"export": "8"}, "skipped": {}},
+        {"status": "failed", "done": [], "skipped": {}},
+        {"status": "failed", "done": {}, "skipped": 3},
+        ["failed"],
+    ],
+)
+def test_a_ledger_with_strange_values_is_an_empty_one(tmp_path, ledger):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / LEDGER_FILE).write_text(json.dumps(ledger))
+    assert Ledger.read(tmp_path) == Ledger()

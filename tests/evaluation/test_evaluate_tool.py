@@ -117,3 +117,15 @@ def test_mistakes_are_one_line(
         assert evaluate.main(arguments) == 2, words
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1 and words in captured.err, captured.err
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "evaluation.md"])
+def test_a_report_that_cannot_be_written_is_one_line(
+    name: str, model_folders: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).mkdir()
+    words = ["--hf-model", str(model_folders[0]), "--data-path", str(text_file), "--device", "cpu"]
+    assert evaluate.main([*words, "--eval-samples", "1", "--output-dir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"--output-dir {tmp_path}: cannot be written: Is a directory" in err and "Traceback" not in err
+    assert not list(tmp_path.glob("*.tmp"))

@@ -144,6 +144,30 @@ def test_torchrun_takes_the_script_through_all_stages(tmp_path):
     assert ledger["done"] == dict.fromkeys(("export", "evaluate"), final["iteration"]) and not ledger["skipped"]
 
 
+@pytest.mark.timeout(300)
+def test_a_task_that_cannot_be_run_leaves_the_results_of_the_others(tmp_path):
+    """The launcher's last stage, task by task: what is finished is written, what failed says why, the job is failed."""
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: install megatron-prune[eval]")
+    save, config, tasks = tmp_path / "run", tmp_path / "run.yaml", tmp_path / "tasks"
+    tasks.mkdir()
+    answers = {"choices": {"text": ["a fox", "a dog"], "label": ["A", "B"]}, "answerKey": "A", "id": "x"}
+    (tasks / "arc_easy.jsonl").write_text(2 * (json.dumps({"question": "quick", **answers}) + "\n"))
+    long = {"goal": "the", "sol1": "a fox", "sol2": "lazy dogs " * 3000, "label": 0}
+    (tasks / "piqa.jsonl").write_text(json.dumps(long) + "\n")
+    more = ("--train-iters", 2, "--lr-warmup-iters", 0, "--prune-target-params", "null", "--continue-tokens", 0)
+    named = ("--eval-tasks", "piqa,arc_easy", "--eval-task-data", tasks)
+    config.write_text(dump(load_config(prepare(tmp_path).arguments(save, *more, *named))))
+    code, output = run("bash", SCRIPT, config, "--stage", "prune,export,evaluate", NPROC_PER_NODE="1")
+    assert code == 1 and "Traceback" not in output, output
+    assert "error: stage evaluate: evaluate.py ended with status 1" in output
+    for model in json.loads((save / "evaluation" / "evaluation.json").read_text())["models"]:
+        assert {score["task"] for score in model["scores"]} == {"arc_easy"}
+        assert [failure["task"] for failure in model["failures"]] == ["piqa"]
+        assert "longer than the" in model["failures"][0]["reason"]
+    ledger = json.loads((save / "launch_status.json").read_text())
+    assert ledger["status"] == "failed" and set(ledger["done"]) == {"export"}
+
+
 # Wrong use ------------------------------------------------------------------------------------------------------------
 
 

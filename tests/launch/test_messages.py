@@ -1,6 +1,8 @@
 """What a machine refuses is one line; leftovers go; what a checkpoint's small files say is checked under -O too."""
 
 import errno
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -136,3 +138,28 @@ def test_a_resumed_run_has_one_curve(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_gradients_that_overflow_in_the_last_steps_end_no_run_well(first, tmp_path, monkeypatch, capfd):
+    """The last two of three steps, which is below `max_nonfinite_steps`; and all good but the last."""
+    from megatron_prune.pretrain import main
+    from megatron_prune.testing.helpers.tiny_runs import prepare
+    from megatron_prune.training import trainer
+
+    forward, steps = trainer.forward_backward, itertools.count()
+
+    def overflowing(*args):
+        result, parameter = forward(*args), next(p for p in args[0].module.parameters() if p.requires_grad)
+        if next(steps) >= first:
+            (parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad).fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(trainer, "forward_backward", overflowing)
+    more = ("--train-iters", 4 if first == 3 else 3, "--lr-warmup-iters", 0, "--continue-tokens", 0)
+    words = prepare(tmp_path).arguments(tmp_path / "run", *more, "--prune-target-params", "null")
+    assert main(words) == 2
+    err = capfd.readouterr().err
+    skipped = 1 if first == 3 else 2
+    assert f"with its last {skipped} steps skipped, since they were not finite" in err and "Traceback" not in err
+    assert json.loads((tmp_path / "run" / "run_status.json").read_text())["status"] == "stopped"

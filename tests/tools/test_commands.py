@@ -1,6 +1,8 @@
 """`megatron-prune COMMAND`: one list of commands, one way of reading their flags, one way of telling mistakes."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 
@@ -97,3 +99,18 @@ def test_tools_are_the_commands_by_their_older_names():
         check=False,
     )
     assert (done.returncode, done.stderr) == (2, "error: unknown flag --laod; did you mean --load?\n")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "--version"])
+def test_output_that_nobody_takes_is_no_traceback(command):
+    """A full disk behind `>`, and `| head` that has seen enough."""
+    words = [sys.executable, "-m", "megatron_prune", *([command] if command == "--version" else [command, "--help"])]
+    usual = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "timeout": 60, "check": False}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, **usual)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(words, stdout=writing, **usual)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

@@ -99,6 +99,14 @@ def main(argv: Sequence[str], train: Train) -> int:
         if is_speaker or isinstance(error, (NodeError, NotMetError)):
             sys.stderr.write(f"error: {error}\n")
         return 2
+    except OSError as error:
+        from megatron_prune.runtime.failures import mishap  # imports torch
+
+        reason = mishap(error)
+        if reason is None:
+            raise
+        sys.stderr.write(f"error: {reason}\n")
+        return 2
     except ToldToLeave as told:  # before any rank was there
         return told.status
 

@@ -69,8 +69,10 @@ class Ledger:
         try:
             values = json.loads((save / LEDGER_FILE).read_text())
             done = {stage: at for stage, at in values["done"].items() if (save / _FOLDERS[stage]).exists()}
-            return cls(values["status"], done, dict(values["skipped"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            skipped = {stage: str(why) for stage, why in values["skipped"].items()}
+            is_whole = isinstance(values["status"], str) and all(type(at) is int for at in done.values())
+            return cls(values["status"], done, skipped) if is_whole else cls()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 
     def write(self, save: Path) -> None:
