@@ -203,7 +203,7 @@ def test_a_stored_architecture_and_layout_with_strange_values_are_refused_or_usa
     shape = dataclasses.replace(
         SHAPE, rope_scaling=data.draw(st.sampled_from([LLAMA3, {"type": "linear", "factor": 2}]))
     )
-    layout = ShardLayout.pack(Architecture.full(shape), 1)
+    layout = ShardLayout.pack(Architecture.full(shape), 1, {})
     stored = {"architecture": layout.architecture.to_json(), "layout": layout.to_state()}
     stored = json.loads(json.dumps(stored))
     inner = data.draw(st.sampled_from([("architecture", "shape", "rope_scaling"), ("architecture",), ("layout",)]))
