@@ -5,8 +5,8 @@
     export_checkpoint   a training checkpoint -> a folder, as megatron-prune convert-to-hf writes it
     load_model          ModelFolder -> the model, by stock transformers
 
-`AutoTokenizer` on a folder that holds only a `tokenizer.model` builds merges of its own and gives other ids, which
-ruins every score without a word; therefore the conversion.
+What `AutoTokenizer` makes of a folder that holds only a `tokenizer.model` depends on its version, and other ids ruin
+every score without a word (docs/huggingface.md has numbers); therefore the conversion.
 """
 
 from __future__ import annotations

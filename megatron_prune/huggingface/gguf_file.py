@@ -38,26 +38,8 @@ from megatron_prune.pruning.groups import known_groups
 
 # --dtype -> GGUF's type of matrices.
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
+_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_OF_MODEL = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_OF_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32  # values of a row that Q8_0 quantizes together
 
@@ -119,7 +101,7 @@ def convert(
     weights = FolderWeights(folder)
     weights.check(shape)
     vocabulary = read_vocabulary(folder, shape.vocab_size)
-    entries = list(_entries(weights, shape, DTYPES[dtype]))
+    entries = list(_entries(weights, shape, DTYPES[dtype], gguf))
     architecture = _ARCHITECTURES[shape.model_type]
     staged = staging(target)
     writer = gguf.GGUFWriter(None, architecture)
@@ -179,7 +161,7 @@ def _shape(folder: Path) -> LlamaShape:
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
-def _entries(weights: FolderWeights, shape: LlamaShape, kind: str) -> Iterator[_Entry]:
+def _entries(weights: FolderWeights, shape: LlamaShape, kind: str, gguf: Any) -> Iterator[_Entry]:
     """Every tensor of the file, in order. Matrices in `kind`, where their rows allow it."""
     if (shape.rope_scaling or {}).get("rope_type") == "llama3":
         factors = rope_factors(shape)
@@ -187,12 +169,16 @@ def _entries(weights: FolderWeights, shape: LlamaShape, kind: str) -> Iterator[_
     turned = _ARCHITECTURES[shape.model_type] == "llama"
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_query_groups}
     table = ParamTable.build(shape)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_ARCHITECTURES[shape.model_type].upper()], shape.num_layers)
     for name, size in table.hf_shapes(Architecture.full(shape)).items():
         stored = "F32" if len(size) == 1 else kind
         if stored == "Q8_0" and size[-1] % BLOCK:
             stored = "F16"
         count = next((heads[part] for part in heads if turned and f".{part}." in name), None)
-        yield _Entry(gguf_name(name), size, stored, _fetcher(weights, name, count))
+        # llama.cpp's name, by the gguf package's table: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight.
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
+        yield _Entry(theirs, size, stored, _fetcher(weights, name, count))
 
 
 def _fetcher(weights: FolderWeights, name: str, heads: int | None) -> Callable[[], Tensor]:
@@ -201,15 +187,6 @@ def _fetcher(weights: FolderWeights, name: str, heads: int | None) -> Callable[[
         return tensor if heads is None else interleave(tensor, heads)
 
     return fetch
-
-
-def gguf_name(hf_name: str) -> str:
-    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
-    if hf_name in _OF_MODEL:
-        return _OF_MODEL[hf_name]
-    _, _, layer, rest = hf_name.split(".", 3)
-    module, _, kind = rest.rpartition(".")
-    return f"blk.{layer}.{_OF_LAYER[module]}.{kind}"
 
 
 def interleave(tensor: Tensor, heads: int) -> Tensor:
@@ -257,7 +234,7 @@ def _write_tensors(writer: Any, gguf: Any, entries: list[_Entry], file: Path, on
 def _write_metadata(writer: Any, gguf: Any, shape: LlamaShape, folder: Path, dtype: str) -> None:
     writer.add_type("model")
     writer.add_name(folder.resolve().name)
-    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     if dtype == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(shape.vocab_size)

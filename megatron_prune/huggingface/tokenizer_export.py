@@ -1,8 +1,9 @@
 """The tokenizer of an exported model: files that give stock `transformers` the ids the model was trained with.
 
-- `export_tokenizer`: from the SentencePiece `.model` file a model was trained with. `AutoTokenizer` on the bare file
-  would build merges of its own and give other ids without a word; see sentencepiece_to_json for how the files written
-  here avoid that, and for what is refused.
+- `export_tokenizer`: from the SentencePiece `.model` file a model was trained with. What
+  `AutoTokenizer` makes of the bare file depends on its version: for a Llama's, 5.23 gives other ids without a word,
+  4.48, 4.57 and 5.24 do so only for texts that spell control pieces (docs/huggingface.md). See sentencepiece_to_json
+  for how the files written here avoid that, and for what is refused.
   (From a Hugging Face folder, when its tokenizer was trained with: tokenizer_copy.)
 - `verify_tokenizer`: compares the two on any texts, as `AutoTokenizer` loads the folder. Every export runs it on
   `NASTY_TEXTS` before a file reaches its place.
