@@ -6,6 +6,8 @@ Which file is the tokenizer's is decided in data.tokenizer_files, as for trainin
 tokenizer.json needs no tokenizer.model beside it (sentencepiece_from_json).
 llama.cpp tokenizes with code of its own and knows a byte-level BPE's pre-tokenizer by name only. What it would not do
 exactly is refused by name: other ids than the model was trained with ruin it without a word.
+The gguf package's `SpecialVocab` is not used: it finds no special ids without a tokenizer.json, which Vicuna's,
+Zephyr's, ChatML's and Qwen's layouts lack, as does a bare tokenizer.model.
 """
 
 from __future__ import annotations
