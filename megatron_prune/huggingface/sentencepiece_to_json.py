@@ -19,6 +19,11 @@ does, and refuses (UserError, naming the option) what none of them does. Where t
 - The prefix and the whitespace. No pre-tokenizer: SentencePiece does not split at spaces. `Prepend`, `Replace`.
 - Decoding. SentencePiece removes the prefix from the first piece, or from as many as are nothing else when extra
   whitespace is removed.
+
+Why not transformers' own conversion: of 54 models of all kinds, ids and decoded text were SentencePiece's on 408 texts
+for 6 by `LlamaConverter` (4.57), for 6 by `SpmConverter.build_tokenizer_from_spm_proto` (5.24), for 52 by this module,
+which refuses the other two. The library is exact for BPE with byte_fallback, no normalization and white space kept,
+as Llama's (docs/huggingface.md); another way for that kind alone would depend on the version, and save nothing here.
 """
 
 from __future__ import annotations
