@@ -55,13 +55,13 @@ def load_library(place: TokenizerPlace) -> Any:
             gives ordinary text other ids than the vocabulary file does.
     """
     try:
-        from transformers import AutoTokenizer
+        import transformers
     except ImportError as error:
         raise UserError(f"{place.path}: reading it needs transformers: install megatron-prune[hf]") from error
     refuse_code(place.folder)
     with _as_folder(place) as folder:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            tokenizer = _read(place, folder, transformers)
             _try_out(tokenizer)
         except BaseException as error:  # a zoo of exceptions; a panic of tokenizers is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -73,6 +73,17 @@ def load_library(place: TokenizerPlace) -> Any:
         tokenizer.backend_tokenizer.no_padding()
         _check_ordinary(place, tokenizer)
     return tokenizer
+
+
+def _read(place: TokenizerPlace, folder: Path, transformers: Any) -> Any:
+    """What `AutoTokenizer` makes of the folder; where nothing names a class, what tokenizer.json alone says.
+
+    So does version 5; version 4 takes a class by the folder's name ("bert-corpus"), or none. Raises what they raise.
+    """
+    settings = read_json(folder / "config.json") | read_json(folder / "tokenizer_config.json")
+    named = settings.get("tokenizer_class") or settings.get("model_type") or not _is_tokenizer_json(place.vocabulary)
+    reader = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
+    return reader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
 def _try_out(tokenizer: Any) -> None:

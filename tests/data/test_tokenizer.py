@@ -64,6 +64,18 @@ def test_special_ids_come_from_the_model_s_config_too(hf_folder: Path, tmp_path:
     assert (tokenizer.bos, tokenizer.eod) == (None, 1)
 
 
+@pytest.mark.parametrize("name", ["bert-corpus", "gpt2-corpus", "plain"])
+def test_without_a_class_tokenizer_json_counts_and_no_folder_s_name(name: str, hf_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(hf_folder / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    tokenizer = build_tokenizer(None, str(folder))
+    alone = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.tokenize(TEXT) == alone.encode(TEXT, add_special_tokens=False).ids
+    assert (tokenizer.vocab_size, tokenizer.eod) == (alone.get_vocab_size(), alone.token_to_id("<|end|>"))
+
+
 def test_vocab_json_and_merges_are_read_through_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     alphabet = ["<|endoftext|>", "c", "a", "t", "ca", "cat"]
