@@ -1,5 +1,6 @@
 """The live model: a wrapped model whose units leave, and the only writer of its layout.
 
+    LiveModel.build      this rank's part, from a layout and a reader of weights: for runs, estimates and tests alike
     LiveModel.retire     empty the slots of a group, at once and exactly
     LiveModel.compact    rebuild weights, optimizer and gradient buffers without the empty slots
     LiveModel.rebuilt    who wants to know when the optimizer is another one
@@ -12,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.llama import PrunableLlama, bind_layout
+from megatron_prune.model.llama import ModelOptions, PrunableLlama, bind_layout, build_llama, load_parameters
 from megatron_prune.optimizer.build import OptimizerOptions
 from megatron_prune.optimizer.wrapped import WrappedModel
 from megatron_prune.resharding.compact import Compaction
 from megatron_prune.resharding.retire import zero_units
+from megatron_prune.runtime.failures import agreed
 from megatron_prune.runtime.mesh import Mesh
 
 
@@ -36,6 +39,29 @@ class LiveModel(WrappedModel):
         super().__init__(model, layout.architecture.table, mesh, options, dtype)
         self._layout = layout
         self.rebuilt: list[Callable[[], None]] = []
+
+    @classmethod
+    def build(
+        cls,
+        layout: ShardLayout,
+        mesh: Mesh,
+        options: ModelOptions,
+        optimizer: OptimizerOptions,
+        read: Callable[[str], Tensor] | None = None,
+    ) -> LiveModel:
+        """The model of `layout`'s architecture, on this rank (collective).
+
+        Args:
+            read: Hugging Face name -> the source tensor in the source's shape; None: weights are loaded later.
+
+        Raises:
+            UserError: on all ranks: a tensor cannot be read on one of them.
+        """
+        architecture = layout.architecture
+        llama = build_llama(architecture.shape, layout, mesh, options)
+        if read is not None:
+            agreed(mesh, lambda: load_parameters(llama, architecture.table, layout, mesh, read))
+        return cls(llama, layout, mesh, optimizer, options.dtype)
 
     @property
     def layout(self) -> ShardLayout:

@@ -18,10 +18,9 @@ from megatron_prune.checkpoint import CheckpointReader, RunRecord
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import STEM, find_kind
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
+from megatron_prune.model.llama import ModelOptions
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.model.table import ParamTable
 from megatron_prune.optimizer.build import OptimizerOptions
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.device import choose_device
@@ -79,12 +78,9 @@ def build(kind: Kind, shape: LlamaShape = SHAPE, record: RunRecord | None = None
     """A model with random weights, the same on every layout; with `record`, of its architecture and without weights."""
     mesh, quanta = mesh_of(kind), rounded(vocab=8)
     layout = record.layout(kind.tp, quanta) if record else ShardLayout.pack(Architecture.full(shape), kind.tp, quanta)
-    table = ParamTable.build(shape)
-    module = build_llama(shape, layout, mesh, options_of(kind))
-    if record is None:
-        load_parameters(module, table, layout, mesh, RandomWeights(shape, seed=3, std=0.2))
     options = OptimizerOptions(lr=3e-3, use_distributed_optimizer=kind.distributed)
-    return LiveModel(module, layout, mesh, options, kind.dtype)
+    weights = RandomWeights(shape, seed=3, std=0.2) if record is None else None
+    return LiveModel.build(layout, mesh, options_of(kind), options, weights)
 
 
 def train(model: LiveModel, step: int) -> float:

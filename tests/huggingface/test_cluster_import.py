@@ -121,7 +121,7 @@ def prune_further(_rank: int, _size: int, folder: str) -> tuple[np.ndarray, ...]
 
     from megatron_prune.huggingface.verify_export import training_logits
     from megatron_prune.model.layout import ShardLayout
-    from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
+    from megatron_prune.model.llama import ModelOptions
     from megatron_prune.optimizer.build import OptimizerOptions
     from megatron_prune.resharding.live import LiveModel
     from megatron_prune.runtime.device import choose_device
@@ -131,9 +131,7 @@ def prune_further(_rank: int, _size: int, folder: str) -> tuple[np.ndarray, ...]
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     read = source_view(FolderWeights(folder), architecture)
     layout = ShardLayout.pack(architecture, 1, {})
-    module = build_llama(architecture.shape, layout, mesh, ModelOptions(seq_length=TOKENS.shape[1]))
-    load_parameters(module, architecture.table, layout, mesh, read)
-    model = LiveModel(module, layout, mesh, OptimizerOptions(lr=1e-3), torch.float32)
+    model = LiveModel.build(layout, mesh, ModelOptions(TOKENS.shape[1]), OptimizerOptions(lr=1e-3), read)
     positions = torch.arange(TOKENS.shape[1]).unsqueeze(0)
 
     def logits() -> np.ndarray:

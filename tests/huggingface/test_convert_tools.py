@@ -67,8 +67,7 @@ def save_pruned_run(rank: int, _size: int, folder: str, save: str) -> None:
 
     from megatron_prune.checkpoint import save_checkpoint
     from megatron_prune.model.layout import ShardLayout
-    from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
-    from megatron_prune.model.table import ParamTable
+    from megatron_prune.model.llama import ModelOptions
     from megatron_prune.optimizer.build import OptimizerOptions
     from megatron_prune.resharding.live import LiveModel
     from megatron_prune.runtime.device import choose_device
@@ -78,10 +77,7 @@ def save_pruned_run(rank: int, _size: int, folder: str, save: str) -> None:
     mesh = init_mesh(choose_device("cpu"), 2, 1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     layout = ShardLayout.pack(Architecture.full(shape), 2, {})
-    table = ParamTable.build(shape)
-    module = build_llama(shape, layout, mesh, ModelOptions(seq_length=16))
-    load_parameters(module, table, layout, mesh, FolderWeights(folder))
-    model = LiveModel(module, layout, mesh, OptimizerOptions(lr=1e-3), torch.float32)
+    model = LiveModel.build(layout, mesh, ModelOptions(16), OptimizerOptions(lr=1e-3), FolderWeights(folder))
     for group in GROUPS:
         model.retire(group)
     assert model.layout.is_due, "the test wants empty slots in the checkpoint"

@@ -24,7 +24,7 @@ from megatron_prune.launch.estimate.rank_memory import fullest_rank, gradient_bu
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import HEAD, STEM
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.llama import build_llama, inner_model, load_parameters
+from megatron_prune.model.llama import inner_model
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.resharding.live import LiveModel
@@ -85,11 +85,11 @@ def measure(mesh, config, architecture):
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    shape, options = architecture.shape, model_options(config)
-    layout, table = ShardLayout.pack(architecture, mesh.tp_size, quanta(config)), architecture.table
-    llama = build_llama(shape, layout, mesh, options)
-    load_parameters(llama, table, layout, mesh, RandomWeights(shape, 0, 0.1))
-    model = LiveModel(llama, layout, mesh, optimizer_options(config), options.dtype)
+    layout, weights = (
+        ShardLayout.pack(architecture, mesh.tp_size, quanta(config)),
+        RandomWeights(architecture.shape, 0, 0.1),
+    )
+    model = LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), weights)
     steps(model, config, mesh)
     return mesh.pp_rank, mesh.over("owners").rank, count_state(model), count_saved(model, config, mesh)
 

@@ -91,9 +91,7 @@ def measure(mesh, config, counter):
     from megatron.core import tensor_parallel
 
     from megatron_prune.data.batches import BatchStream
-    from megatron_prune.model.llama import build_llama, load_parameters
     from megatron_prune.model.sources import RandomWeights
-    from megatron_prune.model.table import ParamTable
     from megatron_prune.resharding.live import LiveModel
     from megatron_prune.saliency.criteria import find_criterion
     from megatron_prune.saliency.fisher import MicrobatchFisher
@@ -102,11 +100,9 @@ def measure(mesh, config, counter):
     from megatron_prune.training.step import forward_backward
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    options, training = model_options(config), config.training
-    layout, table = ShardLayout.pack(Architecture.full(SHAPE), mesh.tp_size, quanta(config)), ParamTable.build(SHAPE)
-    llama = build_llama(SHAPE, layout, mesh, options)
-    load_parameters(llama, table, layout, mesh, RandomWeights(SHAPE, 0, 0.1))
-    model = LiveModel(llama, layout, mesh, optimizer_options(config), options.dtype)
+    layout, training = ShardLayout.pack(Architecture.full(SHAPE), mesh.tp_size, quanta(config)), config.training
+    weights = RandomWeights(SHAPE, 0, 0.1)
+    model = LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), weights)
     count = training.global_batch_size // (training.micro_batch_size * mesh.dp_size)
     data = RandomTokens(SHAPE.vocab_size, config.data.seq_length, training.global_batch_size)
     batches = BatchStream(data, training.micro_batch_size, mesh.over("samples").rank, mesh.dp_size)

@@ -25,7 +25,7 @@ from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.launch.assembly.saving import CheckpointSaver
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layout import Quanta, ShardLayout
-from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
+from megatron_prune.model.llama import ModelOptions
 from megatron_prune.optimizer.build import OptimizerOptions
 from megatron_prune.pruning.groups import find_group
 from megatron_prune.pruning.history import HistoryWriter
@@ -81,16 +81,11 @@ def optimizer_options(config: Config) -> OptimizerOptions:
 def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> LiveModel:
     """This rank's part of the model, with the source's weights or the checkpoint's weights and optimizer state."""
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
-    shape, options = inputs.architecture.shape, model_options(config)
     if inputs.record is not None:
         layout = inputs.record.layout(mesh.tp_size, quanta(config))
     else:
         layout = ShardLayout.pack(inputs.architecture, mesh.tp_size, quanta(config))
-    llama = build_llama(shape, layout, mesh, options)
-    if inputs.read is not None:
-        read = inputs.read
-        agreed(mesh, lambda: load_parameters(llama, layout.architecture.table, layout, mesh, read))
-    model = LiveModel(llama, layout, mesh, optimizer_options(config), options.dtype)
+    model = LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), inputs.read)
     if inputs.record is not None:
         restores = inputs.resumes and not config.checkpoint.no_load_optim
         load_checkpoint(model, inputs.record.path, load_optim=restores)

@@ -28,7 +28,7 @@ from megatron_prune.config import (
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import find_kind
 from megatron_prune.model.layout import Quanta, ShardLayout
-from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
+from megatron_prune.model.llama import ModelOptions
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.optimizer.build import OptimizerOptions
 from megatron_prune.resharding.live import LiveModel
@@ -206,8 +206,6 @@ def build_sharded(
         recompute_num_layers=1 if case.recompute == "full" else None,
         num_layers_in_first_pipeline_stage=case.first_stage_layers,
     )
-    model = build_llama(shape, layout, mesh, options)
-    load_parameters(model, layout.architecture.table, layout, mesh, read)
     adam = OptimizerOptions(
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
@@ -220,7 +218,7 @@ def build_sharded(
         overlap_param_gather=case.overlap and case.distributed_optimizer,
         ddp_bucket_size=3000 if case.overlap else None,
     )
-    return LiveModel(model, layout, mesh, adam, dtype)
+    return LiveModel.build(layout, mesh, options, adam, read)
 
 
 class _Recorder(Reporter):
