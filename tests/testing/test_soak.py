@@ -3,8 +3,9 @@
 import pytest
 
 from megatron_prune.pretrain import main
+from megatron_prune.testing.benchmarks import soak as soak_module
 from megatron_prune.testing.benchmarks.kills import MOMENTS, Kill
-from megatron_prune.testing.benchmarks.soak import VARIANTS, Soak
+from megatron_prune.testing.benchmarks.soak import VARIANTS, SecondStarter, Soak
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 CHAINS = {
@@ -40,6 +41,19 @@ def run_chain(folder, name, kills):
 @pytest.mark.parametrize("name", list(CHAINS))
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, name):
     run_chain(tmp_path, name, CHAINS[name])
+
+
+def test_a_second_starter_that_finds_the_first_dead_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """On one rank, as it once did, it would add gradients in another order."""
+    soak = Soak(tmp_path, BY_NAME["dp2-distributed-overlap-async"], main)
+    assert soak.attempt(Kill(0, "before a save", 2)).iteration == 3
+    monkeypatch.setattr(soak_module, "live_owner", lambda folder: "the first, which is dead when the second looks")
+    second = SecondStarter(soak, 0.0, 2, soak.variant.flags)
+    second.thread.join()
+    assert not second.outcome()
+    assert soak.iteration() == 14
+    assert soak.attempt(None).is_finished
+    soak.close_chain()
 
 
 @pytest.mark.full
