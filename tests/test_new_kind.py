@@ -70,7 +70,7 @@ def train(_rank, _world_size, case, hf_config, weights, settings, iterations):
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    model = build_sharded(shape, weights.__getitem__, mesh, case, comparison.SEQUENCE, config.optimizer)
+    model = build_sharded(shape, weights.__getitem__, mesh, case, config)
     samples = iterations * comparison.MICRO_BATCHES * comparison.MICRO_BATCH
     tokens = RandomTokens(hf_config["vocab_size"], comparison.SEQUENCE, samples)
     recorder = Losses(config)

@@ -1,6 +1,7 @@
 """Counts that say whether the structure holds: how many files know a kind of unit, how many a pruning step enters.
 
-`python tests/test_structure.py` prints them with the files.
+`python -m tests.test_structure` prints them with the files, and those that other tests hold: private names of other
+packages (tests/runtime/test_compat.py) and import cycles (tests/test_names.py). docs/design.md has those of before.
 """
 
 import ast
@@ -8,12 +9,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_prune.runtime.compat import PRIVATE
+from megatron_prune.runtime.device import choose_device
+from megatron_prune.runtime.mesh import close_mesh, init_mesh
+from megatron_prune.testing.helpers.oracle_cases import MODELS
+from megatron_prune.testing.helpers.ranks import run_ranks
+from megatron_prune.testing.helpers.sharded import Case, llama_shape
+from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
+from tests import test_names
+
 ROOT = Path(__file__).resolve().parents[1]
 CONSTANTS = {"HEAD", "KV_HEAD", "FFN", "STEM"}
 NAMES = {"head", "kv_head", "ffn", "stem"}
 ATTRIBUTES = {"heads", "kv_heads", "ffn", "stem"}  # of what holds something per kind
 HOLDERS = {"a", "after", "architecture", "before", "layout", "scores", "units"}
 MOST = 12  # 42 before every kind was data
+MOST_ENTERED = 42  # by a step that retires and compacts
 
 
 def kinds_named(path: Path) -> set[str]:
@@ -54,6 +65,36 @@ def test_the_count_sees_every_way_of_naming_one(tmp_path):
         assert bool(kinds_named(tmp_path / "module.py")) == (way in ways or way.startswith('"""head')), way
 
 
+def entered(_rank: int, _world_size: int) -> list[str]:
+    """Files of the package (but of `testing`) with a function that one iteration enters, which trains, removes a group
+    and compacts."""
+    run = SteppedRun(Setup(llama_shape(MODELS["gqa-untied"]), Case(), 16, 2, 4), init_mesh(choose_device("cpu"), 1, 1))
+    run.trainer.iterate()  # what happens once, beforehand
+    found, before = set[str](), (run.architecture.parameters, run.coordinator.compactions)
+    sys.setprofile(lambda frame, event, _: found.add(frame.f_code.co_filename) if event == "call" else None)
+    run.trainer.iterate()
+    sys.setprofile(None)
+    assert run.architecture.parameters < before[0] and run.coordinator.compactions > before[1]
+    close_mesh()
+    package = ROOT / "megatron_prune"
+    files = (Path(name).relative_to(package) for name in found if Path(name).is_relative_to(package))
+    return sorted(str(file) for file in files if file.parts[0] != "testing")
+
+
+def test_a_pruning_step_enters_few_files():
+    files = run_ranks(entered, 1)[0]
+    assert "training/trainer.py" in files and "pruning/selector.py" in files, "the count sees nothing"
+    assert len(files) <= MOST_ENTERED, "\n".join(files)
+
+
 if __name__ == "__main__":
-    lines = [f"{path}: {', '.join(sorted(names))}" for path, names in files_that_name_a_kind()]
-    sys.stdout.write("\n".join([f"{len(lines)} files name a kind of unit (at most {MOST})", *lines]) + "\n")
+    named = [f"{path}: {', '.join(sorted(names))}" for path, names in files_that_name_a_kind()]
+    steps = run_ranks(entered, 1)[0]
+    ring = test_names.cycle(test_names.imports(test_names.sources(test_names.ROOT), test_names.PACKAGE))
+    counts = [
+        *(f"{len(named)} files name a kind of unit (at most {MOST})", *named),
+        *(f"{len(steps)} files are entered by a pruning step with its compaction (at most {MOST_ENTERED})", *steps),
+        f"{len(PRIVATE)} private names of other packages",
+        f"import cycles: {' -> '.join(ring) or 'none'}",
+    ]
+    sys.stdout.write("\n".join(counts) + "\n")

@@ -42,7 +42,7 @@ def start(case: Case, config: dict, settings: OracleSettings) -> Trainer:
     run = run_config(settings, MICRO_BATCHES, MICRO_BATCH, SEQUENCE)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     weights = random_llama_weights(config, seed=3)
-    model = build_sharded(llama_shape(config), weights.__getitem__, mesh, case, SEQUENCE, run.optimizer)
+    model = build_sharded(llama_shape(config), weights.__getitem__, mesh, case, run)
     tokens = RandomTokens(config["vocab_size"], SEQUENCE, ITERATIONS * MICRO_BATCHES * MICRO_BATCH)
     return Trainer(run, model, Datasets(tokens, None), RunState(), Reporter(run, 1, None, is_active=False))
 

@@ -1,7 +1,9 @@
 """Everything a run reads, opened and checked before anything is built or written. No communication here.
 
-Inputs        where weights come from, the architecture to start with, tokenizer and data
-open_inputs   Config -> Inputs; raises UserError for whatever does not fit
+Inputs            where weights come from, the architecture to start with, tokenizer and data
+open_inputs       Config -> Inputs; raises UserError for whatever does not fit
+tokenizer_place   where the tokenizer is read from
+check_context, check_target, check_output   single checks, also of a dry run
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
             weights = FolderWeights(config.model.hf_model)
             weights.check(architecture)
             read = source_view(weights, architecture)
-    tokenizer = build_tokenizer(*_tokenizer_place(config, record))
+    tokenizer = build_tokenizer(*tokenizer_place(config, record))
     vocab_size = architecture.shape.vocab_size
     assert config.data.data_path is not None
     train = parse_blend(config.data.data_path, vocab_size)
@@ -92,10 +94,10 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
         valid = parse_blend(config.data.valid_data_path, vocab_size, "data.valid_data_path (--valid-data-path)")
     for blend in filter(None, (train, valid)):
         check_vocabulary(tokenizer, blend, vocab_size)
-    _check_context(config, architecture)
-    _check_target(config, architecture)
+    check_context(config, architecture)
+    check_target(config, architecture)
     if writes:
-        _check_output(config)
+        check_output(config)
     return Inputs(architecture, record, resumes, read, tokenizer, train, valid, facts, shuffle)
 
 
@@ -121,7 +123,7 @@ def _loads_its_own(config: Config) -> bool:
     return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
 
 
-def _tokenizer_place(config: Config, record: RunRecord | None) -> tuple[str | None, str]:
+def tokenizer_place(config: Config, record: RunRecord | None) -> tuple[str | None, str]:
     """(type, path): as configured, else the one the checkpoint was trained with, else the source folder's."""
     if config.data.tokenizer_model:
         return config.data.tokenizer_type, config.data.tokenizer_model
@@ -133,13 +135,16 @@ def _tokenizer_place(config: Config, record: RunRecord | None) -> tuple[str | No
     raise UserError("data.tokenizer_model (--tokenizer-model) is not set, and the checkpoint does not name one")
 
 
-def _check_context(config: Config, architecture: Architecture) -> None:
+def check_context(config: Config, architecture: Architecture) -> None:
+    """Raise UserError if sequences are longer than the model's positions."""
     longest = architecture.shape.max_position_embeddings
     if config.data.seq_length > longest:
         raise UserError(f"data.seq_length: {config.data.seq_length} is beyond the model's {longest} positions")
 
 
-def _check_target(config: Config, architecture: Architecture) -> None:
+def check_target(config: Config, architecture: Architecture) -> None:
+    """Raise UserError if the target, where there is one, cannot be reached from `architecture`, or if the options of
+    groups name or exceed what it has not."""
     pruning, target = config.pruning, config.pruning.target_params
     if target is None:
         return
@@ -168,7 +173,8 @@ def _check_groups(pruning: PruningConfig, architecture: Architecture) -> None:
                 raise UserError(f"pruning.groups: {name}: {field} {getattr(group, field)} is above the model's {width}")
 
 
-def _check_output(config: Config) -> None:
+def check_output(config: Config) -> None:
+    """Raise UserError if the run may not write into its output folder."""
     if config.checkpoint.save is None:
         return
     save, is_taken = Path(config.checkpoint.save), holds_checkpoint(Path(config.checkpoint.save))

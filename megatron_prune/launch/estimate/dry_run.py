@@ -91,8 +91,8 @@ def look(config: Config) -> Found:
             present = _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
             check_documents(Blend(tuple(present), None), read.split, read.samples, config.data.seq_length)
     _tasks(config, findings)
-    opening._check_context(config, architecture)
-    opening._check_target(config, architecture)
+    opening.check_context(config, architecture)
+    opening.check_target(config, architecture)
     _output(config, findings)
     return Found(architecture, tuple(findings))
 
@@ -100,7 +100,7 @@ def look(config: Config) -> Found:
 def _output(config: Config, findings: list[Finding]) -> None:
     """A dry run touches nothing: a folder that holds a run is told, not refused."""
     try:
-        opening._check_output(config)
+        opening.check_output(config)
     except UserError as error:
         if not Path(config.checkpoint.save or "").is_dir():
             raise
@@ -141,7 +141,7 @@ def _shape(architecture: Architecture) -> str:
 
 
 def _tokenizer(config: Config, record: RunRecord | None, findings: list[Finding]) -> Tokenizer | None:
-    kind, place = opening._tokenizer_place(config, record)
+    kind, place = opening.tokenizer_place(config, record)
     path = Path(place)
     if path.is_file() or holds_tokenizer(path):
         tokenizer = build_tokenizer(kind, place)

@@ -20,17 +20,18 @@ from megatron_prune.config import (
     ContinuedConfig,
     GroupConfig,
     GroupConfigs,
+    ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     PruningConfig,
     SecondOrder,
     TrainingConfig,
 )
+from megatron_prune.launch.assembly.assemble import model_options, optimizer_options
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import find_kind
 from megatron_prune.model.layout import Quanta, ShardLayout
-from megatron_prune.model.llama import ModelOptions
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.optimizer.build import OptimizerOptions
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
@@ -89,6 +90,29 @@ class Case:
             "uneven": self.first_stage_layers is not None,
         }
         return f"tp{self.tp}-pp{self.pp}-dp{self.dp}" + "".join(f"-{name}" for name, on in flags.items() if on)
+
+    def applied(self, config: Config) -> Config:
+        """`config` with this layout and these options."""
+        is_full = self.recompute == "full"
+        return dataclasses.replace(
+            config,
+            parallel=ParallelConfig(
+                self.tp,
+                self.pp,
+                self.sequence_parallel,
+                self.distributed_optimizer,
+                self.overlap,
+                self.overlap and self.distributed_optimizer,
+                self.first_stage_layers,
+                ddp_bucket_size=3000 if self.overlap else None,
+            ),
+            model=ModelConfig(
+                recompute_granularity=self.recompute,  # type: ignore[arg-type]
+                recompute_method="uniform" if is_full else None,
+                recompute_num_layers=1 if is_full else None,
+            ),
+            training=dataclasses.replace(config.training, bf16=self.bf16),
+        )
 
 
 class RandomTokens:
@@ -191,34 +215,12 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
     )
 
 
-def build_sharded(
-    shape: LlamaShape, read: Any, mesh: Mesh, case: Case, seq_length: int, optimizer: OptimizerConfig
-) -> LiveModel:
-    """This rank's part of the model, filled through `read` (Hugging Face name -> tensor)."""
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
+def build_sharded(shape: LlamaShape, read: Any, mesh: Mesh, case: Case, config: Config) -> LiveModel:
+    """This rank's part of the model, filled through `read` (Hugging Face name -> tensor), as `config` has it computed
+    and stepped on the layout of `case`."""
     layout = ShardLayout.pack(Architecture.full(shape), case.tp, case.quanta)
-    options = ModelOptions(
-        seq_length,
-        dtype,
-        sequence_parallel=case.sequence_parallel,
-        recompute_granularity=case.recompute,
-        recompute_method="uniform" if case.recompute == "full" else None,
-        recompute_num_layers=1 if case.recompute == "full" else None,
-        num_layers_in_first_pipeline_stage=case.first_stage_layers,
-    )
-    adam = OptimizerOptions(
-        lr=optimizer.lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        clip_grad=optimizer.clip_grad,
-        use_distributed_optimizer=case.distributed_optimizer,
-        overlap_grad_reduce=case.overlap,
-        overlap_param_gather=case.overlap and case.distributed_optimizer,
-        ddp_bucket_size=3000 if case.overlap else None,
-    )
-    return LiveModel.build(layout, mesh, options, adam, read)
+    config = case.applied(config)
+    return LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), read)
 
 
 class _Recorder(Reporter):
@@ -266,7 +268,7 @@ def train_case(
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    model = build_sharded(llama_shape(hf_config), weights.__getitem__, mesh, case, seq_length, config.optimizer)
+    model = build_sharded(llama_shape(hf_config), weights.__getitem__, mesh, case, config)
     tokens = RandomTokens(hf_config["vocab_size"], seq_length, iterations * micro_batches * micro_batch_size)
     recorder, state = _Recorder(config), RunState()
     trainer = Trainer(config, model, Datasets(tokens, None), state, recorder)

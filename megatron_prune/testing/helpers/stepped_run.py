@@ -83,7 +83,7 @@ class SteppedRun:
         self.setup, self.mesh, self.config = setup, mesh, setup.config
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         weights = weights or RandomWeights(setup.shape, 0)
-        self.model = build_sharded(setup.shape, weights, mesh, setup.case, setup.seq_length, self.config.optimizer)
+        self.model = build_sharded(setup.shape, weights, mesh, setup.case, self.config)
         data = Datasets(_Endless(RandomTokens(setup.shape.vocab_size, setup.seq_length, 64)), None)
         reporter = Reporter(self.config, mesh.world_size, None, is_active=False)
         self.trainer = Trainer(self.config, self.model, data, RunState(), reporter)
