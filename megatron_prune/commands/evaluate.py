@@ -12,6 +12,7 @@ task that cannot be run is a row that says why, and exit status 1.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -259,14 +260,18 @@ def all_corpora(candidate: ModelFolder, plan: EvaluationPlan) -> list[Corpus]:
 
 def judge_all(arguments: EvaluationOptions) -> int:
     """Evaluate, print, write; the exit status. Raises UserError."""
-    with tempfile.TemporaryDirectory(prefix="evaluate_") as scratch:
-        report = evaluate(arguments, Path(scratch))
-    print(report.to_markdown(), end="")
-    if arguments.output_dir:
-        from megatron_prune.evaluation.side_by_side import write_report
+    from megatron_prune.data.leftovers import sole_writer
+    from megatron_prune.evaluation.side_by_side import JSON_NAME, write_report
 
-        for file in write_report(report, arguments.output_dir):
-            print(f"written: {file}", file=sys.stderr)
+    with contextlib.ExitStack() as held:
+        scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="evaluate_"))
+        if arguments.output_dir:
+            held.enter_context(sole_writer(Path(arguments.output_dir) / JSON_NAME, "--output-dir"))
+        report = evaluate(arguments, Path(scratch))
+        print(report.to_markdown(), end="")
+        if arguments.output_dir:
+            for file in write_report(report, arguments.output_dir):
+                print(f"written: {file}", file=sys.stderr)
     failed = sum(len(entry.failures) for entry in report.models)
     if failed:
         print(f"{failed} tasks could not be run, see the table", file=sys.stderr)

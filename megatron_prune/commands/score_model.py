@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.commands.running import run_on_ranks
 from megatron_prune.config import Config, Given, configured
 from megatron_prune.config.options import option, sections_of
@@ -175,7 +176,7 @@ def write(arguments: ScoreOptions, scores: Mapping[str, Any], choices: Mapping[s
             "divisors": {kind.name: a.table.columns(kind) if per_column else 1 for kind in a.table.scored},
             "criteria": found,
         }
-        Path(arguments.json).write_text(json.dumps(content) + "\n")
+        replace_file(Path(arguments.json), (json.dumps(content) + "\n").encode())
         print(f"\nscores written: {arguments.json}")
     if arguments.plot is not None:
         from megatron_prune.saliency.plots import plot_scores

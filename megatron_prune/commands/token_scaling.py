@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
@@ -174,8 +175,9 @@ def collect(folders: Sequence[Path], output: Path) -> str:
     runs.sort(key=lambda run: run.pruning_tokens)
     text = markdown(runs)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "token_scaling.md").write_text(text)
-    (output / "token_scaling.json").write_text(json.dumps([dataclasses.asdict(run) for run in runs], indent=1) + "\n")
+    facts = json.dumps([dataclasses.asdict(run) for run in runs], indent=1) + "\n"
+    replace_file(output / "token_scaling.md", text.encode())
+    replace_file(output / "token_scaling.json", facts.encode())
     if find_spec("matplotlib") is not None:
         draw(runs, output)
     else:

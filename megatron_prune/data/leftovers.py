@@ -1,5 +1,6 @@
 """Temporary files and folders that tell whether somebody still writes them.
 
+    sole_writer   be the only one who writes a target, a file or a folder
     staging       a name beside the target, after removing what killed processes left under such names
     claim         create a file that is locked as long as it is open
     claim_folder  the same for a folder
@@ -18,12 +19,50 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_prune.errors import UserError
+
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def sole_writer(target: Path, what: str) -> Iterator[None]:
+    """Nobody else who asks here writes `target` while this is entered; `.NAME.writer` beside it says who does.
+
+    Args:
+        what: the flag that names the target, for messages.
+
+    Raises:
+        UserError: somebody else writes it, and the line names who; or the folder around it cannot be written.
+    """
+    path = target.parent / f".{target.name}.writer"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{what} {target}: its folder cannot be made: {error.strerror or error}") from error
+    try:
+        clear_unowned([path])
+        stream = claim(path)
+    except OSError as error:
+        if path.exists():
+            who = path.read_text(encoding="utf-8", errors="replace")[:200] or "somebody who just began"
+            raise UserError(
+                f"{what} {target}: is being written by {who}; wait for it, or name another place (if nobody is alive, "
+                f"remove {path})"
+            ) from error
+        raise UserError(f"{what} {target}: cannot be written: {error.strerror or error}") from error
+    with stream:
+        try:
+            stream.write(f"pid {os.getpid()} on {socket.gethostname()}".encode())
+            stream.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def staging(target: Path) -> Path:

@@ -34,7 +34,7 @@ import numpy as np
 
 from megatron_prune.data.documents import AUTO, Document, check_inputs, read_documents
 from megatron_prune.data.indexed import Metadata, bin_path, holds_metadata, idx_path, metadata_path, token_dtype
-from megatron_prune.data.leftovers import claim, clear_unowned
+from megatron_prune.data.leftovers import claim, clear_unowned, sole_writer
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.runtime.compat import start_all_workers, stop_feeding
@@ -295,19 +295,16 @@ def _output(prefix: str, inputs: Sequence[str], overwrite: bool) -> Iterator[_Fi
     ending = f".tmp{os.getpid()}"
     files = _Files(*(Path(f"{path}{ending}") for path in final))
     try:
-        final.bin.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-prefix {prefix}: its folder cannot be made: {error.strerror}") from error
-    _clear_leftovers(final)
-    try:
-        with claim(files.bin):
+        with sole_writer(Path(prefix), "--output-prefix"):
+            _clear_leftovers(final)
             try:
-                yield files
-                _check_output(prefix, final, inputs, overwrite)  # another run may have finished meanwhile
-                final.idx.unlink(missing_ok=True)  # from here to the last line nothing passes for a whole data set
-                files.bin.replace(final.bin)
-                files.metadata.replace(final.metadata)
-                files.idx.replace(final.idx)
+                with claim(files.bin):
+                    yield files
+                    _check_output(prefix, final, inputs, overwrite)  # something may have come meanwhile
+                    final.idx.unlink(missing_ok=True)  # from here to the last line nothing passes for a whole data set
+                    files.bin.replace(final.bin)
+                    files.metadata.replace(final.metadata)
+                    files.idx.replace(final.idx)
             finally:
                 for path in files:
                     path.unlink(missing_ok=True)

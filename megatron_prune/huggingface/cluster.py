@@ -15,7 +15,6 @@ stands beside that record in `config.json` must say the same.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.checkpoint.files import replace_file
+from megatron_prune.data.leftovers import sole_writer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import config as stock
 from megatron_prune.huggingface.replacing import refresh_list
@@ -85,28 +86,26 @@ def refresh_code(folder: str | Path) -> list[str]:
     Raises:
         UserError: it is no cluster export, or cannot be written. Each file is the old one or the new one.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if not (folder / "config.json").is_file():
         raise UserError(f"--refresh-code {folder}: holds no config.json; name the folder of an exported model")
     if stock.read_json(folder / "config.json").get("model_type") != MODEL_TYPE:
         raise UserError(f"--refresh-code {folder}: is no export of --kv-policy cluster, so it has no code of its own")
     changed = []
-    for name, content in _code().items():
-        file, fresh = folder / name, folder / f".{name}.{os.getpid()}.partial"
-        if file.is_file() and file.read_bytes() == content:
-            continue
+    with sole_writer(folder, "--refresh-code"):
+        for name, content in _code().items():
+            file = folder / name
+            if file.is_file() and file.read_bytes() == content:
+                continue
+            try:
+                replace_file(file, content)
+            except OSError as error:
+                raise UserError(f"--refresh-code {folder}: {name} cannot be written: {error}") from error
+            changed.append(name)
         try:
-            fresh.write_bytes(content)
-            fresh.replace(file)
+            refresh_list(folder, changed)
         except OSError as error:
-            raise UserError(f"--refresh-code {folder}: {name} cannot be written: {error}") from error
-        finally:
-            fresh.unlink(missing_ok=True)
-        changed.append(name)
-    try:
-        refresh_list(folder, changed)
-    except OSError as error:
-        raise UserError(f"--refresh-code {folder}: its list of files cannot be written: {error}") from error
+            raise UserError(f"--refresh-code {folder}: its list of files cannot be written: {error}") from error
     return changed
 
 

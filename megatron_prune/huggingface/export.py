@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.data.leftovers import claim_folder, staging
+from megatron_prune.data.leftovers import claim_folder, sole_writer, staging
 from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer, check_rows
 from megatron_prune.data.tokenizer_files import SIDE_FILES, find_tokenizer
 from megatron_prune.errors import UserError
@@ -29,7 +30,7 @@ from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import SPECIAL_IDS, WRITTEN_FOR, config_json
 from megatron_prune.huggingface.kv_policy import AUTO, CLUSTER, KvPlan
 from megatron_prune.huggingface.model_card import CardFacts, model_card
-from megatron_prune.huggingface.replacing import check_kept, check_replaceable, put_in_place, write_list
+from megatron_prune.huggingface.replacing import check_kept, check_replaceable, put_in_place, recover, write_list
 from megatron_prune.huggingface.shards import (
     DTYPES,
     ShardEntry,
@@ -113,9 +114,8 @@ def export(
         check_tokenizer(tokenizer)
     others = {name: DTYPES[other] for name, other in (other_dtypes or {}).items()}
     stored = StoredDtypes(DTYPES[dtype] if dtype else read(EMBEDDING).dtype, others)
-    staged = staging(target)
     try:
-        with claim_folder(staged):
+        with sole_writer(target, "--save"), _staged(target, overwrite) as staged:
             files, parameters = _write_weights(staged, read, architecture, plan, stored, max_bytes)
             config = _write_settings(staged, architecture, plan, stored.main, tokenizer, source or {})
             if tokenizer is not None:
@@ -126,9 +126,19 @@ def export(
             check_kept(staged, target)
             put_in_place(staged, target)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error}") from error
+        raise UserError(f"--save {target}: cannot be written: {error}") from error
     names = tuple(target / file.name for file in files)
     return Exported(target, names, config["architectures"][0], plan, stored, parameters)
+
+
+@contextmanager
+def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
+    """The folder to write into, beside `target`, which may be replaced."""
+    recover(target)
+    _check_target(target, overwrite)
+    staged = staging(target)
+    with claim_folder(staged):
+        yield staged
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune.data.leftovers import claim, staging
+from megatron_prune.data.leftovers import claim, sole_writer, staging
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import read_shape
@@ -103,20 +103,23 @@ def convert(
     vocabulary = read_vocabulary(folder, shape.vocab_size)
     entries = list(_entries(weights, shape, DTYPES[dtype], gguf))
     architecture = _ARCHITECTURES[shape.model_type]
-    staged = staging(target)
     writer = gguf.GGUFWriter(None, architecture)
     _write_metadata(writer, gguf, shape, folder, dtype)
     _write_vocabulary(writer, vocabulary)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with claim(staged):
-            _write_tensors(writer, gguf, entries, staged, on_tensor)
-            staged.replace(target)
+        with sole_writer(target, "--save"):
+            staged = staging(target)
+            try:
+                with claim(staged):
+                    _write_tensors(writer, gguf, entries, staged, on_tensor)
+                    if target.exists():  # came while this ran
+                        raise UserError(f"--save {save}: is there already; name another file")
+                    staged.replace(target)
+            finally:
+                with contextlib.suppress(OSError):  # told below, if it matters
+                    staged.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--save {save}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # told above, if it matters
-            staged.unlink(missing_ok=True)
     fallbacks = tuple(entry.name for entry in entries if dtype == "q8_0" and entry.kind == "F16")
     parameters = sum(math.prod(entry.shape) for entry in entries if entry.name != ROPE_FACTORS)
     matrices = sum(len(entry.shape) == 2 for entry in entries)

@@ -5,6 +5,7 @@
     check_replaceable   everything of the list is as it was written
     check_kept          nothing that is kept has a name of the new export's
     put_in_place        rename the new folder; of the old one delete what is in its list, keep the rest
+    recover             end what was killed in the middle of this
 
 What is in the list and unchanged may be deleted: size and SHA-256 say so, the latter of files up to `_HASHED_BYTES`
 (weights can be very large). All else is somebody's: a GGUF file, notes, an edited model card.
@@ -12,9 +13,11 @@ What is in the list and unchanged may be deleted: size and SHA-256 say so, the l
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,21 @@ def put_in_place(staged: Path, target: Path) -> None:
         raise
     if old.exists():
         _empty(old, target)
+
+
+def recover(target: Path) -> None:
+    """Where a process was killed in `put_in_place`: the earlier export comes back, or what was kept of it is taken
+    along. Call it as `target`'s only writer.
+    """
+    named = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.replaced")
+    for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.replaced")):
+        if not named.fullmatch(old.name):
+            continue
+        if target.exists():
+            _empty(old, target)
+        else:
+            logger.warning("%s: brought back, an export that was to replace it was killed", target)
+            old.rename(target)
 
 
 def _empty(old: Path, target: Path) -> None:

@@ -178,6 +178,15 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one(
         assert set(tmp_path.iterdir()) == expected
 
 
+def test_two_at_one_prefix_are_refused_in_one_line(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+    def again(_progress: EncodingProgress) -> None:
+        with pytest.raises(UserError, match=rf"is being written by pid {os.getpid()} on .*; wait for it"):
+            preprocess([str(text_file)], str(tmp_path / "p"), Options(str(sp_model), overwrite=True))
+
+    preprocess([str(text_file)], str(tmp_path / "p"), Options(str(sp_model)), again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.bin", "p.idx", "p.json"]
+
+
 def test_a_worker_that_is_killed_is_one_line(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text(text_file.read_text() * 200)

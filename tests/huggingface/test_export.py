@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,74 @@ def test_overwriting_refuses_what_somebody_changed_or_would_lose(weights: dict[s
     assert "outside" in refusal(weights, save, overwrite=True)
     (save / LIST).write_text("[]")
     assert "is damaged" in refusal(weights, save, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_exports_into_one_folder_are_refused_in_one_line(
+    weights: dict[str, Tensor], tmp_path: Path, overwrite: bool
+) -> None:
+    save, told = tmp_path / "out", []
+    if overwrite:
+        export_it(weights, save)
+
+    def read(name: str) -> Tensor:
+        told.append(refusal(weights, save, overwrite=overwrite))
+        return weights[name]
+
+    export(read, FULL, save, dtype="float32", overwrite=overwrite)
+    assert len(told) > 3
+    assert {words.partition(" on ")[0] for words in told} == {f"--save {save}: is being written by pid {os.getpid()}"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert torch.equal(FolderWeights(save)("model.norm.weight"), weights["model.norm.weight"])
+    (tmp_path / ".out.writer").write_text("pid 4711 on elsewhere")  # killed: it holds no lock any more
+    export_it(weights, save, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_processes_that_export_into_one_folder_at_once_leave_one_whole_export(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Each of five has weights of its own; what stands in the end is all of one of them, and nothing beside it."""
+    save = tmp_path / "out"
+    context = multiprocessing.get_context("fork")
+    many = [context.Process(target=export_number, args=(number, weights, save)) for number in range(1, 6)]
+    for process in many:
+        process.start()
+    for process in many:
+        process.join(60)
+    codes = [process.exitcode for process in many]
+    assert set(codes) <= {0, 2} and 0 in codes
+    read = FolderWeights(save)
+    times = {float((read(name).flatten()[0] / tensor.flatten()[0]).round()) for name, tensor in weights.items()}
+    assert len(times) == 1 and codes[int(times.pop()) - 1] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def export_number(number: int, weights: dict[str, Tensor], save: Path) -> None:
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            export_it({name: tensor * number for name, tensor in weights.items()}, save, overwrite=True)
+    except UserError as error:
+        assert "is being written by" in str(error), error
+        os._exit(2)
+
+
+def test_an_export_killed_between_its_renames_loses_neither(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    save, old = tmp_path / "out", tmp_path / ".out.0123abcd.replaced"
+    export_it(weights, save)
+    (save / "mine.txt").write_text("precious")
+    save.rename(old)  # the first rename was its last act
+    with pytest.raises(UserError, match="is not empty"):
+        export_it(weights, save)
+    assert (save / "mine.txt").read_text() == "precious" and not old.exists()
+    save.rename(old)
+    other = tmp_path / "other"
+    export_it(weights, other)
+    other.rename(save)  # or the second
+    export_it(weights, save, overwrite=True)
+    assert (save / "mine.txt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def mixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:

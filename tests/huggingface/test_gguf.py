@@ -274,6 +274,18 @@ def test_what_does_not_map_is_refused(sp_model: Path, tmp_path: Path, capsys: py
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_two_into_one_file_are_refused_in_one_line(sp_model: Path, tmp_path: Path) -> None:
+    folder, target, told = model(tmp_path / "m", sp_model), tmp_path / "m.gguf", []
+
+    def again(name: str) -> None:
+        with pytest.raises(UserError, match=r"--save .*m.gguf: is being written by pid \d+"):
+            convert(folder, target)
+        told.append(name)
+
+    convert(folder, target, on_tensor=again)
+    assert told and sorted(file.name for file in tmp_path.iterdir()) == ["m", "m.gguf"]
+
+
 def test_f16_that_would_overflow_leaves_nothing(sp_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
