@@ -63,7 +63,7 @@ def check(given: Given) -> int:
     real = arguments.data or os.environ.get("MEGATRON_PRUNE_DATA")
     data, model, state = (Path(path).resolve() if path else None for path in (real, arguments.model, arguments.state))
     context = Context(arguments.device, arguments.tiny, out, data, model, state, arguments.minutes)
-    failed = run_steps(context, wanted, slowness=3.0 if arguments.device == "cpu" else 1.0)
+    failed = run_steps(context, wanted, slowness=6.0 if arguments.device == "cpu" else 1.0)
     return 1 if failed else 0
 
 

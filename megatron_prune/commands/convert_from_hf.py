@@ -95,10 +95,9 @@ def plan(architecture: Architecture) -> list[str]:
     shape, rules = architecture.shape, Rules(target_params=1, gqa="cluster")
     blank = UnitScores.from_vector(architecture, np.zeros(score_length(architecture)))
     groups = {kind.name: kind.offer(blank, architecture, rules).group for kind in known_groups()}
-    widths = ", ".join(f"{kind.title} {architecture.span(kind)}" for kind in architecture.table.varying)
     lines = [
-        f"{shape.model_type}: {architecture.parameters:,} parameters; {shape.num_layers} layers, {widths}, heads of "
-        f"{shape.kv_channels}, vocabulary {shape.vocab_size:,}, "
+        f"{shape.model_type}: {architecture.parameters:,} parameters; {shape.num_layers} layers, "
+        f"{architecture.described()}, heads of {shape.kv_channels}, vocabulary {shape.vocab_size:,}, "
         f"{'tied' if shape.tie_word_embeddings else 'separate'} embeddings",
         "a group of each kind, such as single query heads: "
         + ", ".join(f"{name} {architecture.cost(group):,}" for name, group in groups.items())
@@ -143,7 +142,7 @@ def resize(folder: Path, architecture: Architecture, read: Reader) -> tuple[Arch
         return architecture, read
     added = ", ".join(ascii(tokenizer.text_of(number)) for number in range(have, min(want, have + LISTED)))
     print(f"rows: {want - have:,} added for {added}{' and more' if want > have + LISTED else ''}; {want:,} now")
-    return resized(architecture, want), with_rows(read, want)
+    return resized(architecture, want), with_rows(read, architecture.table, want)
 
 
 def write(

@@ -127,8 +127,7 @@ def convert(arguments: ExportOptions) -> int:
     a = reader.architecture
     print(
         f"{done.folder}: {done.class_name}, iteration {reader.record.iteration}, {a.parameters:,} parameters "
-        f"({a.num_attention_heads} heads, ffn {a.ffn_hidden_size}, hidden {a.hidden_size}), "
-        f"{done.stored_parameters:,} stored in {dtype_name(done.dtype)} in {len(done.files)} "
+        f"({a.described()}), {done.stored_parameters:,} stored in {dtype_name(done.dtype)} in {len(done.files)} "
         f"file{'s' if len(done.files) > 1 else ''}"
     )
     print(f"KV heads: {kv_heads(done, a)}")

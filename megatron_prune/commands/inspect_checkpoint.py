@@ -191,7 +191,7 @@ def plot(architecture: Architecture, path: Path) -> None:
     shape = architecture.shape
     owners = np.full((shape.num_layers, shape.num_attention_heads), np.nan)
     for layer, heads in enumerate(architecture.sites(HEAD)):
-        owners[layer, heads] = heads // shape.heads_per_group
+        owners[layer, heads] = KV_HEAD.serving(heads, shape)
     figure, axes = pyplot.subplots(
         figsize=(2 + 0.3 * shape.num_attention_heads, 1.5 + 0.3 * shape.num_layers), layout="constrained"
     )
@@ -208,7 +208,7 @@ def plot(architecture: Architecture, path: Path) -> None:
     axes.set_ylabel("layer")
     live = sum(map(len, architecture.sites(KV_HEAD)))
     axes.set_title(
-        f"Live query heads, by the KV head they share: {architecture.num_attention_heads} of "
+        f"Live query heads, by the KV head they share: {architecture.span(HEAD)} of "
         f"{shape.num_attention_heads} per layer, {live} of {shape.num_layers * shape.num_query_groups} KV heads",
         fontsize=9,
         wrap=True,

@@ -28,7 +28,9 @@ from megatron_prune.huggingface.shards import DTYPES, dtype_name
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.huggingface.tokenizer_export import adds_bos, export_tokenizer
 from megatron_prune.huggingface.verify_export import load_stock_model
-from megatron_prune.huggingface.weights import HEAD_WEIGHT, FolderWeights
+from megatron_prune.huggingface.weights import FolderWeights
+from megatron_prune.model.kinds import known_kinds
+from megatron_prune.model.table import HF_LM_HEAD
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model
     config = read_json(config_file)
     weights = FolderWeights(folder)
     tied = bool(config.get("tie_word_embeddings"))
-    sizes = [math.prod(stored.shape) for key, stored in weights.stored.items() if not (tied and key == HEAD_WEIGHT)]
+    sizes = [math.prod(stored.shape) for key, stored in weights.stored.items() if not (tied and key == HF_LM_HEAD)]
     source, converted = _tokenizer(folder, scratch, tokenizer_model)
     return ModelFolder(
         name=name,
@@ -185,8 +187,5 @@ def describe(candidate: ModelFolder, dtype: str | None = None) -> dict[str, Any]
         "stored_dtype": candidate.dtype,
         "class": (config.get("architectures") or ["?"])[0],
         "num_hidden_layers": config.get("num_hidden_layers"),
-        "num_attention_heads": config.get("num_attention_heads"),
-        "num_key_value_heads": config.get("num_key_value_heads"),
-        "intermediate_size": config.get("intermediate_size"),
-        "hidden_size": config.get("hidden_size"),
+        **{kind.hf_key: config.get(kind.hf_key) for kind in known_kinds() if kind.varies and kind.hf_key},
     }

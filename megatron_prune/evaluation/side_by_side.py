@@ -17,6 +17,7 @@ from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.perplexity import Perplexity
 from megatron_prune.evaluation.zero_shot import Failure, Score, average
+from megatron_prune.model.kinds import known_kinds
 
 JSON_NAME, MARKDOWN_NAME = "evaluation.json", "evaluation.md"
 
@@ -69,18 +70,17 @@ class Report:
         return [entry.model["name"] for entry in self.models]
 
     def _models(self) -> str:
+        kinds = [kind for kind in known_kinds() if kind.hf_key in self.models[0].model]
         rows = [
             [
                 entry.model["name"],
                 f"{entry.model['parameters']:,}",
-                f"{entry.model['num_attention_heads']} ({entry.model['num_key_value_heads']})",
-                str(entry.model["intermediate_size"]),
-                str(entry.model["hidden_size"]),
+                *(str(entry.model[kind.hf_key]) for kind in kinds),
                 _dtype(entry.model),
             ]
             for entry in self.models
         ]
-        return _table(["model", "parameters", "heads (KV)", "FFN", "hidden", "dtype"], rows)
+        return _table(["model", "parameters", *(kind.title for kind in kinds), "dtype"], rows)
 
     def _perplexities(self) -> str:
         rows: list[list[str]] = []

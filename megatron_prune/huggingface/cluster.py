@@ -28,7 +28,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface import config as stock
 from megatron_prune.huggingface.replacing import refresh_list
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.kinds import HEAD, KV_HEAD
+from megatron_prune.model.kinds import KV_HEAD
 
 MODEL_TYPE, CLASS = "cluster_llama", "ClusterLlamaForCausalLM"
 CONFIGURATION, MODELING = "configuration_cluster_llama", "modeling_cluster_llama"
@@ -41,16 +41,12 @@ _FREE |= {"attention_dropout", "initializer_range", "rope_theta", "rope_scaling"
 
 def served_by(architecture: Architecture) -> list[np.ndarray]:
     """Per layer, for each live query head: the position of its KV head among the live ones, int64, ascending."""
-    per_group = architecture.shape.heads_per_group
-    return [
-        np.searchsorted(kv_heads, heads // per_group).astype(np.int64)
-        for heads, kv_heads in zip(architecture.sites(HEAD), architecture.sites(KV_HEAD), strict=True)
-    ]
+    return [np.repeat(np.arange(len(counts)), counts) for counts in architecture.clusters(KV_HEAD)]
 
 
 def queries_per_kv_head(architecture: Architecture) -> list[list[int]]:
     """Per layer, for each live KV head in order: how many live query heads it serves (they stand together)."""
-    return [np.bincount(served).tolist() for served in served_by(architecture)]
+    return [counts.tolist() for counts in architecture.clusters(KV_HEAD)]
 
 
 def config_json(architecture: Architecture, dtype: str, special_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -43,12 +43,11 @@ from megatron_prune.huggingface.shards import (
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.table import Part
+from megatron_prune.model.table import EMBEDDING, Part
 
 logger = logging.getLogger(__name__)
 
 Reader = Callable[[str], Tensor]
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,9 @@ def export(
     if tokenizer is not None:
         check_rows(tokenizer, architecture.shape.vocab_size, "--tokenizer-model")
         check_tokenizer(tokenizer)
+    embedding = architecture.table.find(EMBEDDING).parts[0].hf_name
     others = {name: DTYPES[other] for name, other in (other_dtypes or {}).items()}
-    stored = StoredDtypes(DTYPES[dtype] if dtype else read(EMBEDDING).dtype, others)
+    stored = StoredDtypes(DTYPES[dtype] if dtype else read(embedding).dtype, others)
     try:
         with sole_writer(target, "--save"), _staged(target, overwrite) as staged:
             files, parameters = _write_weights(staged, read, architecture, plan, stored, max_bytes)

@@ -33,13 +33,21 @@ from megatron_prune.huggingface.hub_files import read_json
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import ParamTable
+from megatron_prune.model.table import BIAS, QKV, ParamTable
 from megatron_prune.pruning.groups import known_groups
 
 # --dtype -> GGUF's type of matrices.
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# What config.json calls numbers of units -> what GGUF does.
+_NUMBERS = {
+    "num_attention_heads": "head_count",
+    "num_key_value_heads": "head_count_kv",
+    "intermediate_size": "feed_forward_length",
+    "hidden_size": "embedding_length",
+    "vocab_size": "vocab_size",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32  # values of a row that Q8_0 quantizes together
 
@@ -169,19 +177,23 @@ def _entries(weights: FolderWeights, shape: LlamaShape, kind: str, gguf: Any) ->
     if (shape.rope_scaling or {}).get("rope_type") == "llama3":
         factors = rope_factors(shape)
         yield _Entry(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: factors)
-    turned = _ARCHITECTURES[shape.model_type] == "llama"
-    heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_query_groups}
     table = ParamTable.build(shape)
+    turned = _turned(table) if _ARCHITECTURES[shape.model_type] == "llama" else {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_ARCHITECTURES[shape.model_type].upper()], shape.num_layers)
     for name, size in table.hf_shapes(Architecture.full(shape)).items():
         stored = "F32" if len(size) == 1 else kind
         if stored == "Q8_0" and size[-1] % BLOCK:
             stored = "F16"
-        count = next((heads[part] for part in heads if turned and f".{part}." in name), None)
         # llama.cpp's name, by the gguf package's table: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight.
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
-        yield _Entry(theirs, size, stored, _fetcher(weights, name, count))
+        yield _Entry(theirs, size, stored, _fetcher(weights, name, turned.get(name)))
+
+
+def _turned(table: ParamTable) -> dict[str, int]:
+    """Names of what rotary embedding turns, the rows of q and k, and how many heads each has."""
+    stacked = (part for row in table.rows if row.role in (QKV, BIAS) for part in row.parts[:2])
+    return {part.hf_name: part.dims[0].kind.size(table.shape) for part in stacked}
 
 
 def _fetcher(weights: FolderWeights, name: str, heads: int | None) -> Callable[[], Tensor]:
@@ -240,13 +252,10 @@ def _write_metadata(writer: Any, gguf: Any, shape: LlamaShape, folder: Path, dty
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     if dtype == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(shape.vocab_size)
+    for unit in filter(lambda unit: unit.hf_key, ParamTable.build(shape).kinds):
+        getattr(writer, f"add_{_NUMBERS[unit.hf_key]}")(unit.size(shape))
     writer.add_context_length(shape.max_position_embeddings)
-    writer.add_embedding_length(shape.hidden_size)
     writer.add_block_count(shape.num_layers)
-    writer.add_feed_forward_length(shape.ffn_hidden_size)
-    writer.add_head_count(shape.num_attention_heads)
-    writer.add_head_count_kv(shape.num_query_groups)
     writer.add_key_length(shape.kv_channels)
     writer.add_value_length(shape.kv_channels)
     writer.add_layer_norm_rms_eps(shape.norm_epsilon)

@@ -27,7 +27,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.llama import take
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import finite
-from megatron_prune.model.table import ParamTable, expand
+from megatron_prune.model.table import EMBEDDING, HF_LM_HEAD, ParamTable, expand
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ _SAFETENSORS_DTYPES = {
 }
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _LISTED = 10
-EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class FolderWeights:
                     raise UserError(f"{file}: {name} is also in {self.stored[name].file.name}")
                 self.stored[name] = stored
         for name, file in listed.items():
-            if name == HEAD_WEIGHT and name not in self.stored:
+            if name == HF_LM_HEAD and name not in self.stored:
                 continue  # tied models may list one that nobody stores; `check` misses it where it is needed
             if name not in self.stored or self.stored[name].file != file:
                 raise UserError(f"{file}: {name} is not in it, though the index says so; download the folder again")
@@ -174,7 +173,7 @@ class FolderWeights:
             )
             if names
         ]
-        if HEAD_WEIGHT in missing:
+        if HF_LM_HEAD in missing:
             complaints.append("(tie_word_embeddings is false in config.json, so an output layer of its own is needed)")
         if complaints:
             raise UserError(f"{self.folder}: weights do not fit config.json: {'; '.join(complaints)}")
@@ -182,11 +181,12 @@ class FolderWeights:
     def _is_leftover(self, name: str, shape: LlamaShape) -> bool:
         if name.endswith("rotary_emb.inv_freq"):
             return True
-        if name != HEAD_WEIGHT or not shape.tie_word_embeddings or EMBEDDING not in self.stored:
+        embedding = ParamTable.build(shape).find(EMBEDDING).parts[0].hf_name
+        if name != HF_LM_HEAD or not shape.tie_word_embeddings or embedding not in self.stored:
             return False
-        if self.stored[name].shape != self.stored[EMBEDDING].shape or not torch.equal(self(name), self(EMBEDDING)):
+        if self.stored[name].shape != self.stored[embedding].shape or not torch.equal(self(name), self(embedding)):
             raise UserError(
-                f"{self.folder}: {HEAD_WEIGHT} differs from {EMBEDDING}, though config.json has tie_word_embeddings "
+                f"{self.folder}: {HF_LM_HEAD} differs from {embedding}, though config.json has tie_word_embeddings "
                 "true; set it to false if the model has an output layer of its own, or remove the tensor"
             )
         return True

@@ -96,8 +96,8 @@ class Architecture:
         return (_frozen(np.arange(kind.size(self.shape))),) * kind.sites(self.shape)
 
     def _serving(self, kind: Kind) -> tuple[np.ndarray, ...]:
-        assert kind.follows is not None and kind.served is not None
-        return tuple(_frozen(np.unique(kind.served(ids, self.shape))) for ids in self.sites(kind.follows))
+        assert kind.follows is not None
+        return tuple(_frozen(np.unique(kind.serving(ids, self.shape))) for ids in self.sites(kind.follows))
 
     def ids(self, kind: Kind, layer: int) -> np.ndarray:
         """Live original ids of `kind` in `layer`, ascending int32."""
@@ -115,8 +115,10 @@ class Architecture:
 
     def clusters(self, kind: Kind) -> tuple[np.ndarray, ...]:
         """Per site of a kind that follows another: how many live units each of its live units serves, in order."""
-        assert kind.follows is not None and kind.served is not None
-        return tuple(np.unique(kind.served(ids, self.shape), return_counts=True)[1] for ids in self.sites(kind.follows))
+        assert kind.follows is not None
+        return tuple(
+            np.unique(kind.serving(ids, self.shape), return_counts=True)[1] for ids in self.sites(kind.follows)
+        )
 
     def elements(self, roles: tuple[str, ...] | None = None) -> int:
         """Live elements of all parameters, or of those of `roles` (see `ParamTable.elements`)."""
@@ -132,6 +134,10 @@ class Architecture:
         """Live units of `kind` in a layer, for people: `9`, or `7 to 9` where layers differ."""
         counts = sorted(map(len, self.sites(kind)))
         return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+
+    def described(self) -> str:
+        """All widths for people: `query heads 9, KV heads 3, FFN channels 1536, hidden size 576`."""
+        return ", ".join(f"{kind.title} {self.span(kind)}" for kind in self.table.varying)
 
     # In Megatron's and Hugging Face's nouns, of the widest layer:
 
@@ -183,9 +189,8 @@ class Architecture:
         """int32 ids of `kind` that leave `layer` with `group`: its own, or those that served only units of it."""
         if kind.follows is None or kind.follows not in group.gone:
             return np.array(group.units(kind, layer), dtype=np.int32)
-        assert kind.served is not None
         left = np.setdiff1d(self.ids(kind.follows, layer), group.units(kind.follows, layer))
-        return np.setdiff1d(self.ids(kind, layer), kind.served(left, self.shape)).astype(np.int32)
+        return np.setdiff1d(self.ids(kind, layer), kind.serving(left, self.shape)).astype(np.int32)
 
     def cost(self, group: Group) -> int:
         """Parameters that leave with `group`, and with the units that served only units of it."""

@@ -2,7 +2,7 @@
 
     Kind           what a unit of it is: how many there are, how ranks share them, what it follows
     HEAD KV_HEAD FFN STEM VOCAB   those of a Llama;  FIXED  a dimension without units
-    register_kind  adds one;  find_kind  by name
+    register_kind  adds one;  find_kind  by name;  known_kinds  all
 
 A *unit* is one head, one channel, one row of the vocabulary; it is known by its original id, its number in the source
 model. Everything else (which dims of which parameter a kind runs along, layout, scores, resharding, checkpoints,
@@ -35,6 +35,7 @@ class Kind:
         follows: a kind whose units these serve: a unit lives while one of those that it serves does.
         served: ids of the followed kind -> for each of them, the id here that serves it.
         quantum: what stored widths are rounded up to, where no configuration says.
+        hf_key: what a `config.json` calls their number; empty: it does not state it.
     """
 
     name: str
@@ -47,12 +48,23 @@ class Kind:
     follows: Kind | None = field(default=None, compare=False)
     served: Callable[[np.ndarray, LlamaShape], np.ndarray] | None = field(default=None, compare=False)
     quantum: int = field(default=1, compare=False)
+    hf_key: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
         return self.name
 
     def __reduce__(self) -> tuple[Callable[[str], Kind], tuple[str]]:
         return find_kind, (self.name,)  # functions do not travel between processes
+
+    @property
+    def varies(self) -> bool:
+        """Whether their number changes: they are prunable, or follow a kind that is."""
+        return self.is_prunable or self.follows is not None
+
+    def serving(self, ids: np.ndarray, shape: LlamaShape) -> np.ndarray:
+        """For each of `ids` of the kind that it follows, the id here that serves it."""
+        assert self.served is not None, f"{self} serves no other kind"
+        return self.served(ids, shape)
 
     def site(self, layer: int) -> int:
         """Where the units of `layer` stand among the sites of this kind: one per layer, or one for all."""
@@ -82,13 +94,20 @@ def find_kind(name: str) -> Kind:
     return _REGISTRY[name]
 
 
+def known_kinds() -> tuple[Kind, ...]:
+    """All kinds, in the order of their registration."""
+    return tuple(_REGISTRY.values())
+
+
 def in_order(kinds: Iterable[Kind]) -> tuple[Kind, ...]:
     """`kinds` in the order of their registration, each once."""
     wanted = set(kinds)
-    return tuple(kind for kind in _REGISTRY.values() if kind in wanted)
+    return tuple(kind for kind in known_kinds() if kind in wanted)
 
 
-HEAD = register_kind(Kind("head", "heads", "query heads", lambda shape: shape.num_attention_heads, TP))
+HEAD = register_kind(
+    Kind("head", "heads", "query heads", lambda shape: shape.num_attention_heads, TP, hf_key="num_attention_heads")
+)
 KV_HEAD = register_kind(
     Kind(
         "kv_head",
@@ -99,10 +118,15 @@ KV_HEAD = register_kind(
         is_prunable=False,
         follows=HEAD,
         served=lambda heads, shape: heads // shape.heads_per_group,
+        hf_key="num_key_value_heads",
     )
 )
-FFN = register_kind(Kind("ffn", "ffn", "FFN channels", lambda shape: shape.ffn_hidden_size, TP))
-STEM = register_kind(Kind("stem", "hidden", "hidden size", lambda shape: shape.hidden_size, is_shared=True))
+FFN = register_kind(
+    Kind("ffn", "ffn", "FFN channels", lambda shape: shape.ffn_hidden_size, TP, hf_key="intermediate_size")
+)
+STEM = register_kind(
+    Kind("stem", "hidden", "hidden size", lambda shape: shape.hidden_size, is_shared=True, hf_key="hidden_size")
+)
 VOCAB = register_kind(
     Kind(
         "vocab",
@@ -113,6 +137,7 @@ VOCAB = register_kind(
         is_shared=True,
         is_prunable=False,
         quantum=128,
+        hf_key="vocab_size",
     )
 )
 FIXED = Kind("fixed", "", "", lambda _: 1, is_shared=True, is_prunable=False)

@@ -136,12 +136,12 @@ class ShardLayout:
     def serving(self, kind: Kind, layer: int, rank: int) -> np.ndarray:
         """int64 per slot of the kind that `kind` follows, on one rank: the local slot of `kind` that serves it (in an
         empty slot: where it would be if the slots were shared out evenly)."""
-        assert kind.follows is not None and kind.served is not None
+        assert kind.follows is not None
         leaders, slots = self.slots(kind.follows, layer, rank), self.slots(kind, layer, rank)
         even = np.arange(len(leaders)) // max(len(leaders) // len(slots), 1)
         index = np.minimum(even, len(slots) - 1).astype(np.int64)
         live, order = leaders != EMPTY, np.argsort(slots, kind="stable")
-        wanted = kind.served(leaders[live], self.architecture.shape)
+        wanted = kind.serving(leaders[live], self.architecture.shape)
         index[live] = order[np.searchsorted(slots, wanted, sorter=order)]
         return index
 

@@ -193,7 +193,7 @@ class ParamTable:
     @cached_property
     def varying(self) -> tuple[Kind, ...]:
         """Those of `kinds` whose number changes: prunable ones, and those that follow them."""
-        return tuple(kind for kind in self.kinds if kind.is_prunable or kind.follows)
+        return tuple(kind for kind in self.kinds if kind.varies)
 
     @cached_property
     def scored(self) -> tuple[Kind, ...]:
@@ -245,6 +245,7 @@ class ParamTable:
 
 Rows = Callable[[LlamaShape], Iterator[Param]]
 TIED_COPY = "output_layer.weight"  # what megatron-core calls an LM head, a tied one's second copy included
+HF_LM_HEAD = "lm_head.weight"  # what Hugging Face does
 _FAMILIES: dict[str, Rows] = {}
 
 
@@ -268,7 +269,7 @@ def llama_rows(shape: LlamaShape) -> Iterator[Param]:
         yield from ffn_rows(layer, Dim(FFN))
     yield single("decoder.final_layernorm.weight", None, NORM, "model.norm.weight", stem)
     if not shape.tie_word_embeddings:
-        yield single(TIED_COPY, None, LM_HEAD, "lm_head.weight", ids, stem)
+        yield single(TIED_COPY, None, LM_HEAD, HF_LM_HEAD, ids, stem)
 
 
 def single(name: str, layer: int | None, role: str, hf_name: str, *dims: Dim) -> Param:

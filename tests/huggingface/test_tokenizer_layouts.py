@@ -404,14 +404,13 @@ def test_new_rows_are_the_mean_and_change_no_other_logit(stories260k: Path) -> N
     from megatron_prune.huggingface.weights import FolderWeights
     from megatron_prune.model.architecture import Architecture
 
-    weights = FolderWeights(stories260k)
+    weights, full = FolderWeights(stories260k), Architecture.full(read_shape(stories260k))
     name = "model.embed_tokens.weight"
-    before, after = weights(name), with_rows(weights, 514)(name)
+    before, after = weights(name), with_rows(weights, full.table, 514)(name)
     assert after.shape == (514, 64) and after.dtype == before.dtype and torch.equal(after[:512], before)
     assert torch.equal(after[512], after[513])
     assert torch.allclose(after[512].double(), before.double().mean(0), rtol=1e-6, atol=0)
-    assert torch.equal(with_rows(weights, 514)("model.norm.weight"), weights("model.norm.weight"))
-    full = Architecture.full(read_shape(stories260k))
+    assert torch.equal(with_rows(weights, full.table, 514)("model.norm.weight"), weights("model.norm.weight"))
     assert resized(full, 514).parameters == full.parameters + 2 * 64  # tied
 
 

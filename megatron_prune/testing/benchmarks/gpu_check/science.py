@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
+from megatron_prune.model.kinds import find_kind
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
 from megatron_prune.testing.benchmarks.gpu_check.way import python
 
@@ -77,6 +78,6 @@ def _found(run: Path) -> Iterator[Row]:
     summary = json.loads((run / "summary.json").read_text())
     yield Row("run", f"iteration {summary.get('iteration')}, {summary.get('consumed_tokens'):,} tokens")
     for name, stage in summary["stages"].items():
-        widths = ", ".join(f"{key} {stage[key]}" for key in ("num_attention_heads", "ffn_hidden_size", "hidden_size"))
+        widths = ", ".join(f"{find_kind(kind).title} {width}" for kind, width in stage["widths"].items())
         loss, size = stage["validation_loss"], stage["parameters"]
         yield Row(f"{name}: validation loss", f"{loss:.4f} at {size:,} parameters ({widths})", value=loss)

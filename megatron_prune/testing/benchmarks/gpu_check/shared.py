@@ -18,19 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
-from megatron_prune.testing.benchmarks.gpu_check.smoke import FP32_ERROR
-from megatron_prune.testing.helpers.comparison import (
-    MICRO_BATCH,
-    MICRO_BATCHES,
-    SEQUENCE,
-    hold_together,
-    oracle_run,
-    oracle_settings,
-)
-from megatron_prune.testing.helpers.oracle_cases import MODELS
 from megatron_prune.testing.helpers.ranks import free_port, search_path
-from megatron_prune.testing.helpers.sharded import SHARED_GPU, Case, rounded, run_case
-from megatron_prune.testing.helpers.tiny_models import random_llama_weights
 
 CASES = {
     "TP 2, sequence parallel": {"tp": 2, "sequence_parallel": True},
@@ -104,20 +92,35 @@ def _rank(name: str, device: str, folder: str) -> None:
     if name in OPERATIONS:
         dist.init_process_group("gloo")
         OPERATIONS[name](torch.ones(4, device=torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")))
+        dist.destroy_process_group()
         text = "runs"
     else:
-        kind = SHARED_GPU if device == "cuda" else "cpu"
-        case = Case(**CASES[name], quanta=rounded(ffn=4, stem=4, vocab=8), device=kind)  # type: ignore[arg-type]
-        model = MODELS["gqa-tied"]
-        weights, settings = random_llama_weights(model, seed=3), oracle_settings(model)
-        job = (model, weights, settings, ITERATIONS, MICRO_BATCHES, MICRO_BATCH, SEQUENCE)
-        outcome = run_case(int(os.environ["RANK"]), 2, case, *job)
-        agreement = hold_together(*oracle_run(model, weights, settings, ITERATIONS), outcome)
-        agrees = not agreement.faults and max(agreement.loss_errors) < FP32_ERROR
-        text = f"{agreement.compared} of {agreement.of} removals as the oracle's, losses within "
-        text += f"{max(agreement.loss_errors):.1e}: {'agrees' if agrees else 'DIFFERS'}"
+        text = _train(CASES[name], device)
     if os.environ["RANK"] == "0":
         (Path(folder) / "found.json").write_text(json.dumps(text))
+
+
+def _train(layout: dict[str, Any], device: str) -> str:
+    """A small run on this layout, compared with the oracle's."""
+    # Here, since the ranks of an operation start in a third of the time without them.
+    from megatron_prune.testing.benchmarks.gpu_check.smoke import FP32_ERROR
+    from megatron_prune.testing.helpers import comparison
+    from megatron_prune.testing.helpers.oracle_cases import MODELS
+    from megatron_prune.testing.helpers.sharded import SHARED_GPU, Case, rounded, run_case
+    from megatron_prune.testing.helpers.tiny_models import random_llama_weights
+
+    kind = SHARED_GPU if device == "cuda" else "cpu"
+    case = Case(**layout, quanta=rounded(ffn=4, stem=4, vocab=8), device=kind)
+    model = MODELS["gqa-tied"]
+    weights, settings = random_llama_weights(model, seed=3), comparison.oracle_settings(model)
+    batches = (comparison.MICRO_BATCHES, comparison.MICRO_BATCH, comparison.SEQUENCE)
+    outcome = run_case(int(os.environ["RANK"]), 2, case, model, weights, settings, ITERATIONS, *batches)
+    agreement = comparison.hold_together(*comparison.oracle_run(model, weights, settings, ITERATIONS), outcome)
+    agrees = not agreement.faults and max(agreement.loss_errors) < FP32_ERROR
+    return (
+        f"{agreement.compared} of {agreement.of} removals as the oracle's, losses within "
+        f"{max(agreement.loss_errors):.1e}: {'agrees' if agrees else 'DIFFERS'}"
+    )
 
 
 if __name__ == "__main__":
