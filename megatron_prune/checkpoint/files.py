@@ -53,7 +53,7 @@ class CheckpointSaveError(OSError):
 
 
 def step_name(iteration: int) -> str:
-    """`iter_0000100`."""
+    """Name of the folder of a checkpoint, e.g. `iter_0000100`."""
     return f"iter_{iteration:07d}"
 
 
@@ -184,7 +184,7 @@ class Digest:
 
 
 def digest(path: Path) -> Digest:
-    """Read `path` and sum it up."""
+    """Size and CRC-32 of the file at `path`, which is read once."""
     size, crc = 0, 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -379,7 +379,10 @@ class Retention:
         return [step for step in old if not self.interval or step % self.interval]
 
     def apply(self, directory: Path, newest: int) -> list[int]:
-        """Delete them; each is renamed first, so that nobody loads half of one. Raises OSError."""
+        """Delete the folders of the `superseded` iterations; each is renamed first, so that nobody loads half of one.
+
+        Raises OSError.
+        """
         doomed = self.superseded(steps(directory), newest)
         for step in doomed:
             folder = step_folder(directory, step)

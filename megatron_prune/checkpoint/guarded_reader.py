@@ -188,7 +188,7 @@ class GuardedReader(FileSystemReader):
         self._folder, self._metadata = folder, read_metadata(folder)
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        """As read when this was made."""
+        """The metadata that were read when this reader was made."""
         return self._metadata
 
     def tensor(self, key: str) -> TensorStorageMetadata:

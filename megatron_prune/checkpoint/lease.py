@@ -68,7 +68,7 @@ class Process:
             return cls(pid, None)
 
     def is_running(self) -> bool:
-        """Whether it still is there, itself and not one that was given its number later; a zombie is not."""
+        """Whether this very process still runs: one that got its pid later is another, and a zombie has ended."""
         is_ours = True
         try:
             os.kill(self.pid, 0)
@@ -232,7 +232,7 @@ def refuse_others(directory: Path) -> None:
 
 
 class Lease:
-    """Held by this process, on `path`.
+    """A lease that this process holds; its file is `path`.
 
     Args:
         is_nested: it is held further out, by the same process, and given back there.

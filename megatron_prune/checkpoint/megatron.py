@@ -95,12 +95,12 @@ class MegatronCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored embedding."""
+        """What the weights are stored in, as told by the embedding."""
         return self._entry("embedding.word_embeddings.weight").properties.dtype
 
     @property
     def iteration(self) -> int:
-        """As the folder's name says, else 0."""
+        """The iteration that the folder's name states, 0 where it states none."""
         return iteration_of(self.path) or 0
 
     # The shape -------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def irregular(key: str, data: Tensor, global_shape: tuple[int, ...], offset: tup
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the remarks of torch and megatron-core about their own deprecated calls."""
+    """While entered, no warnings of torch and megatron-core about their own deprecated calls are shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -107,7 +107,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_each() -> Iterator[None]:
-    """Of what torch's readers raise on all ranks, with the traceback of each, the UserError alone."""
+    """While entered, what torch's readers raise (one error of all tracebacks) becomes the UserError behind it."""
     try:
         yield
     except checkpoint.CheckpointException as error:
@@ -210,7 +210,7 @@ class SaveTask:
 
     @property
     def digests(self) -> dict[str, Digest]:
-        """Of the files that `write` has written."""
+        """Size and CRC-32 by name of the files that `write` has written."""
         return self._writer.digests
 
     def finish(self) -> None:

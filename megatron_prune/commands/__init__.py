@@ -74,7 +74,7 @@ def help_text() -> str:
 
 
 def start(argv: Sequence[str] | None = None) -> None:
-    """Be the program: run, and end the process with the exit status; where nobody reads any more what it says
+    """Run as the program does: end the process with the exit status; where nobody reads any more what it says
     (`| head`), with that of a program that the signal for it ended.
     """
     try:

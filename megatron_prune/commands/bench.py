@@ -75,7 +75,7 @@ def gpu_presets(tiny: bool) -> list[Preset]:
 
 
 def columns(preset: Preset) -> dict[str, CostRow]:
-    """Measure one column; rows by name."""
+    """Measure the column of `preset`; its rows by name."""
     world = preset.setup.case.world_size
     rows: list[CostRow] = []
     for part in (measure, measure_memory):

@@ -16,5 +16,5 @@ from megatron_prune.pretrain import main as train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Be this process's part of a job; returns the exit status."""
+    """Run this process's part of a job; returns the exit status."""
     return job.main(sys.argv[1:] if argv is None else argv, train)

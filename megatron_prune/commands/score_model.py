@@ -94,7 +94,7 @@ def criteria(names: Sequence[str]) -> list[str]:
 
 
 def check_outputs(arguments: ScoreOptions) -> None:
-    """What will be written must be possible, before anything is computed. Raises UserError."""
+    """Try to write where --json and --plot will, before anything is computed. Raises UserError."""
     from megatron_prune.errors import UserError
 
     for flag, value in (("--plot", arguments.plot), ("--json", arguments.json)):
@@ -149,7 +149,7 @@ def _listed(architecture: Any, kind: Any, layer: int, values: np.ndarray) -> str
 
 
 def first(choice: Any) -> Iterator[str]:
-    """Which group would go first, and by what."""
+    """A line: which group would leave first, and by which score and margin."""
     if choice is None:
         yield "first to go: nothing, every kind is at its floor"
         return
@@ -160,7 +160,7 @@ def first(choice: Any) -> Iterator[str]:
 
 
 def write(arguments: ScoreOptions, scores: Mapping[str, Any], choices: Mapping[str, Any], per_column: bool) -> None:
-    """--json and --plot."""
+    """Write the files that --json and --plot name."""
     a = next(iter(scores.values())).architecture
     if arguments.json is not None:
         found = {

@@ -31,7 +31,7 @@ _SPARE_FILES = 256  # for everything else that a rank opens later: checkpoints, 
 
 @dataclass(frozen=True)
 class Guarded:
-    """The classes; imported from megatron-core late, for it is slow."""
+    """megatron-core's data set classes with checks, made when first asked for: their import takes seconds."""
 
     dataset: Any
     builder: Any

@@ -80,7 +80,8 @@ def kept(folder: str, entries: Sequence[Entry], make: Callable[[], Sequence[np.n
 
 
 def sized(arrays: Mapping[str, Any]) -> None:
-    """Compare the sizes of files that are mapped with the arrays over them; touching what was cut off would kill us.
+    """Compare the sizes of mapped files with the arrays over them: reading what was cut off would end this process
+    (SIGBUS).
 
     Args:
         arrays: numpy.memmap by what errors call the file; others are passed over.

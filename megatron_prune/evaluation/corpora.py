@@ -248,5 +248,5 @@ def run_options(meta: Mapping[str, Any], where: str) -> tuple[IndexedOptions, in
 
 
 def batches(windows: Windows, size: int) -> Sequence[range]:
-    """The numbers of the windows, batch by batch."""
+    """Numbers of the windows from 0 on, as ranges of at most a batch."""
     return [range(start, min(start + size, len(windows))) for start in range(0, len(windows), size)]

@@ -45,13 +45,13 @@ _LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "num_key_value_heads": None}
 
 
 class Fields:
-    """Typed reading of one `config.json`; every complaint names the file and the field."""
+    """Typed reading of one `config.json`. Missing and null fields have the default; UserErrors name file and field."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config, self.where = config, where
 
     def refuse(self, field: str, complaint: str) -> UserError:
-        """What to raise about a field."""
+        """The UserError to raise about `field`."""
         return UserError(f"{self.where}: {field}: {complaint}")
 
     def get(self, field: str, default: Any = None) -> Any:
@@ -60,7 +60,7 @@ class Fields:
         return default if value is None else value
 
     def whole(self, field: str, default: int | None = None) -> int:
-        """A positive whole number within all reason."""
+        """The field as a positive whole number, at most its limit in `_LARGEST`."""
         value = self.get(field, default)
         if value is None:
             raise self.refuse(field, "is missing; a positive whole number is needed")
@@ -71,21 +71,21 @@ class Fields:
         return value
 
     def number(self, field: str, default: float) -> float:
-        """A positive number within all reason."""
+        """The field as a positive finite number."""
         value = self.get(field, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
             raise self.refuse(field, f"{shown(value)} is no positive number of sensible size")
         return float(value)
 
     def switch(self, field: str, default: bool = False) -> bool:
-        """True or false."""
+        """The field as a boolean."""
         value = self.get(field, default)
         if not isinstance(value, bool):
             raise self.refuse(field, f"{shown(value)} is neither true nor false")
         return value
 
     def word(self, field: str, default: str | None = None) -> str | None:
-        """A text, or None where there is neither the field nor a default."""
+        """The field as text; None where there is neither the field nor a default."""
         value = self.get(field, default)
         if value is not None and not isinstance(value, str):
             raise self.refuse(field, f"{shown(value)} is no text")
@@ -93,7 +93,7 @@ class Fields:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """`value` as messages show it: 60 characters at most."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."
 

@@ -63,7 +63,7 @@ class Exported:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most weights are stored in."""
+        """The dtype that most weights are stored in."""
         return self.dtypes.main
 
 

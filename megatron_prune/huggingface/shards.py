@@ -39,12 +39,12 @@ class ShardEntry:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """What its data takes in the file."""
+        """Bytes of its data in the file."""
         return self.elements * self.dtype.itemsize
 
 
@@ -56,7 +56,7 @@ class StoredDtypes:
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def of(self, name: str) -> torch.dtype:
-        """The dtype of one weight."""
+        """The dtype in which the weight called `name` is stored."""
         return self.others.get(name, self.main)
 
 

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from megatron_prune.data.tokenizer import build_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.weights import Reader
+from megatron_prune.huggingface.weights import Reader, source_view
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.llama import ModelOptions, build_llama, named_rows
+from megatron_prune.model.llama import ModelOptions, build_llama, load_parameters
 from megatron_prune.runtime.mesh import Mesh
 
 
@@ -188,15 +188,10 @@ def training_logits(read: Reader, architecture: Architecture, tokens: Tensor, me
         read: Hugging Face name -> the live tensor.
     """
     assert mesh.tp_size == mesh.pp_size == 1
-    # Nothing is rounded up: slots are the live units in order; empty ones (fewer KV heads than elsewhere) come last.
     layout = ShardLayout.pack(architecture, 1, {VOCAB: 1})
     model = build_llama(architecture.shape, layout, mesh, ModelOptions(seq_length=tokens.shape[1]))
     with torch.no_grad():
-        for _, parameter, row in named_rows(model, architecture.table):
-            for part, start, end in row.part_rows(layout, 0):
-                tensor = read(part.hf_name)
-                stored = parameter[start:end].zero_()
-                stored[tuple(slice(0, length) for length in tensor.shape)].copy_(tensor)
+        load_parameters(model, architecture.table, layout, mesh, source_view(read, architecture))
         positions = torch.arange(tokens.shape[1], device=mesh.device.device).unsqueeze(0)
         return model.eval()(tokens.to(mesh.device.device), positions, None).float().cpu()
 

@@ -62,7 +62,8 @@ class CoreAttention(torch.nn.Module):
         self.register_buffer("live_mask", None, persistent=False)
 
     def set_slots(self, heads: np.ndarray, kv_heads: np.ndarray, kv_index: np.ndarray, device: torch.device) -> None:
-        """Take over one rank's slots of one layer (int32 arrays [N], [K], [N])."""
+        """Set what the slots of this rank and layer hold: int32 ids of query heads [N] and KV heads [K], -1 if empty,
+        and for each query slot the KV slot that serves it [N]."""
         queries, keys = len(heads), len(kv_heads)
         live = heads != EMPTY
         grouped = np.arange(queries) // max(queries // keys, 1)

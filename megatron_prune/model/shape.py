@@ -76,7 +76,7 @@ class LlamaShape:
 
     @property
     def units(self) -> int:
-        """Heads and FFN channels of all layers: what an architecture keeps a number for."""
+        """Query heads and FFN channels of all layers: how many ids an architecture keeps."""
         return self.num_layers * (self.num_attention_heads + self.ffn_hidden_size)
 
 

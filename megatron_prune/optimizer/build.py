@@ -23,7 +23,7 @@ from megatron_prune.model.llama import inner_model
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How weights are stepped. Field names are Megatron's."""
+    """Options of AdamW, gradient clipping and DDP. Field names are Megatron's."""
 
     lr: float
     min_lr: float = 0.0

@@ -55,7 +55,7 @@ class GuardState:
 
 @dataclass(frozen=True)
 class SpikeGuard:
-    """The rule.
+    """When a jump of the loss pauses pruning, and when pruning goes on.
 
     Args:
         factor: a loss above this times the median is a spike; above 1.

@@ -76,7 +76,7 @@ def hooked_datasets() -> SimpleNamespace:
 
 
 def start_all_workers(pool: ProcessPoolExecutor) -> None:
-    """Have the first job start all workers of a new pool: one that adds some while it mourns others trips."""
+    """Have the first job start all workers of a new pool: Python 3.11 raises where one is added while others die."""
     vars(pool)["_safe_to_dynamically_spawn_children"] = False
 
 

@@ -21,7 +21,7 @@ _RANK_0, _TOLD = "error/0", "told"
 
 
 class Voice:
-    """One rank's part.
+    """One rank's part in settling which rank tells its error.
 
     Args:
         store: None for one rank, and where nothing is known of one: then rank 0 tells, as `exit_status` does.
@@ -53,7 +53,8 @@ class Voice:
         error.is_this_ranks = True  # type: ignore[attr-defined]
 
     def leave(self) -> None:
-        """For who has lost others, after `settle`: the keeper of the store waits until the rest have asked it, too."""
+        """Call after `settle` by a rank that lost others: the keeper of the store waits until the rest have asked
+        it."""
         if self.store is None:
             return
         with contextlib.suppress(RuntimeError):

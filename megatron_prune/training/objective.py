@@ -21,7 +21,7 @@ Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Objective(Protocol):
-    """See the module."""
+    """What a micro-batch is trained on (see the module)."""
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Loss]:
         """(output of this stage, how its last one becomes (loss to minimise, what to report))."""

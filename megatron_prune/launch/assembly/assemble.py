@@ -41,13 +41,15 @@ logger = logging.getLogger(__name__)
 
 
 def quanta(config: Config) -> Quanta:
-    """Rounding of stored widths."""
+    """What stored widths are rounded up to, by kind of unit: `pruning.groups.NAME.quantum`, and for the vocabulary
+    `model.make_vocab_size_divisible_by`."""
     groups = {find_group(name, "pruning.groups").kind: group.quantum for name, group in config.pruning.groups.items()}
     return {**groups, VOCAB: config.model.make_vocab_size_divisible_by}
 
 
 def model_options(config: Config) -> ModelOptions:
-    """How the model computes."""
+    """What `build_llama` wants of the configuration: sequence length, dtype, sequence parallelism, recomputation,
+    and how layers are dealt to pipeline stages."""
     return ModelOptions(
         seq_length=config.data.seq_length,
         dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
@@ -61,7 +63,8 @@ def model_options(config: Config) -> ModelOptions:
 
 
 def optimizer_options(config: Config) -> OptimizerOptions:
-    """How weights are stepped."""
+    """What DDP and AdamW want of the configuration; learning rates are those of the first phase (the scheduler changes
+    them)."""
     optimizer, parallel = config.optimizer, config.parallel
     return OptimizerOptions(
         lr=optimizer.lr,

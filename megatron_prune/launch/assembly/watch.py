@@ -35,7 +35,7 @@ _OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 def announce(environ: Mapping[str, str]) -> dict[str, str]:
-    """A variable that names this process to what it starts, beside those named already."""
+    """The environment variable that names this process to those it starts, after the ones above it."""
     own = Process.find(os.getpid())
     before = [word for word in environ.get(VARIABLE, "").split(";")[1:] if word]
     return {VARIABLE: ";".join([this_machine(), *before, f"{own.pid}:{own.start or 0}"])}

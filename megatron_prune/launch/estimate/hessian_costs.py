@@ -21,7 +21,7 @@ _BYTES_PER_ELEMENT = 20  # of H: fp64 twice (H and factor, or two partial sums) 
 
 
 def needs_hessians(config: Config) -> tuple[bool, bool]:
-    """(for the update, for the criterion)."""
+    """Whether Hessians are needed: (for the second-order update, for the criterion)."""
     pruning = config.pruning
     is_on = pruning.target_params is not None
     return is_on and pruning.second_order.enabled, is_on and INVERSE_HESSIAN in find_criterion(pruning.metric).needs
@@ -53,7 +53,8 @@ def hessian_memory(config: Config, layout: ShardLayout, placement: Placement, st
 
 
 def hessian_traffic(config: Config, layout: ShardLayout, placement: Placement, stage: int) -> float:
-    """Rings; owners are dealt out evenly, so a rank takes part in one in TP of the sums. Solutions are small."""
+    """Bytes that a rank of `stage` sends for Hessians in a scoring, by rings. Layers are dealt evenly to owners, so a
+    rank takes part in one of TP sums; solutions are small."""
     update, criterion = needs_hessians(config)
     architecture = layout.architecture
     heads = architecture.num_attention_heads * architecture.shape.kv_channels

@@ -39,7 +39,7 @@ class Placement:
 
     @property
     def world_size(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return self.tp * self.pp * self.dp
 
     def in_flight(self, stage: int) -> int:

@@ -92,7 +92,7 @@ class GradientBuffer:
 
     @property
     def numel(self) -> int:
-        """Length, padding included."""
+        """Elements in all, padding included."""
         return self.buckets[-1][1]
 
     @property

@@ -21,7 +21,7 @@ from megatron_prune.pruning.groups.kind import GroupKind, Rules
 
 
 class HeadGroups(GroupKind):
-    """See the module."""
+    """Groups of query heads, by `pruning.gqa` (see the module)."""
 
     def default_cost(self, shape: LlamaShape) -> int:
         """One per column of the head."""

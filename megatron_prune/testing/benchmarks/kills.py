@@ -77,7 +77,7 @@ class Kill:
 
 
 def arm(kill: Kill, rank: int) -> None:
-    """Lie in wait in this process, if `rank` is the one to die."""
+    """Prepare the kill in this process, if `rank` is the one to be killed."""
     if rank != kill.rank:
         return
     if kill.moment is None:
@@ -136,7 +136,7 @@ class Traces:
 
     @classmethod
     def read(cls, save: Path) -> Traces:
-        """Of the run in `save`."""
+        """What the finished run in `save` left."""
         from megatron_prune.checkpoint import CheckpointReader
 
         reader, digest = CheckpointReader(save), hashlib.sha256()

@@ -193,7 +193,7 @@ class Soak:
         return Attempt(kill, code != 0, code == 0, time.monotonic() - begin, after)
 
     def iteration(self) -> int | None:
-        """Of the last checkpoint, which is read whole; None before the first."""
+        """Iteration of the last checkpoint, which is read whole; None before the first."""
         if not holds_checkpoint(self.save):
             return None
         return CheckpointReader(self.save).record.iteration

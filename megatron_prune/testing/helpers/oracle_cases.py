@@ -106,7 +106,7 @@ def case_of(factors: Mapping[str, Any], quanta: Quanta = EXACT) -> OracleCase:
 
 
 def name_of(factors: Mapping[str, Any]) -> str:
-    """Test id."""
+    """The test id of a case."""
     return f"{case_of(factors)[0].name}-{factors['kinds']}-{factors['model']}-{factors['gqa']}"
 
 

@@ -33,7 +33,7 @@ STATE = {"tokens": 0}
 
 
 def check(context: Context) -> Iterator[Row]:
-    """Peaks, then the save."""
+    """Rows of peaks, then of a save beside the training."""
     shapes = Shapes.of(context)
     mesh = init_mesh(choose_device(context.device), 1, 1)
     shape = dataclasses.replace(shapes.source, num_layers=max(2, shapes.source.num_layers // 3))

@@ -43,7 +43,7 @@ class Step:
 
     @property
     def check(self) -> Callable[[Context], Iterator[Row]]:
-        """Its function."""
+        """The function `check` of its module."""
         found: Callable[[Context], Iterator[Row]] = importlib.import_module(f"{_PACKAGE}.{self.name}").check
         return found
 
