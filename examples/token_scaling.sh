@@ -53,7 +53,7 @@ elif [ -n "$slurm" ]; then
     tasks=0
     : >"$out/array_flags.txt"
     for ratio in $ratios; do
-        for word in "$@" --prune-ratio "$ratio" --save "$out/ratio_${ratio/:/-}"; do
+        for word in "$@" --prune-schedule ratio --prune-ratio "$ratio" --save "$out/ratio_${ratio/:/-}"; do
             quoted "$word" && printf ' '
         done >>"$out/array_flags.txt"
         echo >>"$out/array_flags.txt"
@@ -68,7 +68,7 @@ elif [ -n "$slurm" ]; then
 else
     for ratio in $ratios; do
         echo "== ratio $ratio"
-        bash "$root/examples/pretrain_efficientllm.sh" "$config" --stage "$stages" -- "$@" --prune-ratio "$ratio" \
+        bash "$root/examples/pretrain_efficientllm.sh" "$config" --stage "$stages" -- "$@" --prune-schedule ratio --prune-ratio "$ratio" \
             --save "$out/ratio_${ratio/:/-}"
     done
     tabulate

@@ -101,6 +101,8 @@ class Progress:
 
     def longest(self, config: Config) -> int:
         """Iterations of the run if it reaches its target as late as it may and does not stop there."""
+        if config.is_one_schedule:
+            return config.training.train_iters
         if self.phase == CONTINUED:
             return self.phase_start + config.continue_iters
         return config.training.train_iters + (config.continue_iters if config.pruning.enabled else 0)

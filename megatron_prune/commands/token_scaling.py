@@ -40,7 +40,7 @@ class Run:
     """One run.
 
     Args:
-        ratio: pruning steps : gradient steps. pruning_tokens: consumed when the target was reached; tokens: in all.
+        ratio: pruning steps : gradient steps, or the curve. pruning_tokens: consumed when the target was reached; tokens: in all.
         source, pruned, final: the stages' facts (see `RunState.stages`); accuracy: zero-shot average, or None.
     """
 
@@ -65,7 +65,10 @@ def read_run(folder: Path) -> Run | str:
         return "no summary.json: the run has not ended yet"
     try:
         facts, stages = json.loads(summary.read_text()), json.loads(summary.read_text())["stages"]
-        ratio = str((yaml.safe_load(config.read_text()) or {}).get("pruning", {}).get("ratio", "?"))
+        pruning = (yaml.safe_load(config.read_text()) or {}).get("pruning", {})
+        ratio = str(pruning.get("ratio", "?"))
+        if pruning.get("schedule") == "curve":
+            ratio = f"{pruning['curve']['shape']} to {pruning['curve']['end']}"
         if "source" not in stages:
             return "nothing was measured: set training.eval_interval"
         if "pruned" not in stages:

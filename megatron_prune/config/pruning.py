@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_prune.config.options import NamedParts, option
+from megatron_prune.config.values import whole_number
 from megatron_prune.errors import UserError, one_line
 
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
@@ -29,12 +30,41 @@ def parse_ratio(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_span(text: str, where: str, run_tokens: int) -> int:
+    """Tokens that `text` spells: a count such as 5B, or a share of `run_tokens` such as 20%.
+
+    Raises:
+        UserError: it is neither; names `where` it stands.
+    """
+    share = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
+    if share and float(share[1]) <= 100:
+        return round(float(share[1]) / 100 * run_tokens)
+    tokens = whole_number(text, suffixes=True)
+    if share or tokens is None or tokens < 0:
+        raise UserError(
+            f'{where}: expected tokens, such as 5B, or a share of the run, such as 20%, got "{one_line(text)}"'
+        )
+    return tokens
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Size over tokens, from the source's to the target's. Each end is tokens, or a share of training.train_iters."""
+
+    shape: Literal["cubic", "linear"] = option("cubic", "cubic: fast first, slow last; or linear")
+    start: str = option("0%", "where it begins: tokens (5B) or a share of training.train_iters (10%)")
+    end: str = option("20%", "where the target is reached")
+
+
 @dataclass(frozen=True)
 class GroupConfig:
     """One kind of group."""
 
     cost: int | None = option(
-        None, "pruning steps that one group uses up; null: the kind's own (kv_channels for head, else 1)", at_least=1
+        None,
+        "with schedule: ratio, pruning steps that one group uses up; null: the kind's own (kv_channels for head, else "
+        "1)",
+        at_least=1,
     )
     floor: int = option(1, "units that every layer keeps", at_least=1)
     quantum: int = option(
@@ -105,8 +135,14 @@ class PruningConfig:
         at_least=1,
         count=True,
     )
-    ratio: str = option("1:1", "pruning steps : gradient steps, such as 4:1 or 1:9")
-    first_prune_iter: int = option(0, "iteration from which gradient steps count toward pruning steps", at_least=0)
+    schedule: Literal["ratio", "curve"] = option(
+        "ratio", "when groups leave: `ratio` of pruning steps to gradient steps, or the `curve` of sizes over tokens"
+    )
+    ratio: str = option("1:1", "with schedule: ratio, pruning steps : gradient steps, such as 4:1 or 1:9")
+    first_prune_iter: int = option(
+        0, "with schedule: ratio, iteration from which gradient steps count toward pruning steps", at_least=0
+    )
+    curve: Curve = option(Curve(), "with schedule: curve, the size that the model may have, over tokens")
     types: tuple[str, ...] = option(
         ("head", "ffn", "stem"), "kinds of groups that may be removed, by name", metavar="NAME", unique=True
     )

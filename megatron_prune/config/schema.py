@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_prune.config.options import option
-from megatron_prune.config.pruning import ContinuedConfig, PruningConfig
+from megatron_prune.config.pruning import ContinuedConfig, PruningConfig, parse_span
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,11 @@ class TrainingConfig:
 
     micro_batch_size: int = option(1, "sequences per forward pass on one process", at_least=1)
     global_batch_size: int = option(8, "sequences per optimizer step over all processes", at_least=1)
-    train_iters: int = option(1000, "iterations of plain training, or the limit of the pruning phase", at_least=1)
+    train_iters: int = option(
+        1000,
+        "iterations of plain training, of the pruning phase at most, or (lr_schedule: whole_run) of all",
+        at_least=1,
+    )
     seed: int = option(1234, "seed of initialisation, data order and random criteria", at_least=1, at_most=2**32 - 1)
     bf16: bool = option(False, "compute in bfloat16 with float32 main weights; off: float32")
     eval_interval: int = option(0, "iterations between evaluations on validation data; 0: never", at_least=0)
@@ -133,6 +137,11 @@ class OptimizerConfig:
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD", "inverse-square-root"] = option(
         "cosine", "shape of the learning rate after the warm-up"
+    )
+    lr_schedule: Literal["phases", "whole_run"] = option(
+        "phases",
+        "phases: this one until the target is reached, then `continued`'s; whole_run: this one over "
+        "training.train_iters, which then is the length of the whole run",
     )
     lr_warmup_iters: int = option(0, "iterations of linear warm-up", at_least=0)
     lr_decay_iters: int | None = option(None, "iteration at which min_lr is reached; null: train_iters", at_least=1)
@@ -228,3 +237,17 @@ class Config:
     def continue_iters(self) -> int:
         """Iterations of the continued phase: `continue_tokens`, rounded up to whole iterations."""
         return -(-self.continued.continue_tokens // self.tokens_per_iteration)
+
+    @property
+    def is_one_schedule(self) -> bool:
+        """Whether training.train_iters is the length of the whole run, not of its first phase at most."""
+        return self.optimizer.lr_schedule == "whole_run"
+
+    @property
+    def curve_tokens(self) -> tuple[int, int]:
+        """(start, end) of pruning.curve in tokens. Raises UserError if they are not spelled so."""
+        curve, run_tokens = self.pruning.curve, self.training.train_iters * self.tokens_per_iteration
+        start, end = (
+            parse_span(getattr(curve, name), f"pruning.curve: {name}", run_tokens) for name in ("start", "end")
+        )
+        return start, end

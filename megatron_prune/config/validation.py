@@ -8,7 +8,7 @@ is checked where the model is known.
 from typing import Any
 
 from megatron_prune.config.options import Option, all_options
-from megatron_prune.config.pruning import parse_ratio
+from megatron_prune.config.pruning import ContinuedConfig, parse_ratio
 from megatron_prune.config.schema import Config
 from megatron_prune.errors import UserError, one_line
 
@@ -178,6 +178,11 @@ def _check_schedule(config: Config) -> None:
             f"optimizer.lr_decay_style: WSD needs lr_wsd_decay_iters between 1 and {decay_iters}, got "
             f"{optimizer.lr_wsd_decay_iters or 'null'}"
         )
+    if config.is_one_schedule and continued != ContinuedConfig():
+        raise UserError(
+            "continued: with optimizer.lr_schedule: whole_run the run is training.train_iters long and has one schedule "
+            "of the learning rate; leave this section out"
+        )
     if continued.continue_tokens == 0:
         return
     peak = optimizer.lr if continued.continue_lr is None else continued.continue_lr
@@ -190,8 +195,22 @@ def _check_schedule(config: Config) -> None:
         )
 
 
+def _check_curve(config: Config) -> None:
+    pruning, run_tokens = config.pruning, config.training.train_iters * config.tokens_per_iteration
+    start, end = config.curve_tokens
+    if not start < end <= run_tokens:
+        raise UserError(
+            f"pruning.curve: start {start} and end {end} (tokens) must follow each other within the {run_tokens} "
+            "tokens of training.train_iters"
+        )
+    if pruning.first_prune_iter:
+        raise UserError("pruning.first_prune_iter belongs to schedule: ratio; a curve begins at pruning.curve: start")
+
+
 def _check_pruning(config: Config) -> None:
     pruning = config.pruning
+    if pruning.enabled and pruning.schedule == "curve":
+        _check_curve(config)
     if pruning.enabled and pruning.first_prune_iter >= config.training.train_iters:
         raise UserError(
             f"pruning.first_prune_iter {pruning.first_prune_iter} must be below training.train_iters "

@@ -95,7 +95,7 @@ def _convert_text(option: Option, text: str) -> bool | int | float | str | None:
     if option.kind is bool:
         return {"true": True, "false": False}.get(text.lower())
     if option.kind is int:
-        return _whole_number(text, suffixes=option.rules.count)
+        return whole_number(text, suffixes=option.rules.count)
     if option.kind is float:
         return _number(text)
     if option.choices:
@@ -103,7 +103,8 @@ def _convert_text(option: Option, text: str) -> bool | int | float | str | None:
     return text if text.strip() else None
 
 
-def _whole_number(text: str, suffixes: bool) -> int | None:
+def whole_number(text: str, suffixes: bool) -> int | None:
+    """The whole number that `text` spells, with `suffixes` also 469M and the like; None when it spells none."""
     scale = 1
     if suffixes and text[-1:].upper() in _SUFFIXES:
         text, scale = text[:-1], _SUFFIXES[text[-1].upper()]

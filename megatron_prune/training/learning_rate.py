@@ -1,6 +1,7 @@
-"""Learning rates: one schedule until the target is reached, another for the small model, both megatron-core's.
+"""Learning rates: one schedule until the target is reached, another for the small model, or (`lr_schedule: whole_run`)
+one for both; all are megatron-core's.
 
-Steps are iterations since the phase began, so a resumed run needs nothing but its phase to go on.
+Steps are iterations since the schedule began, so a resumed run needs nothing but its phase to go on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron_prune.training.state import RunState
 def build_scheduler(config: Config, model: LiveModel, state: RunState) -> OptimizerParamScheduler:
     """The scheduler of the current phase, at the current iteration, acting on the model's optimizer."""
     optimizer, continued = config.optimizer, config.continued
-    in_tail = state.phase == CONTINUED
+    in_tail = state.phase == CONTINUED and not config.is_one_schedule
     peak = (continued.continue_lr or optimizer.lr) if in_tail else optimizer.lr
     floor = continued.continue_min_lr if in_tail else optimizer.min_lr
     style = continued.continue_lr_decay_style if in_tail else optimizer.lr_decay_style
@@ -39,7 +40,7 @@ def build_scheduler(config: Config, model: LiveModel, state: RunState) -> Optimi
         wsd_decay_steps=optimizer.lr_wsd_decay_iters if not in_tail else None,
         lr_wsd_decay_style=optimizer.lr_wsd_decay_style,
     )
-    scheduler.step(state.iteration - state.phase_start)
+    scheduler.step(state.iteration - (state.phase_start if in_tail else 0))
     return scheduler
 
 

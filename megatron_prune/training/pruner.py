@@ -2,7 +2,7 @@
 
     Pruner.begin       before the forward pass: is a group due? then a `Scoring` watches gradients and inputs
     Scoring.finish     gradients are reduced, weights not yet stepped: S at (w_t, g_t), as `Scored`
-    Pruner.prune       after the step: remove groups by it until the schedule's credit is used up
+    Pruner.prune       after the step: remove groups by it while the schedule says that one is due
     Scored.remove      one group: decide on rank 0, broadcast, update the survivors (second order), retire
 
 Pruning without training (`training.one_shot`) uses `Scoring` and `Scored` without a schedule.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_prune.pruning.groups import Rules, find_group
 from megatron_prune.pruning.history import Removal
-from megatron_prune.pruning.schedule import PruningSchedule
+from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.pruning.selector import Decision, choose
 from megatron_prune.resharding.coordinator import Coordinator
@@ -171,19 +171,25 @@ class Scored:
 
 
 class Pruner:
-    """Scores and removes groups as the schedule says; progress is kept in `state`."""
+    """Scores and removes groups as the schedule says; progress is kept in `state`.
+
+    Args:
+        tokens_per_iteration: of one global batch; what `state` will have consumed is known before it is.
+    """
 
     def __init__(
         self,
         settings: PruningSettings,
-        schedule: PruningSchedule,
+        schedule: Schedule,
         coordinator: Coordinator,
         state: RunState,
+        tokens_per_iteration: int,
         clock: PartClock | None = None,
     ) -> None:
         self.settings, self.schedule, self.coordinator, self.state = settings, schedule, coordinator, state
+        self.tokens_per_iteration = tokens_per_iteration
         self.clock = clock or PartClock(coordinator.model.mesh.device)
-        self._is_scheduled = False
+        self._is_open = False
 
     @property
     def _parameters(self) -> int:
@@ -192,9 +198,10 @@ class Pruner:
     def begin(self) -> Scoring | None:
         """Before the forward pass of the next iteration: what watches it, if a group is due."""
         state, parameters = self.state, self._parameters
-        self._is_scheduled = state.phase == PRUNING and self.schedule.is_scheduled(state.iteration + 1, parameters)
+        iteration, tokens = state.iteration + 1, state.consumed_tokens + self.tokens_per_iteration
+        self._is_open = state.phase == PRUNING and self.schedule.is_open(iteration, tokens, parameters)
         credits = self.schedule.credited(state.credits)
-        if not self._is_scheduled or not self.schedule.may_prune(credits, parameters):
+        if not self._is_open or not self.schedule.is_due(credits, tokens, parameters):
             return None
         return Scoring(self.coordinator, self.settings, state, self.clock)
 
@@ -207,14 +214,14 @@ class Pruner:
             loss: of this iteration, for the guard against spikes; nothing is earned or removed during a spike.
         """
         is_paused = stepped and self._pauses(loss)
-        if not self._is_scheduled or not stepped or is_paused:
+        if not self._is_open or not stepped or is_paused:
             return []
         state = self.state
         state.credits = self.schedule.credited(state.credits)
         if scored is None:
             return []
         removed = list[Removal]()
-        while self.schedule.may_prune(state.credits, self._parameters):
+        while self.schedule.is_due(state.credits, state.consumed_tokens, self._parameters):
             removal = scored.remove()
             if removal is None:
                 break

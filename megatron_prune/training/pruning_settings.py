@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_prune.config import Config
+from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.groups import Rules, find_group, known_groups
-from megatron_prune.pruning.schedule import PruningSchedule
+from megatron_prune.pruning.schedule import CurveSchedule, RatioSchedule, Schedule
 from megatron_prune.pruning.spike_guard import SpikeGuard
 from megatron_prune.saliency.collector import CollectorSettings
 from megatron_prune.saliency.criteria import Criterion, find_criterion
@@ -65,14 +66,16 @@ def group_costs(config: Config, shape: LlamaShape) -> dict[str, int]:
     return {kind.name: given.get(kind.name) or kind.default_cost(shape) for kind in known_groups()}
 
 
-def pruning_schedule(config: Config, shape: LlamaShape) -> PruningSchedule:
-    """The schedule's part of the configuration."""
+def pruning_schedule(config: Config, source: Architecture) -> Schedule:
+    """The schedule's part of the configuration, for a run that starts from `source`."""
     pruning = config.pruning
     assert pruning.target_params is not None
+    if pruning.schedule == "curve":
+        start, end = config.curve_tokens
+        return CurveSchedule(pruning.curve.shape, start, end, source.parameters, pruning.target_params)
     steps, gradients = pruning.ratio_steps
-    return PruningSchedule(
-        steps, gradients, pruning.first_prune_iter, group_costs(config, shape), pruning.target_params
-    )
+    costs = group_costs(config, source.shape)
+    return RatioSchedule(steps, gradients, pruning.first_prune_iter, costs, pruning.target_params)
 
 
 def collector_settings(config: Config, dp_size: int) -> CollectorSettings:

@@ -20,7 +20,7 @@ from megatron_prune.checkpoint.record import CONTINUED, FINISHED, PRUNING
 from megatron_prune.config import Config
 from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.pruning.history import HistoryWriter, Removal
+from megatron_prune.pruning.history import HistoryWriter, Removal, before
 from megatron_prune.resharding.coordinator import Coordinator
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.training.clock import PartClock
@@ -100,9 +100,10 @@ class Trainer:
         if config.pruning.target_params:
             self.pruner = Pruner(
                 pruning_settings(config, model.mesh.dp_size),
-                pruning_schedule(config, model.table.shape),
+                pruning_schedule(config, before(model.architecture, state.history)),
                 self.coordinator,
                 state,
+                config.tokens_per_iteration,
                 self.clock,
             )
         self.scheduler = build_scheduler(config, model, state)
@@ -171,8 +172,8 @@ class Trainer:
         self._save()
         if self.pruner and self.state.phase == PRUNING:
             logger.warning(
-                "training.train_iters ended at %d parameters, above the target of %s; give more iterations or a "
-                "faster ratio",
+                "training.train_iters ended at %d parameters, above the target of %s; give more iterations, or prune "
+                "faster",
                 self.architecture.parameters,
                 self.config.pruning.target_params,
             )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_prune.config import (
     Config,
+    Curve,
     DataConfig,
     GroupConfig,
     GroupConfigs,
@@ -25,7 +26,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.pruning.schedule import PruningSchedule
+from megatron_prune.pruning.schedule import RatioSchedule
 from megatron_prune.testing.helpers.sharded import rounded
 from megatron_prune.training.flops import training_flops_per_token
 from megatron_prune.training.pruning_settings import pruning_schedule
@@ -55,7 +56,7 @@ def test_published_token_counts_come_out():
     for ratio, published in (("4:1", 2.5e9), ("2:1", 4.5e9), ("1:1", 8.4e9), ("1:9", 72.1e9)):
         config = dataclasses.replace(recipe, pruning=dataclasses.replace(recipe.pruning, ratio=ratio))
         route = plan_route(config, Architecture.full(SMOL))
-        iterations = removal_iters(pruning_schedule(config, SMOL), route.kinds)
+        iterations = removal_iters(pruning_schedule(config, route.source), route, config.tokens_per_iteration)
         phase, _ = plan_phases(config, route, iterations)
         assert phase.tokens == pytest.approx(published, rel=0.02), ratio
     target = route.target
@@ -65,13 +66,17 @@ def test_published_token_counts_come_out():
 
 
 def schedule(pruning_steps, gradient_steps, first, **cost):
-    return PruningSchedule(pruning_steps, gradient_steps, first, {"head": 1, "ffn": 1, "stem": 1} | cost, 10)
+    return RatioSchedule(pruning_steps, gradient_steps, first, {"head": 1, "ffn": 1, "stem": 1} | cost, 10)
+
+
+def forecast(rules, kinds):
+    return rules.forecast(kinds, np.full(len(kinds), 11), 1).tolist()
 
 
 def test_a_head_is_paid_off_before_the_next_group():
-    assert removal_iters(schedule(1, 9, 10, head=4), ("head", "ffn", "ffn")).tolist() == [10, 46, 55]
-    assert removal_iters(schedule(4, 1, 0), ("ffn",) * 5).tolist() == [1, 1, 1, 1, 2]
-    assert removal_iters(schedule(3, 2, 0, stem=2), ("stem", "stem", "ffn", "ffn")).tolist() == [2, 2, 4, 4]
+    assert forecast(schedule(1, 9, 10, head=4), ("head", "ffn", "ffn")) == [10, 46, 55]
+    assert forecast(schedule(4, 1, 0), ("ffn",) * 5) == [1, 1, 1, 1, 2]
+    assert forecast(schedule(3, 2, 0, stem=2), ("stem", "stem", "ffn", "ffn")) == [2, 2, 4, 4]
 
 
 @given(
@@ -85,12 +90,12 @@ def test_removals_follow_the_schedule_iteration_by_iteration(kinds, steps, first
     expected, credits, waiting, iteration = [], 0.0, list(kinds), 0
     while waiting:  # as the trainer goes: every iteration asks the schedule
         iteration += 1
-        if rules.is_scheduled(iteration, 11):
+        if rules.is_open(iteration, 0, 11):
             credits = rules.credited(credits)
-            while waiting and rules.may_prune(credits, 11):
+            while waiting and rules.is_due(credits, 0, 11):
                 credits = rules.spent(credits, waiting.pop(0))
                 expected.append(iteration)
-    assert removal_iters(rules, tuple(kinds)).tolist() == expected
+    assert forecast(rules, kinds) == expected
 
 
 @pytest.mark.parametrize("gqa", ["kv_group", "uniform", "cluster"])
@@ -141,7 +146,7 @@ def test_flops_are_summed_over_the_widths_that_are_trained():
     config = config_for(target_params=40_000, ratio="2:3", first_prune_iter=7)
     config = dataclasses.replace(config, continued=dataclasses.replace(config.continued, continue_tokens=12_800))
     route = plan_route(config, source)
-    iterations = removal_iters(pruning_schedule(config, GQA), route.kinds)
+    iterations = removal_iters(pruning_schedule(config, source), route, config.tokens_per_iteration)
     pruning, continued = plan_phases(config, route, iterations)
     gone = [int(np.sum(iterations < i)) for i in range(1, pruning.iterations + 1)]
     by_hand = sum(128 * training_flops_per_token(route.after(count), 32) for count in gone)
@@ -151,6 +156,21 @@ def test_flops_are_summed_over_the_widths_that_are_trained():
     assert continued.flops == pytest.approx(12_800 * training_flops_per_token(route.target, 32))
     stops = dataclasses.replace(config, training=dataclasses.replace(config.training, exit_at_target=True))
     assert [phase.iterations for phase in plan_phases(stops, route, iterations)] == [pruning.iterations, 0]
+
+
+def test_a_curve_over_one_schedule_ends_where_it_says():
+    """The target at 30 % of the run at the latest, the rest of train_iters for the small model."""
+    source = Architecture.full(GQA)
+    config = config_for(target_params=40_000, schedule="curve", curve=Curve("cubic", "10%", "30%"))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr_schedule="whole_run"))
+    route = plan_route(config, source)
+    iterations = removal_iters(pruning_schedule(config, source), route, config.tokens_per_iteration)
+    assert 100 < iterations[0] <= 105 and 250 < iterations[-1] <= 300 and (np.diff(iterations) >= 0).all()
+    sizes = pruning_schedule(config, source).size(iterations * config.tokens_per_iteration)
+    after = np.array([route.after(count).parameters for count in range(1, len(iterations) + 1)])
+    assert (after <= sizes + 0.02 * source.parameters).all(), "sizes between samples are interpolated"
+    pruning, continued = plan_phases(config, route, iterations)
+    assert pruning.iterations + continued.iterations == config.training.train_iters
 
 
 def test_plain_training_has_one_phase():
@@ -167,7 +187,7 @@ def test_compactions_are_counted_as_layouts_say(tp):
     quantum = rounded(head=1, ffn=8, stem=4, vocab=1)
     config = config_for(target_params=30_000, gqa="cluster", ratio="1:1")
     route = plan_route(config, source)
-    iterations = removal_iters(pruning_schedule(config, GQA), route.kinds)
+    iterations = removal_iters(pruning_schedule(config, source), route, config.tokens_per_iteration)
     layout = start = ShardLayout.pack(source, tp, quantum)
     happened = set()
     for count, iteration in enumerate(iterations.tolist(), 1):

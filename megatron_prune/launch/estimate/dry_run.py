@@ -213,7 +213,7 @@ def estimate(config: Config, architecture: Architecture, world_size: int) -> Est
         phases = plan_plain(config, architecture)
         return Estimate(world_size, placement, layout, None, None, start, None, phases, traffic, [], None, 0)
     route = plan_route(config, architecture)
-    iterations = removal_iters(pruning_schedule(config, architecture.shape), route.kinds)
+    iterations = removal_iters(pruning_schedule(config, architecture), route, config.tokens_per_iteration)
     target_layout = ShardLayout.pack(route.target, placement.tp, quanta(config))
     on_top, compaction = pruning_traffic(config, layout, placement, start.stage, fisher)
     return Estimate(

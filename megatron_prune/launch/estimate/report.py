@@ -17,6 +17,7 @@ from megatron_prune.launch.estimate.route import Phase, Route
 from megatron_prune.launch.estimate.traffic import Traffic
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout, StoredWidths
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.groups import group_names
 from megatron_prune.training.pruning_settings import group_costs
 
@@ -143,15 +144,23 @@ def _time(config: Config, estimate: Estimate) -> list[str]:
             f"({PEAK_NAME}), without restarts and evaluation"
         )
     if estimate.route is not None:
-        groups = Counter(estimate.route.kinds)
-        cost = group_costs(config, estimate.layout.architecture.shape)
-        counted = ", ".join(f"{groups[kind]:,} {kind} x {cost[kind]}" for kind in group_names() if groups[kind])
-        steps = sum(groups[kind] * cost[kind] for kind in group_names())
-        lines.append(
-            f"  pruning steps: {counted} = {steps:,} at {config.pruning.ratio} (pruning : gradient steps), from "
-            f"iteration {config.pruning.first_prune_iter} on"
-        )
+        lines.append(f"  {_pace(config, estimate.layout.architecture.shape, Counter(estimate.route.kinds))}")
     return lines
+
+
+def _pace(config: Config, shape: LlamaShape, groups: Counter[str]) -> str:
+    """When groups leave, in a sentence."""
+    pruning = config.pruning
+    if pruning.schedule == "curve":
+        start, end = map(_count, config.curve_tokens)
+        return f"pruning: {groups.total():,} groups along a {pruning.curve.shape} curve from {start} to {end} tokens"
+    cost = group_costs(config, shape)
+    counted = ", ".join(f"{groups[kind]:,} {kind} x {cost[kind]}" for kind in group_names() if groups[kind])
+    steps = sum(groups[kind] * cost[kind] for kind in group_names())
+    return (
+        f"pruning steps: {counted} = {steps:,} at {pruning.ratio} (pruning : gradient steps), from iteration "
+        f"{pruning.first_prune_iter} on"
+    )
 
 
 def _hours(config: Config, estimate: Estimate, phase: Phase) -> str:
@@ -177,7 +186,7 @@ def _notes(config: Config, estimate: Estimate) -> list[str]:
     if estimate.route is not None and pruning.iterations > limit:
         notes.append(
             f"training.train_iters {limit:,} ends the pruning phase before the target is reached, by this estimate; "
-            "raise it, or prune faster (pruning.ratio)"
+            "raise it, or prune faster (pruning.ratio, pruning.curve)"
         )
     if config.pruning.enabled and estimate.route is None:
         notes.append("the target is reached already: only continued training is left")

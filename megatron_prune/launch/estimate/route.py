@@ -24,12 +24,12 @@ from megatron_prune.checkpoint.record import CONTINUED, PRUNING, Progress
 from megatron_prune.config import Config
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.groups import GroupKind, Rules, find_group
-from megatron_prune.pruning.schedule import PruningSchedule
+from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.pruning.selector import OVERSHOOT
 from megatron_prune.training.flops import training_flops_per_token
 from megatron_prune.training.pruning_settings import selector_rules
 
-_SAMPLES = 33  # architectures between source and target at which FLOPs per token are computed
+_SAMPLES = 33  # architectures between source and target at which parameters and FLOPs per token are computed
 
 
 Widths = Mapping[str, int]  # by kind of unit
@@ -177,20 +177,12 @@ def _shrunk(source: Architecture, removed: Counter[str], rules: Rules) -> Archit
     return left
 
 
-def removal_iters(schedule: PruningSchedule, kinds: tuple[str, ...]) -> np.ndarray:
-    """int64 iteration (from 1) in which each group of `kinds` leaves."""
-    above = schedule.target_params + 1
-    reach = max(schedule.first_prune_iter, 1) + schedule.gradient_steps
-    first = next(i for i in range(1, reach + 1) if schedule.is_scheduled(i, above))
-    iterations = np.zeros(len(kinds), dtype=np.int64)
-    credits, iteration = 0.0, first - schedule.gradient_steps
-    for number, kind in enumerate(kinds):
-        while not schedule.may_prune(credits, above):
-            credits = schedule.credited(credits)
-            iteration += schedule.gradient_steps
-        iterations[number] = iteration
-        credits = schedule.spent(credits, kind)
-    return iterations
+def removal_iters(schedule: Schedule, route: Route, tokens_per_iteration: int) -> np.ndarray:
+    """int64 iteration (from 1) in which each group of the route leaves."""
+    count = len(route.kinds)
+    sampled = np.unique(np.linspace(0, count, _SAMPLES).astype(int))
+    sizes = [route.after(int(i)).parameters for i in sampled]
+    return schedule.forecast(route.kinds, np.interp(np.arange(count), sampled, sizes), tokens_per_iteration)
 
 
 def plan_phases(config: Config, route: Route, iterations: np.ndarray) -> tuple[Phase, Phase]:
@@ -207,7 +199,7 @@ def plan_phases(config: Config, route: Route, iterations: np.ndarray) -> tuple[P
     durations = np.diff(iterations, prepend=0)
     total = int(iterations[-1])
     pruning = Phase(total, total * tokens, float(np.dot(durations, per_token)) * tokens)
-    left = Progress(phase=CONTINUED).end(config)
+    left = max(0, Progress(phase=CONTINUED, phase_start=total).end(config) - total)
     return pruning, Phase(left, left * tokens, left * tokens * training_flops_per_token(route.target, seq_length))
 
 

@@ -55,7 +55,7 @@ class Agreement:
 def oracle_settings(config: Mapping[str, Any], target: float = 0.35, **changes: Any) -> OracleSettings:
     """Settings that prune to the share `target` of the parameters; `changes` are fields of OracleSettings."""
     size = DenseOracle(config, random_llama_weights(config)).parameters()
-    return OracleSettings(lr=2e-3, target_params=int(size * target), group_cost={KINDS[0]: 3}, **changes)
+    return OracleSettings(**{"lr": 2e-3, "target_params": int(size * target), "group_cost": {KINDS[0]: 3}, **changes})
 
 
 def oracle_run(

@@ -15,6 +15,7 @@ from megatron_prune.model.layout import Quanta
 from megatron_prune.testing.helpers.sharded import Case, rounded
 from megatron_prune.testing.helpers.tiny_models import tiny_config
 from megatron_prune.testing.reference import oracle_scores
+from megatron_prune.testing.reference.oracle_settings import LinearDecay
 
 MODELS = {
     "mha": tiny_config(intermediate_size=64),
@@ -148,6 +149,16 @@ SPECIAL: dict[str, OracleCase] = {
         Case(tp=2, sequence_parallel=True, quanta=COARSE),
         MODELS["qwen2"],
         {"criterion": "minitron", "ratio": (2, 1)},
+    ),
+    "cubic-curve": (  # several groups an iteration at first, one learning rate schedule over both phases
+        Case(tp=2, dp=2, distributed_optimizer=True, overlap=True, quanta=COARSE),
+        MODELS["gqa-tied"],
+        {"schedule": "cubic", "curve": (96, 1200), "lr": LinearDecay(3e-3, 60)},
+    ),
+    "linear-curve": (
+        Case(pp=2, first_stage_layers=1, quanta=COARSE),
+        MODELS["gqa-untied"],
+        {"schedule": "linear", "curve": (0, 900), "gqa": "cluster", "lr": LinearDecay(3e-3, 60)},
     ),
     "taylor-second": (
         Case(tp=3, quanta=COARSE),

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_prune.config import (
     Config,
     ContinuedConfig,
+    Curve,
     GroupConfig,
     GroupConfigs,
     ModelConfig,
@@ -37,6 +38,7 @@ from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.testing.reference.oracle import OracleSettings
+from megatron_prune.testing.reference.oracle_settings import LinearDecay
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.state import RunState
 from megatron_prune.training.trainer import Datasets, Trainer
@@ -170,29 +172,33 @@ def llama_shape(config: Mapping[str, Any]) -> LlamaShape:
 
 def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: int, seq_length: int) -> Config:
     """The project's configuration that means the same as the oracle's settings."""
-    assert not callable(settings.lr)
-    base = Config()
+    decay = settings.lr if isinstance(settings.lr, LinearDecay) else None
+    assert decay or not callable(settings.lr)
+    base, (start, end) = Config(), settings.curve
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, seq_length=seq_length),
         training=TrainingConfig(
             micro_batch_size=micro_batch_size,
             global_batch_size=micro_batches * micro_batch_size,
-            train_iters=10**6,
+            train_iters=decay.iterations if decay else 10**6,
             check_invariants=True,
         ),
         optimizer=OptimizerConfig(
-            lr=settings.lr,
-            lr_decay_style="constant",
+            lr=decay.peak if decay else settings.lr,  # type: ignore[arg-type]
+            lr_schedule="whole_run" if decay else "phases",
+            lr_decay_style="linear" if decay else "constant",
             weight_decay=settings.weight_decay,
             adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1],
             adam_eps=settings.eps,
             clip_grad=settings.clip_grad,
         ),
-        continued=ContinuedConfig(continue_tokens=10**9, continue_lr_decay_style="constant"),
+        continued=ContinuedConfig() if decay else ContinuedConfig(10**9, continue_lr_decay_style="constant"),
         pruning=PruningConfig(
             target_params=settings.target_params,
+            schedule="ratio" if settings.schedule == "ratio" else "curve",
+            curve=Curve("linear" if settings.schedule == "linear" else "cubic", str(start), str(end)),
             ratio=f"{settings.ratio[0]}:{settings.ratio[1]}",
             first_prune_iter=settings.first_prune_iter,
             types=tuple(settings.types),

@@ -91,7 +91,7 @@ class DenseOracle:
 
     Attributes:
         weights, exp_avg, exp_avg_sq: {name: tensor}, physically small.
-        live: LiveUnits; iteration: finished iterations; credits: pruning steps left over.
+        live: LiveUnits; iteration, tokens: finished and consumed; credits: pruning steps left over.
         smoothed: unit scores of the last choice; removals: all of them, in order.
 
     Raises:
@@ -119,8 +119,9 @@ class DenseOracle:
         self.weights = {name: weights[name].detach().to(dtype).clone() for name in expected}
         self.exp_avg = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self.exp_avg_sq = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        self.iteration = 0
+        self.iteration = self.tokens = 0
         self.credits = 0.0
+        self.source_params = self.parameters()
         self.smoothed: OracleScores | None = None
         self.removals: list[OracleRemoval] = []
 
@@ -157,8 +158,9 @@ class DenseOracle:
             FloatingPointError: the loss or the gradient is not finite (the oracle has no policy for that).
         """
         self.iteration += 1
+        self.tokens += sum(tokens.numel() for tokens, _ in micro_batches)
         scheduled = self._is_scheduled()
-        due = scheduled and (self.credits + self.settings.ratio[0] >= 1 or self.settings.score_idle)
+        due = scheduled and (self._may_prune(self.credits + self._income()) or self.settings.score_idle)
         loss, gradient, squares = self.gradients(micro_batches)
         scores = self._scores(micro_batches, gradient, squares) if due else None
         inputs = self.inputs(micro_batches) if due and self.settings.second_order else None
@@ -272,18 +274,36 @@ class DenseOracle:
     def _above_target(self) -> bool:
         return self.settings.target_params is not None and self.parameters() > self.settings.target_params
 
+    def _allowed_params(self) -> float:
+        """The curve: target + (source - target) (1 - u)^p, u the share of the way between its ends in tokens."""
+        settings, (start, end) = self.settings, self.settings.curve
+        assert settings.target_params is not None
+        left = 1 - min(max((self.tokens - start) / (end - start), 0), 1)
+        share = left**3 if settings.schedule == "cubic" else left
+        return settings.target_params + (self.source_params - settings.target_params) * share
+
+    def _income(self) -> int:
+        return self.settings.ratio[0] if self.settings.schedule == "ratio" else 0
+
+    def _may_prune(self, credits: float) -> bool:
+        if self.settings.schedule != "ratio":
+            return self._above_target() and self.parameters() > self._allowed_params()
+        return credits >= 1 and self._above_target()
+
     def _is_scheduled(self) -> bool:
+        if self.settings.schedule != "ratio":
+            return self._may_prune(0)
         since = self.iteration - self.settings.first_prune_iter
         return since >= 0 and since % self.settings.ratio[1] == 0 and self._above_target()
 
     def _prune(self, scores: Scores | None, inputs: dict[str, Tensor] | None) -> list[OracleRemoval]:
-        """Spend this iteration's credit. Later choices reuse S, summed again without the units that are gone."""
-        self.credits += self.settings.ratio[0]
+        """Remove what is due. Later choices reuse S, summed again without the units that are gone."""
+        self.credits += self._income()
         before = self.smoothed
-        if scores is not None and self.credits < 1:  # score_idle
+        if scores is not None and not self._may_prune(self.credits):  # score_idle
             self.smoothed = self._smooth(before, scores)
         removed: list[OracleRemoval] = []
-        while self.credits >= 1 and self._above_target():
+        while self._may_prune(self.credits):
             assert scores is not None
             self.smoothed = self._smooth(before, scores)
             rules = self.settings.choice_rules
@@ -295,9 +315,10 @@ class DenseOracle:
             columns = self.remove(best.kind, best.units, scores.columns)
             scores = Scores(columns, shrink(self.geometry, scores.rows or {}, live, self.live))
             inputs = inputs and oracle_second_order.without(inputs, self.geometry, live, self.live, best.kind)
-            self.credits -= self.settings.group_cost.get(
-                best.kind, oracle_scores.default_cost(best.kind, self.geometry)
-            )
+            if self.settings.schedule == "ratio":
+                self.credits -= self.settings.group_cost.get(
+                    best.kind, oracle_scores.default_cost(best.kind, self.geometry)
+                )
             saliencies = {candidate.kind: candidate.score for candidate in found}
             removal = OracleRemoval(
                 best.kind, best.units, saliencies, margin, self.parameters(), self.iteration, errors

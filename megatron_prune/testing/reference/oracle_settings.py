@@ -16,7 +16,19 @@ _CHOICES = {
     "normalize": ("none", "per_parameter"),
     "gqa": ("cluster", "uniform", "kv_group"),
     "finish": ("exact", "any"),
+    "schedule": ("ratio", "cubic", "linear"),
 }
+
+
+@dataclass(frozen=True)
+class LinearDecay:
+    """A learning rate that falls from `peak` to 0 over so many iterations."""
+
+    peak: float
+    iterations: int
+
+    def __call__(self, before: int) -> float:
+        return self.peak * (1 - before / self.iterations)
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class OracleSettings:
         types: kinds of groups that may go.
         min_heads, min_ffn, min_hidden: widths that are kept.
         gqa: the unit of a head group, see `oracle_scores.head_options`.
+        schedule: `ratio`, or the `cubic` or `linear` curve of sizes over tokens.
+        curve: tokens at which the curve begins and ends.
         ratio: pruning steps p and gradient steps g of "p:g".
         first_prune_iter: iteration from which every g-th one is scheduled, itself included (0: g, 2 g, 3 g, ...).
         group_cost: pruning steps that a group of each kind uses up; default head_dim, 1, 1.
@@ -69,6 +83,8 @@ class OracleSettings:
     min_ffn: int = 1
     min_hidden: int = 1
     gqa: str = "kv_group"
+    schedule: str = "ratio"
+    curve: tuple[int, int] = (0, 1)
     ratio: tuple[int, int] = (1, 1)
     first_prune_iter: int = 0
     group_cost: Mapping[str, float] = field(default_factory=dict)
