@@ -40,7 +40,7 @@ class Run:
     """One run.
 
     Args:
-        ratio: pruning steps : gradient steps, or the curve. pruning_tokens: consumed when the target was reached; tokens: in all.
+        ratio: pruning steps : gradient steps, or the curve. pruning_tokens: when the target was reached; tokens: all.
         source, pruned, final: the stages' facts (see `RunState.stages`); accuracy: zero-shot average, or None.
     """
 

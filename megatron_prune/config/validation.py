@@ -180,7 +180,7 @@ def _check_schedule(config: Config) -> None:
         )
     if config.is_one_schedule and continued != ContinuedConfig():
         raise UserError(
-            "continued: with optimizer.lr_schedule: whole_run the run is training.train_iters long and has one schedule "
+            "continued: with optimizer.lr_schedule: whole_run the run is training.train_iters long, with one schedule "
             "of the learning rate; leave this section out"
         )
     if continued.continue_tokens == 0:
