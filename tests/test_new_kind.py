@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 
 from megatron_prune.config import GroupConfig, GroupConfigs
+from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.model.kinds import FFN, TP, Kind, register_kind
 from megatron_prune.model.table import Dim, Param, Part, llama_rows, register_rows
 from megatron_prune.pruning.groups import GroupKind, group_names, register_group
@@ -19,7 +20,7 @@ from megatron_prune.runtime.mesh import init_mesh
 from megatron_prune.testing.helpers import comparison
 from megatron_prune.testing.helpers.oracle_cases import MODELS
 from megatron_prune.testing.helpers.ranks import run_ranks
-from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded, llama_shape, run_config
+from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded, run_config
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights
 from megatron_prune.testing.reference import oracle_scores
 from megatron_prune.testing.reference.oracle_geometry import FFN as ORACLE_FFN
@@ -66,7 +67,7 @@ def train(_rank, _world_size, case, hf_config, weights, settings, iterations):
     groups = GroupConfigs(head=GroupConfig(cost=3), ffn_pair=GroupConfig(floor=3))
     pruning = dataclasses.replace(config.pruning, types=("head", "ffn_pair", "stem"), groups=groups)
     config = dataclasses.replace(config, pruning=pruning)
-    shape = dataclasses.replace(llama_shape(hf_config), model_type="paired")
+    shape = dataclasses.replace(shape_from_config(hf_config), model_type="paired")
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)

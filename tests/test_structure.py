@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.runtime.compat import PRIVATE
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
 from megatron_prune.testing.helpers.oracle_cases import MODELS
 from megatron_prune.testing.helpers.ranks import run_ranks
-from megatron_prune.testing.helpers.sharded import Case, llama_shape
+from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
 from tests import test_names
 
@@ -68,7 +69,9 @@ def test_the_count_sees_every_way_of_naming_one(tmp_path):
 def entered(_rank: int, _world_size: int) -> list[str]:
     """Files of the package (but of `testing`) with a function that one iteration enters, which trains, removes a group
     and compacts."""
-    run = SteppedRun(Setup(llama_shape(MODELS["gqa-untied"]), Case(), 16, 2, 4), init_mesh(choose_device("cpu"), 1, 1))
+    run = SteppedRun(
+        Setup(shape_from_config(MODELS["gqa-untied"]), Case(), 16, 2, 4), init_mesh(choose_device("cpu"), 1, 1)
+    )
     run.trainer.iterate()  # what happens once, beforehand
     found, before = set[str](), (run.architecture.parameters, run.coordinator.compactions)
     sys.setprofile(lambda frame, event, _: found.add(frame.f_code.co_filename) if event == "call" else None)

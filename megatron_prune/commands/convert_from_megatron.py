@@ -45,7 +45,6 @@ def convert(arguments: MegatronImportOptions) -> int:
     from megatron_prune.checkpoint import CheckpointSaveError, save_weights
     from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
     from megatron_prune.model.architecture import Architecture
-    from megatron_prune.model.table import ParamTable
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
@@ -55,7 +54,7 @@ def convert(arguments: MegatronImportOptions) -> int:
     options = ShapeOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ShapeOptions)})
     source = MegatronCheckpoint(Path(arguments.load), options)
     architecture = Architecture.full(source.shape)
-    names = list(ParamTable.build(source.shape).hf_shapes(architecture))
+    names = list(architecture.table.parts)
     source.check(names)
     print(
         f"{source.path}: {len(source.stored)} tensors of the model, all accounted for; {source.skipped} others left out"

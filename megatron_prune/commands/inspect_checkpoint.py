@@ -113,10 +113,8 @@ def problems(reader: CheckpointReader) -> Iterator[str]:
     """What contradicts the record, one line each (sums were checked when the reader was opened)."""
     import torch
 
-    from megatron_prune.model.table import ParamTable
-
     a = reader.architecture
-    shapes = ParamTable.build(a.shape).hf_shapes(a)
+    shapes = a.table.hf_shapes(a)
     if set(reader.names) != set(shapes):
         yield f"stored tensors differ from the architecture's: {sorted(set(reader.names) ^ set(shapes))[:3]}"
         return

@@ -158,7 +158,7 @@ def _write_weights(
 ) -> tuple[list[Path], int]:
     """Stream all tensors; returns the files and how many parameters they hold."""
     live = architecture.table.hf_shapes(architecture)
-    where = _parts(architecture)
+    where = architecture.table.parts
     shapes = {name: plan.stored_shape(part, layer, live[name]) for name, (part, layer) in where.items()}
     entries = [ShardEntry(name, shape, dtypes.of(name)) for name, shape in shapes.items()]
 
@@ -181,16 +181,12 @@ def stored_weights(
     read: Reader, architecture: Architecture, plan: KvPlan, dtypes: StoredDtypes
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """For every weight of an export: its name, and a function that reads it anew, as it should be stored."""
-    for name, (part, layer) in _parts(architecture).items():
+    for name, (part, layer) in architecture.table.parts.items():
         yield name, partial(_stored, read, plan, part, layer, name, dtypes.of(name))
 
 
 def _stored(read: Reader, plan: KvPlan, part: Part, layer: int, name: str, dtype: torch.dtype) -> Tensor:
     return plan.apply(part, layer, read(name)).to(dtype)
-
-
-def _parts(architecture: Architecture) -> dict[str, tuple[Part, int]]:
-    return {part.hf_name: (part, row.site) for row in architecture.table.rows for part in row.parts}
 
 
 def _write_settings(

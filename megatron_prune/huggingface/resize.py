@@ -27,7 +27,7 @@ def resized(architecture: Architecture, rows: int) -> Architecture:
 
 def with_rows(read: Reader, table: ParamTable, rows: int) -> Reader:
     """Reader of the tensors of `table`, of which those with a row per id have at least `rows`, in the stored dtype."""
-    of_ids = {part.hf_name for row in table.rows for part in row.parts if part.dims[0].kind == VOCAB}
+    of_ids = {name for name, (part, _) in table.parts.items() if part.dims[0].kind == VOCAB}
 
     def read_resized(hf_name: str) -> Tensor:
         tensor = read(hf_name)

@@ -150,7 +150,7 @@ class FolderWeights:
         """
         architecture = model if isinstance(model, Architecture) else Architecture.full(model)
         shape = architecture.shape
-        expected = ParamTable.build(shape).hf_shapes(architecture)
+        expected = architecture.table.hf_shapes(architecture)
         missing = sorted(set(expected) - set(self.stored))
         unused = sorted(name for name in set(self.stored) - set(expected) if not self._is_leftover(name, shape))
         wrong = [
@@ -287,10 +287,9 @@ def _listing(names: Iterable[str]) -> str:
 
 def live_view(read: Reader, architecture: Architecture) -> Reader:
     """Reader of the live tensors of `architecture`, from one of tensors in the source's shape."""
-    where = {part.hf_name: (part, row.site) for row in architecture.table.rows for part in row.parts}
 
     def read_live(hf_name: str) -> Tensor:
-        part, layer = where[hf_name]
+        part, layer = architecture.table.parts[hf_name]
         ids = [expand(architecture.ids(dim.kind, layer), dim.size) for dim in part.dims]
         return take(read(hf_name), ids)
 
@@ -307,10 +306,9 @@ def source_view(read: Reader, architecture: Architecture) -> Reader:
         return read
     table = architecture.table
     shapes = table.hf_shapes(full)
-    where = {part.hf_name: (part, row.site) for row in table.rows for part in row.parts}
 
     def read_source(hf_name: str) -> Tensor:
-        part, layer = where[hf_name]
+        part, layer = table.parts[hf_name]
         live = read(hf_name)
         ids = [torch.from_numpy(expand(architecture.ids(dim.kind, layer), dim.size)) for dim in part.dims]
         assert tuple(live.shape) == tuple(map(len, ids)), f"{hf_name}: {tuple(live.shape)}"

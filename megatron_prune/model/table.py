@@ -205,12 +205,16 @@ class ParamTable:
         """Columns of an output projection that one unit of a scored `kind` owns (for rows: 1)."""
         return next((row.dims[1].size for row in self.rows if row.is_output and row.dims[1].kind == kind), 1)
 
+    @cached_property
+    def parts(self) -> dict[str, tuple[Part, int]]:
+        """Hugging Face name -> (part, site of its row) of each tensor, in model order."""
+        return {part.hf_name: (part, row.site) for row in self.rows for part in row.parts}
+
     def hf_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Hugging Face name -> live shape of each tensor."""
         return {
-            part.hf_name: tuple(architecture.width(dim.kind, row.site) * dim.size for dim in part.dims)
-            for row in self.rows
-            for part in row.parts
+            name: tuple(architecture.width(dim.kind, site) * dim.size for dim in part.dims)
+            for name, (part, site) in self.parts.items()
         }
 
     def elements(self, widths: Mapping[Kind, np.ndarray], roles: tuple[str, ...] | None = None) -> int:

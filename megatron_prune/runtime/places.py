@@ -144,7 +144,7 @@ def find_rank(environ: Mapping[str, str]) -> Rank:
     return Rank(0, 1, {})
 
 
-def search_path(environ: Mapping[str, str]) -> str:
+def search_path(environ: Mapping[str, str] = os.environ) -> str:
     """PYTHONPATH for processes that this one starts, so that they find the package that this one runs."""
     root = Path(megatron_prune.__file__).resolve().parents[1]
     if root.name in ("site-packages", "dist-packages"):  # found anyway, and not to come before the standard library

@@ -3,7 +3,7 @@
     run_ranks    call function(rank, world_size, *args) on every rank, with torch.distributed initialised; results back
     RankError    a rank raised, died or did not finish; names the rank and carries its traceback and output
     watch_ranks  the same for ranks that are meant to die: how each ended, and when
-    search_path, free_port   for processes that a caller starts itself
+    free_port    for processes that a caller starts itself
 
 Ranks are forked from a server process that has imported torch and megatron-core once (seconds), so that one call takes
 a fraction of a second. They meet through a file in a temporary folder: no port is chosen. Each rank leads its own
@@ -39,7 +39,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.runtime import places
+from megatron_prune.runtime.places import search_path
 
 ROOT = Path(__file__).resolve().parents[3]  # of the repository, where the package lies in one
 PRELOADED = ("megatron_prune.testing.helpers.warm",)
@@ -140,11 +140,6 @@ def watch_ranks(
         for rank in ranks:
             rank.kill()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def search_path() -> str:
-    """PYTHONPATH for processes that are to run this package: where it lies, then what is set."""
-    return places.search_path(os.environ)
 
 
 def free_port() -> int:

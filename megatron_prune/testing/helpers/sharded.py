@@ -28,6 +28,7 @@ from megatron_prune.config import (
     SecondOrder,
     TrainingConfig,
 )
+from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.launch.assembly.assemble import model_options, optimizer_options
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import find_kind
@@ -150,26 +151,6 @@ class Outcome:
     stored: dict[str, int]
 
 
-def llama_shape(config: Mapping[str, Any]) -> LlamaShape:
-    """The oracle's configuration as a LlamaShape."""
-    return LlamaShape(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        kv_channels=config["head_dim"],
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config["max_position_embeddings"],
-        norm_epsilon=config["rms_norm_eps"],
-        rotary_base=config["rope_theta"],
-        tie_word_embeddings=config["tie_word_embeddings"],
-        add_qkv_bias=config["model_type"] == "qwen2",
-        qk_layernorm=config["model_type"] == "qwen3",
-        model_type=config["model_type"],
-    )
-
-
 def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: int, seq_length: int) -> Config:
     """The project's configuration that means the same as the oracle's settings."""
     decay = settings.lr if isinstance(settings.lr, LinearDecay) else None
@@ -274,7 +255,7 @@ def train_case(
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    model = build_sharded(llama_shape(hf_config), weights.__getitem__, mesh, case, config)
+    model = build_sharded(shape_from_config(hf_config), weights.__getitem__, mesh, case, config)
     tokens = RandomTokens(hf_config["vocab_size"], seq_length, iterations * micro_batches * micro_batch_size)
     recorder, state = _Recorder(config), RunState()
     trainer = Trainer(config, model, Datasets(tokens, None), state, recorder)

@@ -24,7 +24,6 @@ from megatron_prune.testing.reference.oracle_geometry import FFN, HEAD, STEM, Ge
 KINDS = (HEAD, FFN, STEM)
 CRITERIA = ("taylor_first", "taylor_second", "taylor_mix", "obd", "magnitude")
 INPUT_CRITERIA = ("obc", "wanda", "flap", "minitron")
-FIRST_ORDER_OR_NONE = ("taylor_first", "magnitude")
 
 _OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
 

@@ -18,8 +18,6 @@ from megatron_prune.model.kinds import find_kind
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
 from megatron_prune.testing.benchmarks.gpu_check.way import python
 
-TEXTS = ("corpus", "text")  # beside a model of one's own, or among the real inputs
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prune.runtime.places import search_path
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
-from megatron_prune.testing.helpers.ranks import free_port, search_path
+from megatron_prune.testing.helpers.ranks import free_port
 
 CASES = {
     "TP 2, sequence parallel": {"tp": 2, "sequence_parallel": True},
