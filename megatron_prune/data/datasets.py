@@ -232,7 +232,7 @@ def build_datasets(
 def _build(
     blend: Blend, config: Any, samples: tuple[int | None, int | None, int | None], split: str, cache_path: str | None
 ) -> tuple[Any, Any, Any]:
-    """This rank's data sets, without a word to the others; completes megatron-core's `config`."""
+    """This rank's data sets, without communication; completes megatron-core's `config`."""
     with _quiet("megatron.core.datasets"):
         # What is not wanted is taken out: in a split without documents megatron-core would search for ever.
         parts = [part if count != 0 else None for part, count in zip(config.split_matrix, samples)]

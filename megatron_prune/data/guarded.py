@@ -166,7 +166,7 @@ def _in_memory(dataset: Any, build: Callable[[], Sequence[np.ndarray]]) -> Calla
 
 
 def _file(dataset: Any, split: Any, index: str) -> str:
-    """The name megatron-core gives it."""
+    """Name of the file of an index, as megatron-core gives it."""
     return f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split.name}-{index}.npy"
 
 

@@ -5,6 +5,7 @@
     added_tokens   id -> token added to the vocabulary
     extra_tokens   those that are not in the vocabulary file itself
     special_id     the begin- or end-of-document id: the tokenizer's, else a configuration's
+    adds_bos       whether calling it begins with the begin-of-sequence id
 
 transformers picks a class by the folder's settings and the model's type, and some classes (of version 5 above all) put
 their own preparation of text in the place of tokenizer.json's. What transformers gives is what counts here, for
@@ -217,3 +218,8 @@ def special_id(folder: Path, tokenizer: Any, name: str) -> int | None:
         if isinstance(first, int) and 0 <= first < size:
             return first
     return None
+
+
+def adds_bos(library: Any) -> bool:
+    """Whether calling a loaded tokenizer begins with the begin-of-sequence id: its files say so in several ways."""
+    return library.bos_token_id is not None and library("a")["input_ids"][:1] == [library.bos_token_id]

@@ -20,13 +20,14 @@ import torch
 
 from megatron_prune.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, build_tokenizer
 from megatron_prune.data.tokenizer_files import VOCABULARY_FILES, find_tokenizer, holds_tokenizer
+from megatron_prune.data.tokenizer_library import adds_bos
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.hub_files import read_json
 from megatron_prune.huggingface.provenance import source_of, tokenizer_of
 from megatron_prune.huggingface.shards import DTYPES, dtype_name
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
-from megatron_prune.huggingface.tokenizer_export import adds_bos, export_tokenizer
+from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.huggingface.verify_export import load_stock_model
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.kinds import known_kinds
@@ -72,7 +73,10 @@ class ModelFolder:
 
     def adds_bos(self) -> bool:
         """Whether calling the tokenizer, as transformers loads it, begins with the begin-of-sequence id."""
-        return self.tokenizer_folder is not None and adds_bos(self.tokenizer_folder)
+        from transformers import AutoTokenizer
+
+        folder = self.tokenizer_folder
+        return folder is not None and adds_bos(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
 
 
 def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model: str | None = None) -> ModelFolder:

@@ -28,7 +28,7 @@ from megatron_prune.data.tokenizer_files import (
     holds_tokenizer,
     read_json,
 )
-from megatron_prune.data.tokenizer_library import added_tokens, load_library
+from megatron_prune.data.tokenizer_library import added_tokens, adds_bos, load_library
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.chat import as_setting, chat_templates
 from megatron_prune.huggingface.sentencepiece_from_json import check_same_ids, model_from_json
@@ -173,7 +173,7 @@ def _sentencepiece_like(place: TokenizerPlace, library: Any, content: Mapping[st
         named = {name: library.convert_ids_to_tokens(ids[name]) if name in ids else None for name in _NAMES}
         model = model_from_json(content, named, str(file))
     check_same_ids(model, library, str(file))
-    vocabulary = _sentencepiece(model, file, ids, add_bos=_adds_bos(library))
+    vocabulary = _sentencepiece(model, file, ids, add_bos=adds_bos(library))
     _take_added(vocabulary, library)
     if model.add_dummy_prefix and not _always_prefixes(library):
         logger.warning(
@@ -280,7 +280,7 @@ def _byte_level(place: TokenizerPlace, library: Any, content: Mapping[str, Any])
         scores=None,
         merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])],
         special=_named_ids(library),
-        add_bos=_adds_bos(library),
+        add_bos=adds_bos(library),
     )
     _take_added(vocabulary, library)
     return vocabulary
@@ -315,11 +315,6 @@ def _named_ids(library: Any) -> dict[str, int]:
     """GGUF's name -> id, of the special tokens that the tokenizer names."""
     ids = {name: getattr(library, f"{name}_token_id") for name in _NAMES}
     return {name: number for name, number in ids.items() if number is not None}
-
-
-def _adds_bos(library: Any) -> bool:
-    """Whether calling the tokenizer begins with bos, as transformers sees it: files say it in several ways."""
-    return library.bos_token_id is not None and library("a")["input_ids"][:1] == [library.bos_token_id]
 
 
 def _config_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:

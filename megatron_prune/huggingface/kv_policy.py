@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import queries_per_kv_head, served_by
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.table import Part
+from megatron_prune.model.table import QKV, Part
 
 NATIVE, EXPAND, CLUSTER, AUTO = "native", "expand", "cluster", "auto"
 POLICIES = (AUTO, NATIVE, EXPAND, CLUSTER)
@@ -69,7 +69,9 @@ class KvPlan:
 
     def cache_elements(self, architecture: Architecture) -> int:
         """Elements that the exported model's KV cache holds per token."""
-        return 2 * architecture.shape.kv_channels * sum(self.kv_heads)
+        table, live = architecture.table, architecture.table.hf_shapes(architecture)
+        keys_values = ((part, row.site) for row in table.rows if row.role == QKV for part in row.parts[1:])
+        return sum(self.stored_shape(part, layer, live[part.hf_name])[0] for part, layer in keys_values)
 
     def stored_shape(self, part: Part, layer: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the exported file of a tensor whose live shape is `shape`."""

@@ -7,7 +7,6 @@
   (From a Hugging Face folder, when its tokenizer was trained with: tokenizer_copy.)
 - `verify_tokenizer`: compares the two on any texts, as `AutoTokenizer` loads the folder. Every export runs it on
   `NASTY_TEXTS` before a file reaches its place.
-- `adds_bos`: what the tokenizer of a folder begins with.
 
 The files are of the plainest form (`PreTrainedTokenizerFast`), so that transformers 4.45 to 5 read them alike.
 """
@@ -195,11 +194,3 @@ def _config(model: SentencePieceModel, model_max_length: int | None, add_bos: bo
     if model_max_length is not None:
         config["model_max_length"] = model_max_length
     return config
-
-
-def adds_bos(folder: Path) -> bool:
-    """Whether calling a folder's tokenizer begins with bos, as transformers sees it: files say it in several ways."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

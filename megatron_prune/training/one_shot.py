@@ -17,7 +17,7 @@ from typing import Any
 from megatron_prune.config import Config
 from megatron_prune.data.batches import Dataset
 from megatron_prune.errors import UserError
-from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.selector import Decision, choose
 from megatron_prune.resharding.coordinator import Coordinator
@@ -30,7 +30,7 @@ from megatron_prune.training.step import Batches, forward_backward, microbatches
 
 
 def _ignore(*_: Any) -> None:
-    """Nobody wants to know."""
+    """What is called where the caller gave nothing to call."""
 
 
 class OneShot:
@@ -40,7 +40,7 @@ class OneShot:
         config: see `launch.assembly.one_shot_run.one_shot_config`; its global batch is the calibration batch.
         dataset: where the calibration batch comes from.
         on_batch: called with every micro-batch of this rank. on_removal: called with the architecture after every
-            removal.
+            removal on the way to the target.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class OneShot:
         on_removal: Callable[[Architecture], None] = _ignore,
     ) -> None:
         self.config, self.model, self.dataset = config, model, dataset
-        self.coordinator = _Announcing(model, config.training.check_invariants, on_removal)
-        self._on_batch = on_batch
+        self.coordinator = Coordinator(model, config.training.check_invariants)
+        self._on_batch, self._on_removal = on_batch, on_removal
 
     @property
     def num_microbatches(self) -> int:
@@ -95,6 +95,7 @@ class OneShot:
                 if removal is None:
                     break
                 removed.append(removal)
+                self._on_removal(self.model.architecture)
             if not removed:
                 raise UserError(
                     f"pruning.target_params: {target} is not reached; at {parameters} parameters every kind of group "
@@ -106,7 +107,7 @@ class OneShot:
             yield removed
 
     def _config_of(self, metric: str) -> Config:
-        """For scoring by `metric`."""
+        """The configuration, but scoring by `metric`."""
         return dataclasses.replace(self.config, pruning=dataclasses.replace(self.config.pruning, metric=metric))
 
     def _score(self, config: Config, state: RunState) -> Scored:
@@ -128,16 +129,3 @@ class OneShot:
         for batch in batches:
             self._on_batch()
             yield batch
-
-
-class _Announcing(Coordinator):
-    """Tells of every removal."""
-
-    def __init__(self, model: LiveModel, check_invariants: bool, on_removal: Callable[[Architecture], None]) -> None:
-        super().__init__(model, check_invariants)
-        self._on_removal = on_removal
-
-    def commit(self, group: Group) -> None:
-        """Retire `group` everywhere, and say so."""
-        super().commit(group)
-        self._on_removal(self.model.architecture)

@@ -113,7 +113,7 @@ def _start_marked_tests() -> subprocess.Popen[str] | None:
 
 
 def _marked_tests(tests: subprocess.Popen[str] | None) -> Row:
-    """How they ended."""
+    """A row on how the marked tests ended."""
     name = "pytest -m gpu"
     if tests is None:
         return Row(name, "no tests beside the package")

@@ -61,7 +61,7 @@ def _empty(context: Context) -> None:
 
 
 def _flops(architecture: Architecture, shapes: Shapes) -> float:
-    """Of an iteration."""
+    """Model FLOPs of an iteration."""
     return training_flops_per_token(architecture, shapes.seq_length) * shapes.seq_length * shapes.sequences
 
 
