@@ -118,7 +118,8 @@ def test_a_job_array_has_a_task_per_ratio(tmp_path):
     assert "--dependency afterany:71" in last and "token_scaling.py" in last
     flags = (tmp_path / "out" / "array_flags.txt").read_text().splitlines()
     assert [shlex.split(line) for line in flags] == [
-        ["--lr", "1e-4", "--prune-ratio", ratio, "--save", str(tmp_path / "out" / f"ratio_{ratio.replace(':', '-')}")]
+        f"--lr 1e-4 --prune-schedule ratio --prune-ratio {ratio} --save".split()
+        + [str(tmp_path / "out" / f"ratio_{ratio.replace(':', '-')}")]
         for ratio in ("8:1", "1:9")
     ]
 
@@ -168,7 +169,8 @@ def test_names_reach_jobs_as_they_are(name, tmp_path):
     assert code == 3, output
     asked = ast.literal_eval((tmp_path / "srun-asked").read_text())
     save = str(folder / "out" / "ratio_1-9")
-    expected = ["--", "--data-path", data, "--note", "", "--prune-ratio", "1:9", "--save", save]
+    schedule = "--prune-schedule ratio --prune-ratio 1:9".split()
+    expected = ["--", "--data-path", data, "--note", "", *schedule, "--save", save]
     assert asked[asked.index("--") :] == expected
 
     (folder / "out" / "ratio_1-9").mkdir()
