@@ -182,6 +182,11 @@ class PruningConfig:
     second_order: SecondOrder = option(
         SecondOrder(), "second-order weight update before each removal, and the Hessians of metric obc"
     )
+    optimizer_state: Literal["carry", "reset"] = option(
+        "carry",
+        "Adam's state of what stays, after an iteration in which groups left: goes on, or moments and step count begin "
+        "anew",
+    )
     spike_guard: SpikeGuardConfig = option(SpikeGuardConfig(), "pause after a jump of the loss until it is back")
     replay: str | None = option(
         None,

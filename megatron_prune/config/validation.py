@@ -211,6 +211,11 @@ def _check_pruning(config: Config) -> None:
     pruning = config.pruning
     if pruning.enabled and pruning.schedule == "curve":
         _check_curve(config)
+    if pruning.enabled and pruning.optimizer_state == "reset" and pruning.fisher == "adam":
+        raise UserError(
+            "pruning.fisher: adam reads the second moments that pruning.optimizer_state: reset throws away; use "
+            "fisher: microbatch, or optimizer_state: carry"
+        )
     if pruning.enabled and pruning.first_prune_iter >= config.training.train_iters:
         raise UserError(
             f"pruning.first_prune_iter {pruning.first_prune_iter} must be below training.train_iters "

@@ -4,6 +4,7 @@
     owned_shards    all of them
     blocks          a flat range of a matrix as up to three rectangles
     steps_taken     Adam's count, for bias correction
+    forget          Adam as before its first step
 
 Without the distributed optimizer a rank owns its parameters whole. With it, ownership is by flat ranges of a buffer
 that cross parameter borders: a rank may own the middle of a row, or nothing of a parameter at all.
@@ -141,6 +142,14 @@ def set_steps(optimizer: MegatronOptimizer, shards: Iterable[OwnedShard], step: 
     else:  # TransformerEngine's and apex's FusedAdam count per group
         for group in inner.optimizer.param_groups:
             group["step"] = step
+
+
+def forget(optimizer: MegatronOptimizer) -> None:
+    """Drop this rank's moments and the count, as before the first step; main weights stay."""
+    (inner,) = optimizer.chained_optimizers
+    inner.optimizer.state.clear()
+    for group in inner.optimizer.param_groups:
+        group.pop("step", None)
 
 
 def set_moments(shard: OwnedShard, moments: dict[str, Tensor]) -> None:

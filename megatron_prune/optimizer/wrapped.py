@@ -17,7 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_prune.model.llama import NamedRow, PrunableLlama, named_linears, named_rows
 from megatron_prune.model.table import Param, ParamTable
 from megatron_prune.optimizer.build import OptimizerOptions, wrap
-from megatron_prune.optimizer.owned import OwnedShard, owned_shards, set_steps, steps_taken
+from megatron_prune.optimizer.owned import OwnedShard, forget, owned_shards, set_steps, steps_taken
 from megatron_prune.runtime.mesh import Mesh
 
 
@@ -96,3 +96,7 @@ class WrappedModel:
     def set_adam_step(self, step: int) -> None:
         """Continue the bias correction at `step`; call after the moments were set. Does nothing for step 0."""
         set_steps(self.optimizer, self.owned(), step)
+
+    def reset_adam(self) -> None:
+        """Adam begins anew at the next step, bias correction included; call it on all ranks. No communication."""
+        forget(self.optimizer)

@@ -232,6 +232,8 @@ class Pruner:
             for removal in rounding:
                 state.credits = self.schedule.spent(state.credits, removal.kind)
             removed += rounding
+        if removed and self.settings.resets_adam:
+            self.coordinator.model.reset_adam()
         return removed
 
     def _pauses(self, loss: float | None) -> bool:

@@ -32,6 +32,7 @@ class PruningSettings:
         refresh: removals after which inverse Hessians are computed anew.
         round_to: by name of kind, multiples to which live widths are brought at the target.
         guard: when pruning pauses, or None.
+        resets_adam: whether Adam begins anew after an iteration in which groups left.
     """
 
     rules: Rules
@@ -43,6 +44,7 @@ class PruningSettings:
     refresh: int = 1
     round_to: Mapping[str, int] = field(default_factory=dict)
     guard: SpikeGuard | None = None
+    resets_adam: bool = False
 
 
 def selector_rules(config: Config) -> Rules:
@@ -108,4 +110,5 @@ def pruning_settings(config: Config, dp_size: int) -> PruningSettings:
         refresh=second_order.refresh,
         round_to={name: group.round_to for name, group in pruning.groups.items()},
         guard=None if guard.factor is None else SpikeGuard(guard.factor, guard.window),
+        resets_adam=pruning.optimizer_state == "reset",
     )

@@ -68,6 +68,11 @@ def test_good_configurations_pass(flags, world_size):
         ("--lr-decay-style WSD", 1, "WSD needs lr_wsd_decay_iters between 1 and 1000, got null"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 2000", 1, "between 1 and 1000, got 2000"),
         ("--prune-target-params 1M --train-iters 5 --prune-first-prune-iter 5", 1, "first_prune_iter 5 must be below"),
+        (
+            "--prune-target-params 1M --prune-fisher adam --prune-optimizer-state reset",
+            1,
+            "pruning.fisher: adam reads the second moments that pruning.optimizer_state: reset throws away",
+        ),
         ("--continue-tokens 1M", 1, "counts from reaching pruning.target_params, which is not set"),
         (
             "--prune-target-params 1M --continue-tokens 20000 --continue-lr-warmup-iters 2",

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.pretrain import main
 from megatron_prune.testing.benchmarks.kills import Traces, victim
 from megatron_prune.testing.helpers.ranks import watch_ranks
@@ -45,6 +46,19 @@ def test_the_target_is_reached_on_time_and_a_resumed_run_goes_the_same_way(tiny,
     for stop in (8,) if layout else (3, 8, 13):  # in mid-curve, at its end, afterwards
         run(arguments(tiny, tmp_path / "parts", *layout, "--exit-interval", stop), ranks)
     run(arguments(tiny, tmp_path / "parts", *layout), ranks)
+    assert Traces.read(tmp_path / "parts") == Traces.read(tmp_path / "whole")
+
+
+def test_a_run_whose_adam_begins_anew_is_resumed_right_after_a_removal(tiny, tmp_path):
+    """The checkpoint holds no moments then."""
+    reset = ("--prune-optimizer-state", "reset")
+    run(arguments(tiny, tmp_path / "carried", "--exit-interval", 4))
+    run(arguments(tiny, tmp_path / "whole", *reset))
+    for stop in (1, 3, 8):
+        run(arguments(tiny, tmp_path / "parts", *reset, "--exit-interval", stop))
+    assert CheckpointReader(tmp_path / "parts", 1).record.facts.adam_step == 0
+    assert CheckpointReader(tmp_path / "carried").record.facts.adam_step == 4
+    run(arguments(tiny, tmp_path / "parts", *reset))
     assert Traces.read(tmp_path / "parts") == Traces.read(tmp_path / "whole")
 
 

@@ -30,6 +30,7 @@ def test_the_papers_runs_are_there():
     names = {path.stem for path in RECIPES}
     assert {
         "smollm_360m_to_134m",
+        "smollm_360m_to_134m_curve",
         "smollm_1.7b_to_469m",
         "smollm_1.7b_to_1.1b",
         "llama_7b_to_50",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint import CheckpointReader
-from megatron_prune.config import load_config
+from megatron_prune.config import load_config, validate
 from megatron_prune.launch.assembly.assemble import build_datasets
 from megatron_prune.launch.assembly.one_shot_run import one_shot_config
 from megatron_prune.launch.assembly.opening import open_inputs
@@ -75,6 +75,13 @@ def batches(workshop):
     assert all(bool((row["loss_mask"] == 1).all()) for row in rows)
     tokens, labels = (torch.stack([row[name] for row in rows]).split(MICRO_BATCH) for name in ("tokens", "labels"))
     return list(zip(tokens, labels, strict=True))
+
+
+def test_a_training_runs_configuration_serves_as_it_is(workshop):
+    """Whatever says when to prune, and what becomes of Adam, means nothing here and refuses nothing."""
+    curve = ("--prune-schedule", "curve", "--prune-curve", "start=1B", "end=5B", "--lr-schedule", "whole_run")
+    words = flags(workshop, "--prune-target-params", "10K", *curve, "--prune-optimizer-state", "reset")
+    validate(one_shot_config(load_config([str(word) for word in (*words, "--prune-fisher", "adam")]), BATCHES), 1)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -5,6 +5,7 @@ exercised by an optimizer written to it in plain torch; the real ones run where 
 """
 
 import contextlib
+import dataclasses
 import importlib
 
 import megatron.core.optimizer as megatron_optimizer
@@ -62,10 +63,10 @@ def adam_of_megatron_core(adam):
         yield
 
 
-def run_with(rank, world_size, adam, case, iterations=ITERATIONS):
+def run_with(rank, world_size, adam, case, settings=SETTINGS):
     with adam_of_megatron_core(adam):
         weights = random_llama_weights(CONFIG, seed=3)
-        return run_case(rank, world_size, case, CONFIG, weights, SETTINGS, iterations, 2, 2, 12)
+        return run_case(rank, world_size, case, CONFIG, weights, settings, ITERATIONS, 2, 2, 12)
 
 
 def same_run(one, other, rel):
@@ -84,6 +85,16 @@ def test_step_per_group_gives_the_same_run(case):
         run_ranks(run_with, case.world_size, adam, case, timeout=110)[0] for adam in (GroupStepAdam, None)
     )
     assert by_group.compactions >= 2, "no state was moved: the run shows nothing"
+    same_run(by_group, by_state, rel=1e-5)
+
+
+def test_step_per_group_begins_anew_after_a_removal_too():
+    case = Case(dp=2, distributed_optimizer=True, quanta=QUANTA)
+    reset = dataclasses.replace(SETTINGS, ratio=(2, 3), optimizer_state="reset", eps=1e-3)
+    by_group, by_state = (
+        run_ranks(run_with, case.world_size, adam, case, reset, timeout=110)[0] for adam in (GroupStepAdam, None)
+    )
+    assert by_group.compactions >= 2 and len(by_group.removals) >= 10
     same_run(by_group, by_state, rel=1e-5)
 
 

@@ -1,5 +1,6 @@
 """The oracle's decisions: which group, when, with which margin, under every rule a run can set."""
 
+import dataclasses
 import math
 
 import pytest
@@ -203,6 +204,21 @@ def test_pruning_ends_at_the_first_step_at_or_below_the_target_and_training_goes
     batch = random_batch(tiny_config(), seed=0)
     losses = [oracle.train_step(batch).loss for _ in range(4)]
     assert losses[-1] < losses[0] and len(oracle.removals) == 3
+
+
+@pytest.mark.parametrize("state", ["carry", "reset"])
+def test_adam_goes_on_after_a_removal_or_begins_anew(state):
+    """With `reset`, the run after a removal is one of the small model with a new optimizer; steps without one carry."""
+    oracle, results = run(OracleSettings(ratio=(1, 2), target_params=1, lr=3e-3, optimizer_state=state), 4)
+    assert when(results) == {2: 1, 4: 1}
+    small = DenseOracle(tiny_config(), oracle.hf_state(), OracleSettings(lr=3e-3), live=oracle.live)
+    oracle.settings = dataclasses.replace(oracle.settings, target_params=None)
+    for seed in range(3):
+        batch = random_batch(tiny_config(), seed=seed)
+        oracle.train_step(batch)
+        small.train_step(batch)
+        same = [torch.equal(oracle.weights[name], small.weights[name]) for name in small.weights]
+        assert all(same) if state == "reset" else not any(same)
 
 
 def test_no_target_means_no_pruning():

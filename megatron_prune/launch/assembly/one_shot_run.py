@@ -70,7 +70,7 @@ def one_shot_config(config: Config, batches: int | None) -> Config:
         config,
         training=dataclasses.replace(training, global_batch_size=batch, train_iters=2, exit_interval=None),
         optimizer=OptimizerConfig(),
-        pruning=dataclasses.replace(pruning, first_prune_iter=1),
+        pruning=dataclasses.replace(pruning, schedule="ratio", first_prune_iter=1, optimizer_state="carry"),
         continued=ContinuedConfig(),
         checkpoint=CheckpointConfig(
             save=checkpoint.save,

@@ -1,13 +1,14 @@
 """Which layouts, models and rules are compared with the oracle.
 
 `PAIRWISE` covers every pair of values of the factors of `FACTORS` at least once (checked by a test); `everything` is
-the whole product, for the full run. `SPECIAL` adds what the factors leave out: criteria, Fisher estimates, other
-families, recomputation, uneven stages, coarse quanta.
+the whole product of layouts and models, with drawn options, for the full run. `SPECIAL` adds what the factors leave
+out: criteria, Fisher estimates, other families, recomputation, uneven stages, coarse quanta.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ MODELS = {
 }
 KINDS = {"all": oracle_scores.KINDS, **{kind: (kind,) for kind in oracle_scores.KINDS}}
 
-FACTORS = {
+LAYOUTS_AND_MODELS: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2, 3),
     "pp": (1, 2),
     "dp": (1, 2),
@@ -40,29 +41,42 @@ FACTORS = {
     "model": ("mha", "gqa-tied", "gqa-untied", "mqa"),
     "gqa": ("kv_group", "uniform", "cluster"),
 }
+# What a layout does not have to do with, and every combination of which is possible.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "schedule": {
+        "ratio": {},
+        "cubic": {"schedule": "cubic", "curve": (96, 1200)},
+        "linear": {"schedule": "linear", "curve": (0, 900)},
+    },
+    "lr": {"constant": {}, "whole_run": {"lr": LinearDecay(3e-3, 60)}},
+    # A first step of Adam is the gradient's sign where that is far above eps: rounding turns whatever is near zero, and
+    # with a first step in every iteration the turns add up. With this eps, a tenth of the usual element, they do not.
+    "adam": {"carry": {}, "reset": {"optimizer_state": "reset", "eps": 1e-3}},
+}
+FACTORS = LAYOUTS_AND_MODELS | {name: tuple(values) for name, values in OPTIONS.items()}
 
-# tp pp dp sp do ov kinds model gqa
+# tp pp dp sp do ov kinds model gqa schedule lr adam
 _ROWS = """
-1 1 1 - do -- head mqa        uniform
-2 1 2 sp -- ov stem gqa-untied cluster
-2 2 1 -- -- -- ffn  mha        kv_group
-1 2 2 -- do ov all  gqa-tied   cluster
-3 1 1 sp do -- all  gqa-tied   kv_group
-1 2 1 -- do -- stem gqa-untied uniform
-2 1 2 sp -- ov ffn  mqa        uniform
-2 1 2 sp do ov head mha        kv_group
-3 1 1 -- -- -- head mha        cluster
-2 2 1 sp -- -- all  gqa-tied   uniform
-1 1 2 -- do -- ffn  gqa-untied kv_group
-1 1 1 -- -- -- stem mha        kv_group
-3 1 1 -- do -- stem mqa        uniform
-1 2 1 -- do -- all  mqa        cluster
-3 1 1 sp -- -- ffn  gqa-tied   cluster
-1 2 1 -- -- -- head gqa-tied   cluster
-3 1 1 -- do -- head gqa-untied cluster
-1 1 1 -- -- -- all  gqa-untied uniform
-1 1 1 -- do -- all  mha        cluster
-1 1 1 -- do -- stem gqa-tied   kv_group
+1 1 1 -  do -- head mqa        uniform  cubic  whole_run carry
+2 1 2 sp -- ov stem gqa-untied cluster  ratio  constant  carry
+2 2 1 -- -- -- ffn  mha        kv_group linear constant  carry
+1 2 2 -- do ov all  gqa-tied   cluster  linear constant  reset
+3 1 1 sp do -- all  gqa-tied   kv_group linear constant  carry
+1 2 1 -- do -- stem gqa-untied uniform  cubic  whole_run reset
+2 1 2 sp -- ov ffn  mqa        uniform  cubic  whole_run carry
+2 1 2 sp do ov head mha        kv_group cubic  constant  carry
+3 1 1 -- -- -- head mha        cluster  linear whole_run carry
+2 2 1 sp -- -- all  gqa-tied   uniform  ratio  constant  reset
+1 1 2 -- do -- ffn  gqa-untied kv_group ratio  constant  reset
+1 1 1 -- -- -- stem mha        kv_group ratio  whole_run reset
+3 1 1 -- do -- stem mqa        uniform  linear constant  carry
+1 2 1 -- do -- all  mqa        cluster  ratio  whole_run reset
+3 1 1 sp -- -- ffn  gqa-tied   cluster  cubic  constant  carry
+1 2 1 -- -- -- head gqa-tied   cluster  ratio  whole_run carry
+3 1 1 -- do -- head gqa-untied cluster  ratio  constant  reset
+1 1 1 -- -- -- all  gqa-untied uniform  linear constant  reset
+1 1 1 -- do -- all  mha        cluster  cubic  constant  carry
+1 1 1 -- do -- stem gqa-tied   kv_group linear whole_run carry
 """
 
 
@@ -78,8 +92,8 @@ def is_possible(factors: Mapping[str, Any]) -> bool:
 
 
 def _parse(line: str) -> dict[str, Any]:
-    tp, pp, dp, sp, do, ov, kinds, model, gqa = line.split()
-    values = (int(tp), int(pp), int(dp), sp == "sp", do == "do", ov == "ov", kinds, model, gqa)
+    tp, pp, dp, sp, do, ov, *words = line.split()
+    values = (int(tp), int(pp), int(dp), sp == "sp", do == "do", ov == "ov", *words)
     return dict(zip(FACTORS, values, strict=True))
 
 
@@ -87,9 +101,14 @@ PAIRWISE = [_parse(line) for line in _ROWS.strip().splitlines()]
 
 
 def everything() -> list[dict[str, Any]]:
-    """All possible combinations of the factors."""
-    product = (dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values()))
-    return [factors for factors in product if is_possible(factors)]
+    """All possible combinations of layouts and models, each with a choice of options."""
+    draw, product = random.Random(0), itertools.product(*LAYOUTS_AND_MODELS.values())
+    combinations = (dict(zip(LAYOUTS_AND_MODELS, values, strict=True)) for values in product)
+    return [
+        factors | {name: draw.choice(tuple(values)) for name, values in OPTIONS.items()}
+        for factors in combinations
+        if is_possible(factors)
+    ]
 
 
 OracleCase = tuple[Case, dict[str, Any], dict[str, Any]]  # case, HF config, fields of OracleSettings
@@ -99,16 +118,15 @@ EXACT, COARSE = rounded(vocab=8), rounded(ffn=4, stem=4, vocab=8)
 def case_of(factors: Mapping[str, Any], quanta: Quanta = EXACT) -> OracleCase:
     """(case, HF config, settings) of one combination; exact quanta compact after every removal, which takes time."""
     layout = {name: factors[name] for name in list(FACTORS)[:6]}
-    return (
-        Case(**layout, quanta=quanta),
-        MODELS[factors["model"]],
-        {"types": KINDS[factors["kinds"]], "gqa": factors["gqa"]},
-    )
+    settings = {"types": KINDS[factors["kinds"]], "gqa": factors["gqa"]}
+    for name, values in OPTIONS.items():
+        settings |= values[factors[name]]
+    return Case(**layout, quanta=quanta), MODELS[factors["model"]], settings
 
 
 def name_of(factors: Mapping[str, Any]) -> str:
     """The test id of a case."""
-    return f"{case_of(factors)[0].name}-{factors['kinds']}-{factors['model']}-{factors['gqa']}"
+    return "-".join((case_of(factors)[0].name, *(factors[name] for name in list(FACTORS)[6:])))
 
 
 SPECIAL: dict[str, OracleCase] = {

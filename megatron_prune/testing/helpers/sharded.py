@@ -191,6 +191,7 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             saliency_momentum=settings.saliency_momentum,
             second_order=SecondOrder(settings.second_order, settings.second_order_stem, settings.damping),
             gqa=settings.gqa,  # type: ignore[arg-type]
+            optimizer_state=settings.optimizer_state,  # type: ignore[arg-type]
             groups=GroupConfigs(
                 {
                     name: GroupConfig(int(settings.group_cost.get(name, 0)) or None, floor)

@@ -91,6 +91,7 @@ class DenseOracle:
 
     Attributes:
         weights, exp_avg, exp_avg_sq: {name: tensor}, physically small.
+        adam_step: steps that the moments are made of (bias correction).
         live: LiveUnits; iteration, tokens: finished and consumed; credits: pruning steps left over.
         smoothed: unit scores of the last choice; removals: all of them, in order.
 
@@ -117,8 +118,7 @@ class DenseOracle:
             wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
             raise UserError(f"weights: missing, unknown or of another shape than the config says: {', '.join(wrong)}")
         self.weights = {name: weights[name].detach().to(dtype).clone() for name in expected}
-        self.exp_avg = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self._begin_adam()
         self.iteration = self.tokens = 0
         self.credits = 0.0
         self.source_params = self.parameters()
@@ -250,15 +250,22 @@ class DenseOracle:
     def _summed(self, scores: Scores) -> OracleScores:
         return oracle_scores.unit_scores(scores.columns, self.geometry, self.live, scores.rows)
 
+    def _begin_adam(self) -> None:
+        self.adam_step = 0
+        self.exp_avg = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+
     def _optimizer_step(self, gradient: Mapping[str, Tensor]) -> float:
         """Clip by the global norm as Megatron does, then AdamW (decoupled decay, bias correction)."""
-        settings, step = self.settings, self.iteration
+        settings = self.settings
         grad_norm = math.sqrt(sum(g.double().square().sum().item() for g in gradient.values()))
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"iteration {step}: the gradient norm is {grad_norm}")
+            raise FloatingPointError(f"iteration {self.iteration}: the gradient norm is {grad_norm}")
         clip = min(1.0, settings.clip_grad / (grad_norm + 1e-6)) if settings.clip_grad > 0 else 1.0
-        lr = settings.lr(step - 1) if callable(settings.lr) else settings.lr
+        lr = settings.lr(self.iteration - 1) if callable(settings.lr) else settings.lr
         beta1, beta2 = settings.betas
+        self.adam_step += 1
+        step = self.adam_step
         for name, weight in self.weights.items():
             g, mean, square = gradient[name] * clip, self.exp_avg[name], self.exp_avg_sq[name]
             if weight.dim() == 2:
@@ -325,6 +332,8 @@ class DenseOracle:
             )
             removed.append(removal)
         self.removals += removed
+        if removed and self.settings.optimizer_state == "reset":
+            self._begin_adam()
         return removed
 
     def _compensate(self, kind: str, units: Units, inputs: Mapping[str, Tensor] | None) -> tuple[float, float] | None:

@@ -17,6 +17,7 @@ _CHOICES = {
     "gqa": ("cluster", "uniform", "kv_group"),
     "finish": ("exact", "any"),
     "schedule": ("ratio", "cubic", "linear"),
+    "optimizer_state": ("carry", "reset"),
 }
 
 
@@ -60,6 +61,8 @@ class OracleSettings:
         first_prune_iter: iteration from which every g-th one is scheduled, itself included (0: g, 2 g, 3 g, ...).
         group_cost: pruning steps that a group of each kind uses up; default head_dim, 1, 1.
         target_params: pruning ends once parameters <= target; None never prunes.
+        optimizer_state: after an iteration in which groups left, Adam's moments and step count are kept (`carry`) or
+            begin anew (`reset`).
         finish: `exact` avoids groups that overshoot the target by more than 0.5 %; `any` does not care.
     """
 
@@ -89,6 +92,7 @@ class OracleSettings:
     first_prune_iter: int = 0
     group_cost: Mapping[str, float] = field(default_factory=dict)
     target_params: int | None = None
+    optimizer_state: str = "carry"
     finish: str = "exact"
 
     def __post_init__(self) -> None:
