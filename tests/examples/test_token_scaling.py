@@ -117,9 +117,9 @@ def test_a_job_array_has_a_task_per_ratio(tmp_path):
     assert "--array 0-1 --nodes 8 --time 1:00" in array and "run.yaml --stage prune,continue" in array
     assert "--dependency afterany:71" in last and "token_scaling.py" in last
     flags = (tmp_path / "out" / "array_flags.txt").read_text().splitlines()
+    schedule = ["--prune-schedule", "ratio", "--prune-ratio"]
     assert [shlex.split(line) for line in flags] == [
-        f"--lr 1e-4 --prune-schedule ratio --prune-ratio {ratio} --save".split()
-        + [str(tmp_path / "out" / f"ratio_{ratio.replace(':', '-')}")]
+        ["--lr", "1e-4", *schedule, ratio, "--save", str(tmp_path / "out" / f"ratio_{ratio.replace(':', '-')}")]
         for ratio in ("8:1", "1:9")
     ]
 
@@ -169,7 +169,7 @@ def test_names_reach_jobs_as_they_are(name, tmp_path):
     assert code == 3, output
     asked = ast.literal_eval((tmp_path / "srun-asked").read_text())
     save = str(folder / "out" / "ratio_1-9")
-    schedule = "--prune-schedule ratio --prune-ratio 1:9".split()
+    schedule = ["--prune-schedule", "ratio", "--prune-ratio", "1:9"]
     expected = ["--", "--data-path", data, "--note", "", *schedule, "--save", save]
     assert asked[asked.index("--") :] == expected
 
