@@ -5,6 +5,7 @@
     DIR/latest_checkpointed_iteration.txt    number of the newest complete one
 
     holds_checkpoint  whether there is something to resume from
+    refuse_step       no run saves into a checkpoint's own folder
     resolve           directory and step -> folder, or a UserError that says what is there
     Digest, digest    size and CRC-32 of a file
     check_present     whether all files that ranks wrote are here
@@ -74,6 +75,16 @@ def steps(directory: Path) -> list[int]:
 def holds_checkpoint(directory: Path) -> bool:
     """Whether a run has saved in `directory`, also where a crash struck between two renames."""
     return (directory / LATEST).exists() or bool(steps(directory))
+
+
+def refuse_step(directory: Path, what: str) -> None:
+    """Raise UserError where a run would save into a folder that is, or would pass for, one checkpoint of another.
+
+    Args:
+        what: the field or flag that names it, for the message.
+    """
+    if iteration_of(directory.resolve()) is not None:
+        raise UserError(f"{what}: {directory} has the name of one checkpoint; give the folder of a run")
 
 
 def step_folder(directory: Path, iteration: int) -> Path:

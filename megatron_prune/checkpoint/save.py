@@ -40,6 +40,7 @@ from megatron_prune.checkpoint.files import (
     check_present,
     digest,
     publish,
+    refuse_step,
     step_name,
     write_files,
     write_manifest,
@@ -296,6 +297,7 @@ def hold(
     lease, complaint = None, None
     if mesh.rank == 0:
         try:
+            refuse_step(directory, what)
             lease = acquire(directory, above, what)
         except UserError as error:
             complaint = str(error)

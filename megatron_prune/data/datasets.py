@@ -1,6 +1,7 @@
 """From --data-path to megatron-core's GPT data sets.
 
     blend_words       "w1 p1 w2 p2" or one prefix -> its words, quoted ones whole
+    read_weight       one of its weights
     parse_blend       the same -> `Blend`, its files checked
     check_vocabulary  tokenizer, data and model must agree about ids
     build_datasets    `Blend` -> (train, valid, test), megatron-core's data sets
@@ -35,6 +36,7 @@ T = TypeVar("T")
 SPLITS = ("training", "validation", "test")
 # A tokenizer may be smaller than its model by padding; by more than both of these it is another model's.
 _PADDING_IDS, _PADDING_SHARE = 1024, 0.1
+_LARGEST_WEIGHT = 1e15  # and its reciprocal the least: a share must not vanish beside the others
 _LEAST_SURPLUS = 0.005  # megatron-core's own default
 
 
@@ -96,7 +98,7 @@ def parse_blend(text: str, vocab_size: int | None = None, field: str = "data.dat
     words = blend_words(text, field)
     if not words:
         raise UserError(f"{field}: is empty; give the prefix of a .bin/.idx data set, or a blend")
-    weights = None if len(words) == 1 else tuple(_weight(word, field) for word in words[::2])
+    weights = None if len(words) == 1 else tuple(read_weight(word, field) for word in words[::2])
     prefixes = words if weights is None else words[1::2]
     if weights is not None and len(weights) != len(prefixes):
         raise UserError(
@@ -109,7 +111,8 @@ def parse_blend(text: str, vocab_size: int | None = None, field: str = "data.dat
     return blend
 
 
-def _weight(word: str, field: str) -> float:
+def read_weight(word: str, field: str) -> float:
+    """A weight of a blend. Raises UserError."""
     try:
         weight = float(word)
     except ValueError:
@@ -117,8 +120,8 @@ def _weight(word: str, field: str) -> float:
             f'{field}: expected a weight, got "{word}"; give one prefix, or "weight1 prefix1 weight2 prefix2", '
             "with quotes around a prefix that holds spaces"
         ) from None
-    if not 0 < weight < math.inf:
-        raise UserError(f"{field}: the weight {word} is not above 0")
+    if not 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
+        raise UserError(f"{field}: the weight {word} is not between {1 / _LARGEST_WEIGHT:g} and {_LARGEST_WEIGHT:g}")
     return weight
 
 

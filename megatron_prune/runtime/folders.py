@@ -1,6 +1,7 @@
 """Whether a folder can be written, tried before the work whose result goes there.
 
 probe_folder   make it, write a block, leave nothing but the folder
+hindrance      what can be seen of that without touching anything
 """
 
 from __future__ import annotations
@@ -30,3 +31,14 @@ def probe_folder(folder: str | Path, field: str) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{field}: {folder} cannot be written: {reason}; give another folder") from error
+
+
+def hindrance(folder: str | Path) -> str | None:
+    """Why `folder` could not be made or written, as far as is to be seen; None: nothing speaks against it."""
+    try:
+        nearest = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    except (OSError, ValueError) as error:
+        return str(error)
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} may not be written"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,19 @@ class Sinks:
             self._wandb.finish()
 
 
+def check_wandb(config: Config) -> None:
+    """Raise UserError where Weights & Biases is asked for and not installed."""
+    if config.logging.wandb_project and find_spec("wandb") is None:
+        raise UserError(
+            "logging.wandb_project (--wandb-project): wandb is not installed; install it or leave the field null"
+        )
+
+
 def start_wandb(config: Config) -> Any:
     """A run of Weights & Biases. Raises UserError where it is not installed, or refuses to start."""
     field = "logging.wandb_project (--wandb-project)"
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(f"{field}: wandb is not installed; install it or leave the field null") from error
+    check_wandb(config)
+    import wandb
     import yaml
 
     same = {}

@@ -345,7 +345,7 @@ def scramble(directory, seed):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 50))])
 def test_never_two_at_once_however_they_are_interleaved_and_killed(tmp_path, seed):
-    """For 100 turns, however long this machine takes for them: a folder that nobody can take any more ends by time-out."""
+    """For 100 turns, however long this machine takes; a folder that nobody can take any more ends by time-out."""
     turns, alive, number = tmp_path / "turns", [], 0
     turns.touch()
     while turns.stat().st_size < 100:

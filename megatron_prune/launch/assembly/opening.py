@@ -3,6 +3,7 @@
 Inputs            where weights come from, the architecture to start with, tokenizer and data
 open_inputs       Config -> Inputs; raises UserError for whatever does not fit
 tokenizer_place   where the tokenizer is read from
+reads_on          whether a checkpoint's data are read on
 check_context, check_target, check_output   single checks, also of a dry run
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_prune.checkpoint import RunRecord
-from megatron_prune.checkpoint.files import holds_checkpoint
+from megatron_prune.checkpoint.files import holds_checkpoint, refuse_step
 from megatron_prune.config import Config, PruningConfig
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
@@ -85,10 +86,9 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
     vocab_size = architecture.shape.vocab_size
     assert config.data.data_path is not None
     train = parse_blend(config.data.data_path, vocab_size)
-    resumes, shuffle = record is not None and record.is_run and not config.checkpoint.finetune, None
-    if record is not None and resumes and record.state.get("consumed_samples"):
-        is_same = check_order(config, train, record.state.get("data_order"))
-        shuffle = record.state.get("data_shuffle") if is_same else None
+    shuffle = None
+    if record is not None and reads_on(config, record) and check_order(config, train, record.state.get("data_order")):
+        shuffle = record.state.get("data_shuffle")
     valid = None
     if config.data.valid_data_path:
         valid = parse_blend(config.data.valid_data_path, vocab_size, "data.valid_data_path (--valid-data-path)")
@@ -98,7 +98,17 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
     check_target(config, architecture)
     if writes:
         check_output(config)
+    resumes = record is not None and _resumes(config, record)
     return Inputs(architecture, record, resumes, read, tokenizer, train, valid, facts, shuffle)
+
+
+def _resumes(config: Config, record: RunRecord) -> bool:
+    return record.is_run and not config.checkpoint.finetune
+
+
+def reads_on(config: Config, record: RunRecord) -> bool:
+    """Whether this run goes on in the data where the checkpoint's stopped."""
+    return _resumes(config, record) and bool(record.state.get("consumed_samples"))
 
 
 def _record(config: Config) -> RunRecord | None:
@@ -178,6 +188,7 @@ def check_output(config: Config) -> None:
     if config.checkpoint.save is None:
         return
     save, is_taken = Path(config.checkpoint.save), holds_checkpoint(Path(config.checkpoint.save))
+    refuse_step(save, "checkpoint.save")
     if is_taken and config.checkpoint.finetune:
         raise UserError(
             f"checkpoint.finetune begins a new run, and checkpoint.save ({save}) already holds one; give another "

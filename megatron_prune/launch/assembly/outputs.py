@@ -14,6 +14,7 @@ from megatron_prune.config import Config, dump
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history_plot import plot_history
 from megatron_prune.runtime.folders import probe_folder
+from megatron_prune.training.sinks import check_wandb
 from megatron_prune.training.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -23,16 +24,22 @@ def check_places(config: Config) -> None:
     """Try to write where the run will write, before anything is built.
 
     Raises:
-        UserError: a folder cannot be made or written (no permission, read-only, full, a file in the way).
+        UserError: a folder cannot be made or written (no permission, read-only, full, a file in the way), or what the
+            run would report to is not installed.
     """
-    places = {
+    check_wandb(config)
+    for field, place in places(config).items():
+        probe_folder(place, field)
+
+
+def places(config: Config) -> dict[str, str]:
+    """Field -> folder that the run writes into."""
+    given = {
         "checkpoint.save (--save)": config.checkpoint.save,
         "logging.tensorboard_dir (--tensorboard-dir)": config.logging.tensorboard_dir,
         "data.data_cache_path (--data-cache-path)": config.data.data_cache_path,
     }
-    for field, place in places.items():
-        if place is not None:
-            probe_folder(place, field)
+    return {field: place for field, place in given.items() if place is not None}
 
 
 def write_config(config: Config, directory: Path) -> None:

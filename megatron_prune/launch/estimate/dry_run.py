@@ -15,22 +15,23 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 from megatron_prune.checkpoint import RunRecord
 from megatron_prune.config import Config
-from megatron_prune.data.datasets import Blend, blend_words, check_documents, check_vocabulary, parse_blend
-from megatron_prune.data.indexed import IndexedData, bin_path, idx_path
+from megatron_prune.data.datasets import Blend, blend_words, check_documents, check_vocabulary, parse_blend, read_weight
+from megatron_prune.data.indexed import bin_path, idx_path
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.data.tokenizer_files import holds_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.weights import FolderWeights
-from megatron_prune.launch.assembly import opening
+from megatron_prune.launch.assembly import opening, outputs
 from megatron_prune.launch.assembly.assemble import model_options, quanta
-from megatron_prune.launch.assembly.data_order import splits_read
+from megatron_prune.launch.assembly.data_order import check_order, splits_read
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank
 from megatron_prune.launch.estimate.report import Estimate, Finding, render
@@ -40,6 +41,7 @@ from megatron_prune.launch.jobs import after
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import transformer_config
+from megatron_prune.runtime.folders import hindrance
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.saliency.criteria import find_criterion
 from megatron_prune.training.pruning_settings import pruning_schedule
@@ -88,8 +90,10 @@ def look(config: Config) -> Found:
         ("data.valid_data_path (--valid-data-path)", config.data.valid_data_path, valid),
     ):
         if text and read is not None:
-            present = _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
-            check_documents(Blend(tuple(present), None), read.split, read.samples, config.data.seq_length)
+            blend, is_whole = _data(text, field, architecture.shape.vocab_size, tokenizer, findings)
+            check_documents(blend, read.split, read.samples, config.data.seq_length)
+            if is_whole and read is train and record is not None and opening.reads_on(config, record):
+                check_order(config, blend, record.state.get("data_order"))
     _tasks(config, findings)
     opening.check_context(config, architecture)
     opening.check_target(config, architecture)
@@ -105,6 +109,12 @@ def _output(config: Config, findings: list[Finding]) -> None:
         if not Path(config.checkpoint.save or "").is_dir():
             raise
         findings.append(Finding("output", f"the launch will refuse: {error}"))
+    for field, place in outputs.places(config).items():
+        reason = hindrance(place)
+        if reason is not None:
+            findings.append(Finding("output", f"the launch will refuse: {field}: {reason}"))
+    if config.logging.wandb_project and find_spec("wandb") is None:
+        findings.append(Finding("wandb", NOT_HERE))
 
 
 def _source(config: Config, findings: list[Finding]) -> tuple[RunRecord | None, Architecture]:
@@ -153,8 +163,8 @@ def _tokenizer(config: Config, record: RunRecord | None, findings: list[Finding]
 
 def _data(
     text: str, field: str, vocab_size: int, tokenizer: Tokenizer | None, findings: list[Finding]
-) -> list[IndexedData]:
-    """Check a blend whose data sets may be absent, but not halves of them."""
+) -> tuple[Blend, bool]:
+    """Check a blend whose data sets may be absent, but not halves of them; (what is here, whether that is all)."""
     words = blend_words(text, field)
     prefixes = words if len(words) == 1 else words[1::2]
     absent = [p for p in prefixes if not bin_path(p).exists() and not idx_path(p).exists()]
@@ -164,15 +174,15 @@ def _data(
         pairs = [
             f"{weight} {shlex.quote(prefix)}" for weight, prefix in zip(words[::2], prefixes) if prefix not in absent
         ]
-        _check_weights(words[::2], field)
-    present: list[IndexedData] = []
-    for pair in pairs:
-        present += parse_blend(pair, vocab_size, field).data
-    if tokenizer is not None and present:
-        check_vocabulary(tokenizer, Blend(tuple(present), None), vocab_size)
-    sizes = {data.prefix: f"{data.sequences:,} documents, {data.tokens:,} tokens" for data in present}
+        for word in words[::2]:
+            read_weight(word, field)
+    blends = [parse_blend(pair, vocab_size, field) for pair in pairs]
+    present = Blend(tuple(data for blend in blends for data in blend.data), None) if absent else blends[0]
+    if tokenizer is not None and present.data:
+        check_vocabulary(tokenizer, present, vocab_size)
+    sizes = {data.prefix: f"{data.sequences:,} documents, {data.tokens:,} tokens" for data in present.data}
     findings += [Finding(f"data {prefix}", sizes.get(prefix, NOT_HERE)) for prefix in prefixes]
-    return present
+    return present, not absent
 
 
 def _tasks(config: Config, findings: list[Finding]) -> None:
@@ -180,16 +190,6 @@ def _tasks(config: Config, findings: list[Finding]) -> None:
     if tasks is not None:
         is_here = folder is None or Path(folder).exists()
         findings.append(Finding(f"tasks {tasks}", (after.check(config) or "by lm-eval") if is_here else NOT_HERE))
-
-
-def _check_weights(words: list[str], field: str) -> None:
-    for word in words:
-        try:
-            is_positive = 0 < float(word) < float("inf")
-        except ValueError:
-            is_positive = False
-        if not is_positive:
-            raise UserError(f'{field}: expected a weight above 0, got "{word}"; give "weight1 prefix1 weight2 prefix2"')
 
 
 # Numbers ----------------------------------------------------------------------------------------------------------
