@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.running import check_plot, run_command
 from megatron_prune.config.options import option
 from megatron_prune.errors import one_line
 from megatron_prune.model.architecture import Architecture
@@ -219,6 +219,8 @@ def inspect(arguments: InspectOptions) -> int:
     """Print, draw and verify; the exit status. Raises UserError."""
     from megatron_prune.checkpoint import CheckpointReader
 
+    if arguments.plot:
+        check_plot("--plot", arguments.plot)
     reader = CheckpointReader(arguments.load, arguments.ckpt_step, verify=arguments.verify)
     facts = describe(reader)
     if arguments.plot:

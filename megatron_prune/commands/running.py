@@ -2,6 +2,7 @@
 
 run_command    a command of one process
 run_on_ranks   a command that may be one of many ranks
+check_file, check_plot   what will be written at the end, tried before anything is computed
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from megatron_prune.commands import COMMANDS
@@ -89,3 +92,19 @@ def run_on_ranks(
     from megatron_prune.runtime.failures import exit_status
 
     return exit_status(lambda: work(given))
+
+
+def check_file(flag: str, value: str) -> None:
+    """Raise UserError where the file that `flag` names could not be written."""
+    path = Path(value)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {value}: cannot be written; name a file in a folder that exists")
+
+
+def check_plot(flag: str, value: str) -> None:
+    """The same for a figure, which needs matplotlib."""
+    check_file(flag, value)
+    if find_spec("matplotlib") is None:
+        raise UserError(f"{flag}: matplotlib is not installed; pip install 'megatron_prune[plot]'")
+    if Path(value).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{flag} {value}: name a file that ends in .png, .svg or .pdf")

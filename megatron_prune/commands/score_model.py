@@ -12,9 +12,7 @@ Besides the flags below it takes those of pretrain (its --help lists them): layo
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_prune.checkpoint.files import replace_file
-from megatron_prune.commands.running import run_on_ranks
+from megatron_prune.commands.running import check_file, check_plot, run_on_ranks
 from megatron_prune.config import Config, Given, configured
 from megatron_prune.config.options import option, sections_of
 
@@ -95,19 +93,10 @@ def criteria(names: Sequence[str]) -> list[str]:
 
 def check_outputs(arguments: ScoreOptions) -> None:
     """Try to write where --json and --plot will, before anything is computed. Raises UserError."""
-    from megatron_prune.errors import UserError
-
-    for flag, value in (("--plot", arguments.plot), ("--json", arguments.json)):
-        if value is None:
-            continue
-        path = Path(value)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UserError(f"{flag} {value}: cannot be written; name a file in a folder that exists")
     if arguments.plot is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UserError("--plot: matplotlib is not installed; pip install 'megatron_prune[plot]'")
-        if Path(arguments.plot).suffix not in (".png", ".svg", ".pdf"):
-            raise UserError(f"--plot {arguments.plot}: name a file that ends in .png, .svg or .pdf")
+        check_plot("--plot", arguments.plot)
+    if arguments.json is not None:
+        check_file("--json", arguments.json)
 
 
 def table(name: str, scores: Any, per_column: bool) -> Iterator[str]:

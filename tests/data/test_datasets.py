@@ -283,6 +283,7 @@ def test_megatron_s_chatter_stays_out_of_the_log(
     blend = parse_blend(f"1 {make_data('one')} 1 {make_data('two')}")
     caplog.set_level(logging.INFO)
     caplog.set_level(logging.INFO, logger="megatron_prune")  # a run in this process may have set it
+    caplog.clear()
     train, _, _ = build_datasets(blend, tokenizer, SEQ, (10, 0, 0), "1,0,0", seed=1)
     assert [record.getMessage() for record in caplog.records] == [f"training data: {len(train)} samples of 32 tokens"]
 

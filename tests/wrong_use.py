@@ -1,0 +1,211 @@
+"""Wrong uses of the commands, drawn at random, and what must come of each: one line, status 2, nothing written.
+
+wrong_yaml, wrong_flags, unlikely_flags   ways to spoil a working configuration
+Shop         a tiny run's files, a finished run and its export, which the words name
+call         run a command in this process -> Outcome
+"""
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_prune.config import Config, load_config
+from megatron_prune.config.options import all_options, options_of, sections_of
+from megatron_prune.errors import UserError
+from megatron_prune.testing.helpers.tiny_runs import TinyRun
+
+OPTIONS = all_options(Config)
+VALUES = [
+    *("-1", "0", "1", "2", "3", "7", "16", "64", "0.5", "nan", "inf", "-inf", "1e23", "1e-300", "1e308", "1e999"),
+    *("4294967296", "2147483648", "2147483647", "-9e18", "9" * 400, "0x10", "1_", "1:0", "1:9", "5,,", "100,0,0"),
+    *("", " ", "null", "~", "true", "yes", "\x1b[31m", "a\nb", "a b", "１２", "∞", "x" * 300, "x/" * 3000, "'", '"'),
+    *("/dev/null", "/nonexistent/x", "../..", ".", "1 2", "1 a 2 b"),
+]
+SMALL = ["0", "1", "2", "3", "4", "5", "8", "16", "31", "32", "33", "48", "64", "100", "1000"]
+_LETTERS = [*"\t\0{}[:'\"%|>é\n ", "- ", "&a", "*a", "!!python/object:os.system", "\ufeff", "\x07"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit status, and all that was printed."""
+
+    status: int
+    output: str
+
+    @property
+    def errors(self):
+        return [line for line in self.output.splitlines() if line.startswith("error: ")]
+
+    def problems(self, may_be=(0, 2)):
+        """What no use may come to."""
+        if self.status not in may_be:
+            yield f"status {self.status}"
+        if "Traceback" in self.output:
+            yield "a traceback: ..." + self.output[-1500:]
+        if self.status == 2 and (len(self.errors) != 1 or not self.errors[0].isprintable()):
+            yield f"{len(self.errors)} error lines"
+
+
+def call(main, words, capfd):
+    """Run `main(words)`, of which pytest's `capfd` keeps the output."""
+    capfd.readouterr()
+    status = main([str(word) for word in words])
+    return Outcome(status, "".join(capfd.readouterr()))
+
+
+def files(folder):
+    """All files in `folder` with size and time; caches of indices may come and go."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found if "GPTDataset" not in p.name}
+
+
+class Shop:
+    """`folder` with inputs, a finished run in `run` and its export in `hf`."""
+
+    def __init__(self, folder):
+        self.folder, self.tiny = folder, TinyRun(folder / "inputs")
+        self.run, self.hf = folder / "run", folder / "hf"
+
+    def configuration(self, save):
+        """A working one, as YAML's values."""
+        tiny, data = self.tiny, f"3 {self.tiny.data(0)} 1 {self.tiny.data(1)}"
+        tokenizer = str(tiny.folder / "tokenizer.model")
+        groups = {"head": {"cost": "2", "floor": "2"}, "ffn": {"floor": "38"}}
+        return {
+            "model": {"hf_model": str(tiny.source), "make_vocab_size_divisible_by": "8"},
+            "parallel": {"device": "cpu"},
+            "data": {"tokenizer_model": tokenizer, "data_path": data, "split": "80,20,0", "seq_length": "32"},
+            "training": {"global_batch_size": "2", "train_iters": "40", "eval_interval": "1000", "eval_iters": "1"},
+            "optimizer": {"lr": "2e-3", "lr_warmup_iters": "3"},
+            "pruning": {"target_params": "11400", "ratio": "2:1", "gqa": "cluster", "groups": groups},
+            "continued": {"continue_tokens": "256", "continue_lr_warmup_iters": "2"},
+            "checkpoint": {"save": str(save)},
+            "logging": {"log_interval": "1", "progress": "lines"},
+        }
+
+    def places(self):
+        """Paths of all sorts."""
+        tiny, run = self.tiny, self.run
+        own = [tiny.source, tiny.source / "config.json", tiny.data(0), tiny.folder / "tokenizer.model", self.hf, run]
+        own += [run / "iter_0000014", run / "summary.json", self.folder / "nowhere", "gpt2", "meta-llama/Llama-2-7b"]
+        return [*own, "/dev/null", "/dev/full", "/proc/self", "/proc/nowhere/x", "/", ".", "", "~", "a\nb", "x" * 300]
+
+    def blends(self):
+        """Data sets as they should not be named."""
+        p, q = self.tiny.data(0), self.tiny.data(1)
+        alone = [f"nan {p}", f"-1 {p}", f"1e400 {p}", '"', f"{p}.bin", f"{p}.idx", self.tiny.source, p]
+        several = [("1", p, "1"), (p, p), ("1", p, "1", self.folder / "nowhere"), ("1", f"'{p}'"), ("", p)]
+        return [*((one,) for one in alone), *several, ("1e-300", p, "1e300", q), ("1e308", p, "1e308", q)]
+
+
+def wrong_yaml(random, configuration):
+    """A configuration file with something wrong in it, maybe."""
+    wrong = copy.deepcopy(configuration)
+    how, section, known = random.randrange(8), random.choice(list(wrong)), random.choice(list(sections_of(Config)))
+    name = random.choice(options_of(sections_of(Config)[known], known)).name
+    text = yaml.safe_dump(wrong)
+    start, end = sorted(random.randrange(len(text)) for _ in range(2))
+    if how == 0:
+        wrong[random.choice([section, "modle", "nonsense"])] = _anything(random)
+    elif how == 1:
+        wrong.setdefault(known, {})[name] = _anything(random)
+    elif how == 2:
+        wrong[section][random.choice(["lrr", "floor", "target_param", "a b", "\x1b", "1"])] = _anything(random)
+    elif how == 3:
+        return text[:start] + random.choice(_LETTERS) + text[start + random.randrange(3) :]
+    elif how == 4:
+        return text[:start] + text[end:]
+    elif how == 5:
+        wrong[section].pop(random.choice(list(wrong[section])))
+    elif how == 6:
+        wrong.setdefault(known, {})[name] = random.choice(VALUES)
+    else:
+        wrong[section], wrong[known] = wrong.get(known), wrong[section]
+    return yaml.safe_dump(wrong, allow_unicode=True)
+
+
+def _anything(random, depth=0):
+    kind = random.randrange(10)
+    if kind < 6 or depth > 3:
+        return random.choice([*VALUES, None, True, 1, -1, 0.5, 2**31])
+    if kind < 8:
+        return [_anything(random, depth + 1) for _ in range(random.randrange(3))]
+    return {
+        random.choice(["a", "head", "ffn", "stem"]): _anything(random, depth + 1) for _ in range(random.randrange(3))
+    }
+
+
+def wrong_flags(random):
+    """Up to three fields with values of no sense."""
+    words = []
+    for found in random.choices(OPTIONS, k=random.randint(1, 3)):
+        value = random.choice(found.choices) if found.choices and random.random() < 0.4 else random.choice(VALUES)
+        if found.kind is bool:
+            words.append(random.choice([found.flag, found.off_flag]))
+        elif found.parts:
+            name = random.choice(["head.", "ffn.", "stem.", "nohead.", "."]) if found.is_named else ""
+            words += [found.flag, f"{name}{random.choice(found.parts).name}={value}"]
+        else:
+            words.append(f"{found.flag}={value}")
+    return words
+
+
+def unlikely_flags(random, shop):
+    """Small numbers that may not go together, other folders, other data, a checkpoint to resume."""
+    numbers = [found for found in OPTIONS if found.kind in (int, float) and not found.rules.refused]
+    switches = [found for found in OPTIONS if found.kind is bool and not found.rules.refused]
+    words = [word for one in random.sample(numbers, random.randint(1, 4)) for word in (one.flag, random.choice(SMALL))]
+    words += [one.flag for one in random.sample(switches, random.randrange(3))]
+    texts = [found for found in OPTIONS if found.choices and found.kind is str]
+    words += [
+        word for one in random.sample(texts, random.randrange(3)) for word in (one.flag, random.choice(one.choices))
+    ]
+    if random.random() < 0.3:
+        group, field = random.choice(["head", "ffn", "stem"]), random.choice(["cost", "floor", "quantum", "round_to"])
+        words += ["--prune-groups", f"{group}.{field}={random.choice(SMALL)}"]
+    if random.random() < 0.3:
+        words += ["--data-path", *random.choice(shop.blends())]
+    if random.random() < 0.3:
+        fields = (
+            "hf-model",
+            "load",
+            "save",
+            "tokenizer-model",
+            "tensorboard-dir",
+            "data-cache-path",
+            "valid-data-path",
+        )
+        words += [f"--{random.choice(fields)}={random.choice(shop.places())}"]
+    if random.random() < 0.4:
+        changes = [
+            "",
+            "--ckpt-step=14",
+            "--ckpt-step=3",
+            "--finetune",
+            "--no-load-optim",
+            "--split=70,30,0",
+            "--seed=2",
+        ]
+        words += ["--load", shop.run, *filter(None, [random.choice(changes)])]
+    return words
+
+
+def is_affordable(words):
+    """Whether a run that is accepted could do its first step here in a blink."""
+    try:
+        config = load_config([str(word) for word in words])
+    except UserError:
+        return True
+    tokens = config.tokens_per_iteration * max(1, config.training.eval_iters if config.training.eval_interval else 1)
+    widths = [config.model.make_vocab_size_divisible_by, *(group.quantum for group in config.pruning.groups.values())]
+    return tokens < 100_000 and max(widths) < 10**5 and config.pruning.second_order.calibration_tokens < 10**6
+
+
+def folder_of(place):
+    """`place`, made anew and empty."""
+    shutil.rmtree(place, ignore_errors=True)
+    Path(place).mkdir(parents=True)
+    return Path(place)
