@@ -27,7 +27,7 @@ from megatron_prune.runtime.failures import lost_contact
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.runtime.places import Rank, find_rank
 from megatron_prune.runtime.rendezvous import keeps_store
-from megatron_prune.runtime.voice import Voice
+from megatron_prune.runtime.voice import Voice, connections
 
 _MINUTES = 10.0  # to wait for the others where the configuration could not be read
 
@@ -45,8 +45,10 @@ class Meeting:
         """The mesh, torn down at the end (collective). Raises UserError as `init_mesh` does, and SilentError in the
         place of an error that another rank tells.
         """
+        before = connections(os.environ)
         mesh = self.join()
-        voice = Voice(self.store, mesh.rank, mesh.world_size, keeps_store(mesh.rank, os.environ))
+        to_ranks = connections(os.environ) - before
+        voice = Voice(self.store, mesh.rank, mesh.world_size, keeps_store(mesh.rank, os.environ), to_ranks)
         try:
             yield mesh
         except BaseException as error:
@@ -57,7 +59,7 @@ class Meeting:
             finally:
                 if not is_alone:
                     close_mesh()
-                if is_alone:
+                if isinstance(error, Exception):
                     voice.leave()
         close_mesh()
 

@@ -2,6 +2,7 @@
 
     open_store      torchrun's store, or (without torchrun) one that rank 0 keeps
     keeps_store     who keeps it
+    store_answers   whether it is still there
     check_port      whether this node can keep one
     NotMetError     the others could not be reached; each rank says so itself
 
@@ -25,6 +26,7 @@ from megatron_prune.errors import UserError, first_line
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKUPS = 1.0
+_SECONDS_TO_DIE = 0.2  # until all connections of a process that was killed are closed
 _SECONDS_TO_ANSWER = 5.0  # beyond the store's own timeout
 
 
@@ -82,6 +84,18 @@ def open_store(rank: int, world_size: int, environ: Mapping[str, str], minutes: 
 def keeps_store(rank: int, environ: Mapping[str, str]) -> bool:
     """Whether this rank keeps the store itself: rank 0, unless torchrun's agent does."""
     return rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def store_answers(environ: Mapping[str, str]) -> bool:
+    """Whether somebody listens at the store's address, of a rank that has just lost another. A store that is asked
+    after its keeper has died writes the stack of its own code.
+    """
+    time.sleep(_SECONDS_TO_DIE)
+    try:
+        with socket.create_connection((environ["MASTER_ADDR"], int(environ["MASTER_PORT"])), timeout=2):
+            return True
+    except OSError:
+        return False
 
 
 def not_met(rank: int, world_size: int, environ: Mapping[str, str], minutes: float, reason: str) -> NotMetError:
