@@ -3,11 +3,12 @@
     read_metadata   FOLDER/.metadata -> torch's Metadata, out of allow-listed classes, its numbers and names checked
     GuardedReader   torch's FileSystemReader on top of that; tensors only, out of files of the folder itself
     load_plain      what torch.save wrote, out of plain values and tensors (`weights_only`)
+    load_object     the same, of an object that lies among the tensors of a checkpoint
 
 A pickle names callables and their arguments, so that loading one is running it. torch's and megatron-core's own readers
 of `.metadata` load any pickle, and so does torch's planner for an entry that is no tensor (`BYTE_IO`, which Megatron's
-extra states and random states are); none of them is asked here. Everything that is not listed in `_NAMES` is refused by
-the name of its class before it is looked up, hence before it is imported or called.
+extra states, random states and arguments are); none of them is asked here. Everything that is not listed in `_NAMES` is
+refused by the name of its class before it is looked up, hence before it is imported or called.
 """
 
 from __future__ import annotations
@@ -242,6 +243,30 @@ def load_plain(path: Path, classes: Sequence[Callable[..., Any]] = (), **argumen
     Raises:
         UserError: the file cannot be read, is damaged, or holds something else, named by its class.
     """
-    allowed = torch.serialization.safe_globals(list(classes)) if classes else contextlib.nullcontext()
-    with _plainly(path), allowed:
+    with _plainly(path), _besides(classes):
         return torch.load(path, map_location="cpu", weights_only=True, **arguments)
+
+
+def load_object(folder: Path, metadata: Metadata, key: str, classes: Sequence[Callable[..., Any]] = ()) -> Any:
+    """The object `key` of a `torch_dist` checkpoint, as `load_plain` reads a file.
+
+    Args:
+        metadata: of the folder, from `read_metadata`.
+
+    Raises:
+        UserError: there is no object of that name, or see `load_plain`.
+    """
+    place = metadata.storage_data.get(MetadataIndex(key))
+    if place is None or not isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata):
+        raise UserError(f"{one_line(str(folder))}: holds no object {key!r}")
+    path = folder / place.relative_path
+    with _plainly(path), _besides(classes), path.open("rb") as file:
+        held = path.stat().st_size
+        file.seek(min(place.offset, held))
+        content = io.BytesIO(file.read(min(place.length, held)))
+        return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def _besides(classes: Sequence[Callable[..., Any]]) -> contextlib.AbstractContextManager[Any]:
+    """While entered, torch.load takes `classes` for plain values, too."""
+    return torch.serialization.safe_globals(list(classes)) if classes else contextlib.nullcontext()

@@ -1,12 +1,14 @@
-"""Read Megatron's own `torch_dist` checkpoints of a GPTModel in Llama's shape, one Hugging Face tensor at a time.
+"""Read Megatron's own `torch_dist` checkpoints of a model in Llama's shape, one Hugging Face tensor at a time.
 
     MegatronCheckpoint   a folder that Megatron-LM (or megatron-core) saved: its shape, and a reader of its weights
     ShapeOptions         what the tensors do not tell and the stored arguments may not either
 
-Layers are stored as one tensor with the layer as its first dimension, or one tensor per layer. Stock Megatron packs
-qkv per KV group as [q of the group | k | v] and gate/up as [gate | up]; the vocabulary is padded at its end. Optimizer
-state, random states and TransformerEngine's extra state are left out; any other tensor that is not part of a Llama is
-an error that names it, so nothing is dropped in silence.
+A GPTModel's layers are stored as one tensor with the layer as its first dimension, or one tensor per layer; in a
+HybridModel (pattern `*-*-...`) attention and FFN are layers of their own, numbered in turn. Stock Megatron packs qkv
+per KV group as [q of the group | k | v] and gate/up as [gate | up]; the vocabulary is padded at its end. Its arguments
+lie in common.pt, from 0.19 on in an object among the tensors. Optimizer state, random states and TransformerEngine's
+extra state are left out; any other tensor that is not part of a Llama is an error that names it, so nothing is dropped
+in silence.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_prune.checkpoint.files import LATEST, iteration_of, latest_number, step_name
-from megatron_prune.checkpoint.guarded_reader import load_plain, read_metadata
+from megatron_prune.checkpoint.guarded_reader import load_object, load_plain, read_metadata
 from megatron_prune.checkpoint.storage import irregular, read_into
 from megatron_prune.errors import UserError
 from megatron_prune.model.shape import LlamaShape
@@ -37,12 +39,14 @@ logger = logging.getLogger(__name__)
 
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer[._]|rng_state|rerun_state|.*_extra_state")
 _LAYER = "decoder.layers."
-_TOP = {
-    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
-    "model.norm.weight": "decoder.final_layernorm.weight",
-    "lm_head.weight": "output_layer.weight",
+_ARGUMENTS = "common_state/shard_0_1"  # what was common.pt before 0.19
+_BLOCKS = ("self_attention", "mlp")  # of a layer of a Llama; layers of their own in a HybridModel
+_TOP = {  # Hugging Face name -> a GPTModel's, a HybridModel's
+    "model.embed_tokens.weight": ("embedding.word_embeddings.weight",),
+    "model.norm.weight": ("decoder.final_layernorm.weight", "decoder.final_norm.weight"),
+    "lm_head.weight": ("output_layer.weight",),
 }
-# Hugging Face name in a layer -> (names in a Megatron layer, the part of it)
+# Hugging Face name in a layer -> (names in a Megatron layer, the first of them in its block, the part of it)
 _IN_LAYER: dict[str, tuple[tuple[str, ...], str]] = {
     "input_layernorm.weight": (("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"), "all"),
     "post_attention_layernorm.weight": (("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), "all"),
@@ -82,14 +86,19 @@ class MegatronCheckpoint:
 
     def __init__(self, directory: Path, options: ShapeOptions) -> None:
         self.path = _folder(directory)
-        found = read_metadata(self.path).state_dict_metadata
+        metadata = read_metadata(self.path)
+        found = metadata.state_dict_metadata
         self.stored: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in found.items()
             if isinstance(entry, TensorStorageMetadata) and not _NOT_WEIGHTS.match(key)
         }
         self.skipped = len(found) - len(self.stored)
-        self.shape = self._shape(_stored_arguments(self.path, options), options)
+        self._numbers = self._numbered()
+        arguments = _stored_arguments(self.path, metadata, options)
+        self.shape = self._shape(arguments, options)
+        if not arguments:
+            logger.warning("%s: no arguments are read; not checked: %s", self.path, ", ".join(_LLAMA))
         self._lock = threading.Lock()
         self._recent: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
 
@@ -107,22 +116,38 @@ class MegatronCheckpoint:
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self.stored:
-            raise UserError(f"{self.path}: holds no tensor {key}: this is no GPTModel with rotary positions")
+            raise UserError(f"{self.path}: holds no tensor {key}: this is no Llama that Megatron saved")
         return self.stored[key]
 
+    def _numbered(self) -> dict[str, list[int]]:
+        """Per block, the number of each layer's among the stored layers; empty where layers are stored together.
+
+        Raises:
+            UserError: the blocks do not take turns.
+        """
+        pattern = re.compile(rf"{re.escape(_LAYER)}(\d+)\.({'|'.join(_BLOCKS)})\.")
+        found = {(m[2], int(m[1])) for key in self.stored if (m := pattern.match(key))}
+        if not found:
+            return {}
+        attention, ffn = (sorted(number for block, number in found if block == name) for name in _BLOCKS)
+        turns = [number for pair in zip(attention, ffn) for number in pair]
+        if len(attention) != len(ffn) or turns != sorted(turns):
+            raise UserError(f"{self.path}: its layers are not attention and FFN in turn: not the shape of a Llama")
+        return dict(zip(_BLOCKS, (attention, ffn)))
+
     def _layers(self) -> int:
-        """Number of layers, from either way of storing them."""
-        numbers = {int(m[1]) for key in self.stored if (m := re.match(rf"{re.escape(_LAYER)}(\d+)\.", key))}
-        if numbers:
-            return max(numbers) + 1
+        """Number of layers, from any way of storing them."""
+        if self._numbers:
+            return len(self._numbers[_BLOCKS[0]])
         return int(self._entry(f"{_LAYER}mlp.linear_fc2.weight").size[0])
 
     def _place(self, names: tuple[str, ...], layer: int) -> tuple[str, int | None]:
         """(key, index along its first dimension or None) of the first of `names` that is stored."""
+        block = names[0].partition(".")[0]
         for name in names:
-            if f"{_LAYER}{layer}.{name}" in self.stored:
-                return f"{_LAYER}{layer}.{name}", None
-            if f"{_LAYER}{name}" in self.stored:
+            if self._numbers and f"{_LAYER}{self._numbers[block][layer]}.{name}" in self.stored:
+                return f"{_LAYER}{self._numbers[block][layer]}.{name}", None
+            if not self._numbers and f"{_LAYER}{name}" in self.stored:
                 return f"{_LAYER}{name}", layer
         raise UserError(f"{self.path}: layer {layer} has no {' or '.join(names)}: not the shape of a Llama")
 
@@ -208,8 +233,9 @@ class MegatronCheckpoint:
     def _source(self, hf_name: str) -> tuple[str, int | None, str]:
         """(key, index along its first dimension, part) of a Hugging Face tensor."""
         if hf_name in _TOP:
-            self._entry(_TOP[hf_name])
-            return _TOP[hf_name], None, "all" if hf_name == "model.norm.weight" else "vocab"
+            key = next((name for name in _TOP[hf_name] if name in self.stored), _TOP[hf_name][0])
+            self._entry(key)
+            return key, None, "all" if hf_name == "model.norm.weight" else "vocab"
         _, _, number, rest = hf_name.split(".", 3)
         names, part = _IN_LAYER[rest]
         return (*self._place(names, int(number)), part)
@@ -243,44 +269,58 @@ def _folder(directory: Path) -> Path:
     return directory
 
 
-def _stored_arguments(folder: Path, options: ShapeOptions) -> dict[str, Any]:
-    """Megatron's arguments out of common.pt; empty where there are none, or they are not to be had and not needed.
+def _stored_arguments(folder: Path, metadata: Metadata, options: ShapeOptions) -> dict[str, Any]:
+    """Megatron's arguments; empty where there are none, or they are not to be had and not needed.
 
     Raises:
         UserError: they do not load without running code, and `options` leave something open.
     """
-    path = folder / "common.pt"
-    if not path.is_file():
-        return {}
     from megatron.core import enums, rerun_state_machine
     from megatron.core.transformer import enums as transformer_enums
 
     known = [v for module in (enums, rerun_state_machine, transformer_enums) for v in vars(module).values()]
-    classes = [v for v in known if isinstance(v, enum.EnumMeta) and v.__module__.startswith("megatron.")]
+    enumerations = (v for v in known if isinstance(v, enum.EnumMeta) and v.__module__.startswith("megatron."))
+    classes = [argparse.Namespace, *enumerations]
+    path, common = folder / "common.pt", None
     try:
-        common = load_plain(path, [argparse.Namespace, *classes])
+        if path.is_file():
+            common = load_plain(path, classes)
+        elif _ARGUMENTS in metadata.state_dict_metadata:
+            found = load_object(folder, metadata, _ARGUMENTS, classes)
+            common = found[0] if isinstance(found, list) and found else None  # torch keeps a list of one
     except UserError as error:
         open_ = [name for name, value in dataclasses.asdict(options).items() if value is None]
         if open_:
             flags = ", ".join("--" + name.replace("_", "-") for name in open_)
             raise UserError(f"{error}; it is not needed when {flags} are given") from error
         logger.warning("%s; left unread, since the flags say what the model is", error)
-        return {}
     arguments = common.get("args") if isinstance(common, dict) else None
     return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
 
 
+_LLAMA: dict[str, tuple[Any, ...]] = {  # what a Llama has of arguments that no tensor shows
+    "position_embedding_type": ("rope",),
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (1,),
+    "apply_layernorm_1p": (False,),
+    "use_rope_scaling": (False,),
+    "no_rope_freq": (0,),
+    "window_size": (),
+    "softmax_scale": (),
+    "softmax_type": ("vanilla",),
+    "qk_l2_norm": (False,),
+    "use_mup": (False,),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (),
+}
+
+
 def _check_kind(folder: Path, arguments: dict[str, Any]) -> None:
     """Refuse what computes otherwise than a Llama though its tensors look alike."""
-    expected = {
-        "position_embedding_type": ("rope",),
-        "normalization": ("RMSNorm",),
-        "swiglu": (True,),
-        "rotary_percent": (1.0,),
-        "rotary_interleaved": (False,),
-        "apply_layernorm_1p": (False,),
-        "use_rope_scaling": (False,),
-    }
-    for name, values in expected.items():
+    for name, values in _LLAMA.items():
         if arguments.get(name) is not None and arguments[name] not in values:
-            raise UserError(f"{folder}: was trained with {name} {arguments[name]}; only {values[0]} is a Llama here")
+            only = f"only {values[0]}" if values else "only a model without it"
+            raise UserError(f"{folder}: was trained with {name} {arguments[name]}; {only} is a Llama here")

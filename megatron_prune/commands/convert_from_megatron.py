@@ -1,4 +1,4 @@
-"""Make a checkpoint to start from out of one that Megatron-LM saved: GPTModel in Llama's shape, `torch_dist` format.
+"""Make a checkpoint to start from out of one that Megatron-LM saved: a model in Llama's shape, `torch_dist` format.
 
     megatron-prune convert-from-megatron --load MEGATRON_DIR --save DIR [--tokenizer-model PATH] [--vocab-size N ...]
 

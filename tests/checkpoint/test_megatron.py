@@ -1,14 +1,19 @@
-"""Stock Megatron checkpoints: a GPTModel of megatron-core, saved by its own dist_checkpointing, comes in exactly."""
+"""Stock Megatron checkpoints: models of megatron-core, saved by its own dist_checkpointing, come in exactly."""
 
 import argparse
 import contextlib
 import io
 import os
+import pickle
+import re
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
+from megatron_prune.errors import UserError
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import Kind, build, mesh_of
@@ -78,21 +83,46 @@ def arguments_of(shape):
     )
 
 
-def save_stock(rank, world, folder, shape, with_arguments):
-    """What Megatron writes at tensor-parallel size `world`, and the logits of its model."""
+def as_hybrid(state, first="*"):
+    """The state of a GPTModel under the names of a HybridModel of the pattern `*-*-...` (or `-*-*...`)."""
+    renamed = {}
+    for tensor in state.values():
+        if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", tensor.key):
+            is_second = ("self_attention" in match[2] or "input_layernorm" in match[2]) == (first == "-")
+            tensor.key = f"decoder.layers.{2 * int(match[1]) + is_second}.{match[2]}"
+        tensor.key = tensor.key.replace("decoder.final_layernorm.", "decoder.final_norm.")
+        renamed[tensor.key] = tensor
+    return renamed
+
+
+def save_stock(rank, world, folder, shape, with_arguments, form="gpt"):
+    """What Megatron writes at tensor-parallel size `world`, and the logits of its model.
+
+    `form`: of the arguments, the layers: "gpt", "object" (of 0.19), "layers" (one tensor each), "hybrid", "turned".
+    """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     mesh_of(Kind(tp=world))
     model = gpt_model(shape)
-    state = model.sharded_state_dict()
-    if with_arguments:
-        state |= {"args": arguments_of(shape), "iteration": 7}
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": form not in ("gpt", "object")})
+    if form in ("hybrid", "turned"):
+        state = as_hybrid(state, "*" if form == "hybrid" else "-")
+    common = {"args": arguments_of(shape), "iteration": 7} if with_arguments else {}
+    is_own = hasattr(serialization, "_legacy_common_state_exists")  # 0.19 writes no common.pt by itself
+    if form != "gpt" and not is_own:
+        state["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=rank)
+    else:
+        state |= common
     target = f"{folder}/iter_0000007"
     if rank == 0:
         os.makedirs(target)
     torch.distributed.barrier()
     dist_checkpointing.save(state, target)
     if rank == 0:
+        if form != "gpt" and not is_own:
+            os.remove(f"{target}/common.pt")
         with open(f"{folder}/latest_checkpointed_iteration.txt", "w") as file:
             file.write("7")
     tokens = torch.randint(0, shape.vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(2))
@@ -125,9 +155,10 @@ def logits_here(rank, world, save, shape, tokens):
 
 
 @pytest.mark.parametrize(("shape", "ranks"), [(TIED, 1), (UNTIED, 2)], ids=["tied-gqa-tp1", "untied-bias-tp2"])
-def test_logits_are_those_of_megatrons_own_model(tmp_path, shape, ranks):
+@pytest.mark.parametrize("form", ["gpt", "object", "hybrid"])
+def test_logits_are_those_of_megatrons_own_model(tmp_path, shape, ranks, form):
     stock, save = str(tmp_path / "stock"), str(tmp_path / "imported")
-    tokens, expected = run_ranks(save_stock, ranks, stock, shape, True)[0]
+    tokens, expected = run_ranks(save_stock, ranks, stock, shape, True, form)[0]
     ((status, out, err),) = run_ranks(import_it, 1, stock, save, [])
     assert status == 0, err
     assert "all accounted for" in out
@@ -151,3 +182,72 @@ def test_what_the_folder_does_not_state_must_be_given(tmp_path):
     assert status == 0, err
     (found,) = run_ranks(logits_here, 1, save, TIED, tokens)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_that_megatron_core_0_19_wrote(tmp_path, real_data):
+    stock, save = real_data / "megatron_0_19" / "tied_gqa", str(tmp_path / "imported")
+    if not stock.is_dir():
+        pytest.skip("the real inputs hold no megatron_0_19/tied_gqa")
+    ((status, _, err),) = run_ranks(import_it, 1, str(stock), save, [])
+    assert status == 0, err
+    expected = torch.load(stock / "expected.pt", weights_only=True)
+    shape = CheckpointReader(save).architecture.shape
+    assert shape == TIED
+    (found,) = run_ranks(logits_here, 1, save, shape, expected["tokens"])
+    torch.testing.assert_close(found, expected["logits"][..., : shape.vocab_size], rtol=1e-5, atol=1e-5)
+
+
+def change(folder, **arguments):
+    """Other arguments in a folder of the newer format, in a file of their own."""
+    from megatron_prune.checkpoint.guarded_reader import load_object, read_metadata
+
+    metadata = read_metadata(folder)
+    key = "common_state/shard_0_1"
+    (common,) = load_object(folder, metadata, key, [argparse.Namespace])
+    vars(common["args"]).update(arguments)
+    torch.save([common], folder / "__9_0.distcp")
+    place = metadata.storage_data[MetadataIndex(key)]
+    place.relative_path, place.offset, place.length = "__9_0.distcp", 0, (folder / "__9_0.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def test_arguments_among_the_tensors_are_checked_and_run_nothing(tmp_path, caplog):
+    stock, save, mark = tmp_path / "stock", str(tmp_path / "imported"), tmp_path / "mark"
+    run_ranks(save_stock, 1, str(stock), TIED, True, "object")
+    folder = stock / "iter_0000007"
+    for name, value, said in [
+        ("normalization", "LayerNorm", "normalization LayerNorm; only RMSNorm is"),
+        ("position_embedding_type", "learned_absolute", "position_embedding_type learned_absolute; only rope is"),
+        ("swiglu", False, "swiglu False; only True is"),
+        ("window_size", (8, 0), "window_size (8, 0); only a model without it is"),
+    ]:
+        before = {key: getattr(arguments_of(TIED), key, None) for key in (name,)}
+        change(folder, **{name: value})
+        with pytest.raises(UserError, match=re.escape(f"was trained with {said} a Llama here")):
+            MegatronCheckpoint(stock, ShapeOptions())
+        change(folder, **before)
+    assert MegatronCheckpoint(stock, ShapeOptions()).shape == TIED
+    change(folder, more=Trap(mark))
+    with pytest.raises(UserError, match=r"__9_0\.distcp: asks for posix\.mkdir.* not needed when --num-attention"):
+        MegatronCheckpoint(stock, ShapeOptions())
+    given = ShapeOptions(6, 3, 4, 61, 64, 1e-5, 5000.0)
+    assert MegatronCheckpoint(stock, given).shape == TIED
+    assert "left unread" in caplog.text and "not checked: position_embedding_type, normalization" in caplog.text
+    assert not mark.exists() and not os.path.exists(save)
+
+
+def test_layers_of_their_own_must_take_turns(tmp_path):
+    stock = str(tmp_path / "stock")
+    run_ranks(save_stock, 1, stock, TIED, True, "turned")
+    with pytest.raises(UserError, match="its layers are not attention and FFN in turn"):
+        MegatronCheckpoint(tmp_path / "stock", ShapeOptions())
