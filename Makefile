@@ -10,6 +10,7 @@
 PYTHON ?= python3
 TORCH = torch==2.13.0
 TORCH_PIP_ARGS ?=
+ENGINE = megatron-core==0.16.1
 CONSTRAINTS = constraints.txt
 EXTRAS = dev,hf,plot,gguf
 ARGS ?=
@@ -27,8 +28,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install constraints test test-full test-transformers test-newest test-oldest test-gguf test-eval \
-    test-slurm soak lint types dry-run checks demo bench gpu-wheels gpu-check clean
+.PHONY: help install constraints test test-full test-transformers test-engines test-newest test-oldest test-gguf \
+    test-eval test-slurm soak lint types dry-run checks demo bench gpu-wheels gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -62,7 +63,7 @@ $(UV):
 	@build/uv/bin/python -m pip install -qq --disable-pip-version-check uv
 
 constraints: $(UV)  ## resolve setup.py anew into constraints.txt: the newest versions allowed, for every Python from 3.10
-	@printf '%s\n' '$(TORCH)' pip llama-cpp-python | $(RESOLVE) --universal --python-version 3.10 \
+	@printf '%s\n' '$(TORCH)' '$(ENGINE)' pip llama-cpp-python | $(RESOLVE) --universal --python-version 3.10 \
 	    -o build/resolved.txt >/dev/null
 	@{ echo "# The versions that megatron_prune is tested with. Made by 'make constraints', used by 'make install'."; \
 	   $(NEUTRAL) build/resolved.txt; } > build/constraints.txt
@@ -120,6 +121,30 @@ test-transformers: $(TRANSFORMERS_ENVS)  ## exported models in several transform
 	    OMP_NUM_THREADS=1 $$python -m pytest -q -m "not full" tests/huggingface/test_cluster.py \
 	        tests/huggingface/test_verify.py $(ARGS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "test-transformers: failed with$$failed" >&2; exit 1; }
+
+# Each release of megatron-core in an environment of its own; 0.17 and later ask for Python 3.12, which of their parts
+# those used here do not need, and 0.18 and later for triton, which CPU builds of torch do not bring.
+ENGINES ?= 0.16.1 0.17.1 0.18.2 0.19.2
+ENGINE_ENVS = $(patsubst %,build/engine-%/.installed,$(ENGINES))
+SMOKE = tests/model tests/optimizer tests/resharding tests/runtime/test_compat.py tests/checkpoint/test_megatron.py \
+    tests/checkpoint/test_layouts.py tests/checkpoint/test_state.py
+ORACLE = tests/training/test_against_oracle.py
+
+build/engine-%/.installed:
+	@echo "test-engines: megatron-core $* into $(@D)"
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(TORCH_PIP_ARGS) $(TORCH)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(PINS) -e '.[dev,hf]'
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --ignore-requires-python \
+	    'megatron-core==$*' triton
+	@touch $@
+
+test-engines: $(ENGINE_ENVS)  ## smoke and oracle sets with several megatron-core (ENGINES="0.16.1 0.19.2"): docs/engines.md
+	@for version in $(ENGINES); do \
+	    echo "test-engines: megatron-core $$version"; \
+	    OMP_NUM_THREADS=1 build/engine-$$version/bin/python -m pytest -q -m "not full" $(SMOKE) $(ORACLE) $(ARGS) \
+	        || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "test-engines: failed with$$failed" >&2; exit 1; }
 
 soak: install  ## kill runs at random moments, 200 times or for an hour; goes on where it stopped (ARGS="--minutes 10")
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --dir build/soak $(ARGS)

@@ -6,8 +6,9 @@ A plain `pip install .` beside a CPU build of torch must pull no CUDA package. H
   build, a cluster's own build) by the index's build, which brings CUDA along. `make test-newest` warns instead.
 - Lower ends are what the tests pass with (`make test-oldest`). The exact versions that everything is tested with are in
   constraints.txt (`make constraints`), which `make install` uses.
-- megatron-core is taken without its extras (they bring transformer-engine and friends); the 0.16 series is pinned,
-  since the optimizer and the distributed buffers it builds are taken apart and rebuilt here.
+- megatron-core is taken without its extras (they bring transformer-engine and friends). Python below 3.12 gets 0.16.1,
+  the last release for it. 0.18 and later import triton, which torch's CUDA builds bring along and its CPU builds do
+  not; it is no dependency of this package either.
 - NVIDIA apex is used when it is present, and never named as a dependency: the `apex` on the package index is an
   unrelated project. Build it from NVIDIA's sources.
 """
@@ -23,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 
 REQUIRES = [
     "torch>=2.8",  # the oldest the tests were run with
-    "megatron-core==0.16.*",
+    "megatron-core>=0.16.1",  # tested with each release since (`make test-engines`)
     "isal>=1.6",  # CRC-32 of checkpoint files, several times as fast as zlib's
     "numpy>=1.26",
     "psutil>=5.9",  # megatron-core's dist_checkpointing needs it and does not declare it

@@ -64,7 +64,11 @@ def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
 
 
 def mishap(error: BaseException) -> str | None:
-    """What the machine refused (a full or read-only disk, a missing file, too many of them), in one line; else None."""
+    """What the machine refused (a full or read-only disk, a missing file, too many of them) or lacks, in one line; else
+    None.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        return "this megatron-core imports triton, which is not installed: pip install triton"
     if isinstance(error, (OSError, RuntimeError)) and (
         getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error)
     ):

@@ -27,8 +27,8 @@ QUANTA = rounded(head=1, ffn=2, stem=2, vocab=8)
 class GroupStepAdam(torch.optim.Optimizer):
     """AdamW with FusedAdam's documented interface: `step` in the parameter group, moments per parameter."""
 
-    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
-        assert adam_w_mode
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, capturable=False):
+        assert adam_w_mode and not capturable
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
