@@ -11,6 +11,8 @@ import pytest
 
 from megatron_prune.config import GroupConfig, GroupConfigs
 from megatron_prune.huggingface.config import shape_from_config
+from megatron_prune.launch.assembly.assemble import fresh_model
+from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import FFN, TP, Kind, register_kind
 from megatron_prune.model.table import Dim, Param, Part, llama_rows, register_rows
 from megatron_prune.pruning.groups import GroupKind, group_names, register_group
@@ -20,7 +22,7 @@ from megatron_prune.runtime.mesh import init_mesh
 from megatron_prune.testing.helpers import comparison
 from megatron_prune.testing.helpers.oracle_cases import MODELS
 from megatron_prune.testing.helpers.ranks import run_ranks
-from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded, run_config
+from megatron_prune.testing.helpers.sharded import Case, RandomTokens, run_config
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights
 from megatron_prune.testing.reference import oracle_scores
 from megatron_prune.testing.reference.oracle_geometry import FFN as ORACLE_FFN
@@ -68,10 +70,8 @@ def train(_rank, _world_size, case, hf_config, weights, settings, iterations):
     pruning = dataclasses.replace(config.pruning, types=("head", "ffn_pair", "stem"), groups=groups)
     config = dataclasses.replace(config, pruning=pruning)
     shape = dataclasses.replace(shape_from_config(hf_config), model_type="paired")
-    from megatron.core import tensor_parallel
-
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    model = build_sharded(shape, weights.__getitem__, mesh, case, config)
+    config = case.applied(config)
+    model = fresh_model(config, Architecture.full(shape), mesh, weights.__getitem__)
     samples = iterations * comparison.MICRO_BATCHES * comparison.MICRO_BATCH
     tokens = RandomTokens(hf_config["vocab_size"], comparison.SEQUENCE, samples)
     recorder = Losses(config)

@@ -1,4 +1,4 @@
-"""Any nesting of plain values, arrays and tensors as bytes that load without running code (`guarded.load_plain`).
+"""Any nesting of plain values, arrays and tensors as bytes that load without running code, by `load_plain`.
 
 pack            values -> bytes, a snapshot of them
 unpack          file -> values

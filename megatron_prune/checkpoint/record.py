@@ -132,12 +132,12 @@ def _instance(kind: type, words: str) -> FieldType:
 
 
 def one_of(*words: str) -> FieldType:
-    """One of these words."""
+    """The type of a text that is one of `words`."""
     return FieldType(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
 
 
 def table_with(**fields: FieldType) -> FieldType:
-    """A table that holds these, and maybe others."""
+    """The type of a table that has these fields, each of its type, and maybe others."""
     return FieldType(
         f"a table with {', '.join(fields)}",
         lambda value: isinstance(value, dict) and all(kind.fits(value.get(name)) for name, kind in fields.items()),
@@ -207,7 +207,7 @@ class Facts:
 
     @property
     def mesh(self) -> tuple[int, int, int]:
-        """(tensor, pipeline, data)."""
+        """Sizes of the mesh that saved it: (tensor, pipeline, data)."""
         return self.tensor, self.pipeline, self.data
 
 

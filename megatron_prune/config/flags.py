@@ -110,7 +110,7 @@ class CommandLine:
         yield flag, words
 
     def flags(self) -> dict[str, Option]:
-        """Flag -> option."""
+        """Every flag that the command knows, `--no-...` ones too -> the option that it sets."""
         flags = {}
         for section, cls in {OWN: self.own, **self.sections}.items():
             for found in options_of(cls, section):

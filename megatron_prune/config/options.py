@@ -33,7 +33,7 @@ class NamedParts(Mapping[str, Any]):
         self._items = {**(items or {}), **named}
 
     def of(self, name: str) -> Any:
-        """The options called `name`."""
+        """The part called `name`; one of defaults where none was given."""
         return self._items[name] if name in self._items else self.part()
 
     def having(self, name: str, **fields: Any) -> Any:

@@ -58,7 +58,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """One kind of group."""
+    """Options of one kind of group."""
 
     cost: int | None = option(
         None,

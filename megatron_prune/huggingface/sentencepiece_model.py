@@ -24,7 +24,7 @@ MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
 class PieceKind(enum.IntEnum):
-    """What a piece is; the numbers are the file's."""
+    """What a piece is for, by the number that a `.model` file has for it."""
 
     NORMAL = 1
     UNKNOWN = 2

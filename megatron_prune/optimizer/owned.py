@@ -64,7 +64,7 @@ class OwnedShard:
         return {name: self.state[name].view(-1) for name in MOMENTS if name in self.state}
 
     def blocks(self) -> Iterator[tuple[int, int, slice, slice]]:
-        """See `blocks`, for this range."""
+        """(offset in the range, length, rows, columns) of the rectangles that this range is made of; see `blocks`."""
         return blocks(self.start, self.end, tuple(self.parameter.shape))
 
     def zero(self, tensors: list[Tensor], gone: tuple[np.ndarray, ...]) -> None:

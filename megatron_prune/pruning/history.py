@@ -1,4 +1,4 @@
-"""The record of what was removed: one JSON line per group, flushed at once, readable again for analysis and replay.
+"""The record of what was removed: one JSON line per group, flushed at once; `read_history` reads it for analysis.
 
 Removal          one line
 HistoryWriter    appends lines to pruning_history.jsonl (one rank only)

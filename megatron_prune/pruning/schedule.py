@@ -18,7 +18,7 @@ import numpy as np
 
 
 class Schedule(Protocol):
-    """See the module."""
+    """What a pruner asks after every iteration; `RatioSchedule` and `CurveSchedule` answer."""
 
     @property
     def target_params(self) -> int:
@@ -72,7 +72,7 @@ class RatioSchedule:
         return since >= 0 and since % self.gradient_steps == 0 and parameters > self.target_params
 
     def credited(self, credits: float) -> float:
-        """p more."""
+        """`credits` and the p pruning steps that a scheduled iteration earns."""
         return credits + self.pruning_steps
 
     def is_due(self, credits: float, tokens: int, parameters: int) -> bool:
@@ -80,11 +80,11 @@ class RatioSchedule:
         return credits >= 1 and parameters > self.target_params
 
     def spent(self, credits: float, kind: str) -> float:
-        """Less the group's cost."""
+        """`credits` less the pruning steps that a group of `kind` uses up; may be negative."""
         return credits - self.group_cost[kind]
 
     def forecast(self, kinds: Sequence[str], parameters: np.ndarray, tokens_per_iteration: int) -> np.ndarray:
-        """The account, played through."""
+        """See `Schedule.forecast`: plays the account through, group by group."""
         above = self.target_params + 1
         reach = max(self.first_prune_iter, 1) + self.gradient_steps
         first = next(i for i in range(1, reach + 1) if self.is_open(i, 0, above))
@@ -130,7 +130,7 @@ class CurveSchedule:
         return bool(parameters > self.size(tokens))
 
     def credited(self, credits: float) -> float:
-        """As before: a curve has no account."""
+        """`credits` unchanged: a curve has no account."""
         return credits
 
     def is_due(self, credits: float, tokens: int, parameters: int) -> bool:
@@ -138,11 +138,11 @@ class CurveSchedule:
         return bool(parameters > self.size(tokens))
 
     def spent(self, credits: float, kind: str) -> float:
-        """As before."""
+        """`credits` unchanged: a curve has no account."""
         return credits
 
     def forecast(self, kinds: Sequence[str], parameters: np.ndarray, tokens_per_iteration: int) -> np.ndarray:
-        """Where the curve falls below each number of parameters, solved for the tokens."""
+        """See `Schedule.forecast`: where the curve falls below each number of parameters, solved for the tokens."""
         power = 3 if self.shape == "cubic" else 1
         above = (np.asarray(parameters, dtype=np.float64) - self.target_params) / (
             self.source_params - self.target_params

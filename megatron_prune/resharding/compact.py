@@ -55,7 +55,7 @@ class Compaction:
         self.plans = {name: plan_transfer(row, old, new, model.mesh.tp_rank) for name, _, row in model.rows()}
 
     def move_weights(self) -> None:
-        """Steps 1 and 2: gradients are gone afterwards, and the module has its new parameters."""
+        """Steps 1 and 2 of the module: gradients are gone afterwards, and the module has its new parameters."""
         model = self._model
         _free_gradients(model)
 
@@ -67,7 +67,7 @@ class Compaction:
         _free_parameter_buffers(model)
 
     def move_optimizer(self) -> None:
-        """Steps 3 to 5."""
+        """Steps 3 to 5 of the module: new DDP and optimizer around the moved weights, with the old one's state."""
         model, gradients = self._model, _GradientMemory()
         names = {key for state in self._old.values() for key in state.tensors} | set(_state_names(model, self._step))
         model.rewrap(before_optimizer=gradients.free)
@@ -205,7 +205,7 @@ class _GradientMemory:
             buffer.grad_data.untyped_storage().resize_(0)
 
     def restore(self) -> None:
-        """Zeroed gradients again."""
+        """Allocate the gradient buffers again, zeroed."""
         for buffer, size in zip(self._buffers, self._sizes, strict=True):
             buffer.grad_data.untyped_storage().resize_(size)
             buffer.grad_data.zero_()

@@ -94,10 +94,10 @@ class _NoStream:
         super().__init__()
 
     def wait_stream(self, _stream: Any) -> None:
-        """Nothing to wait for."""
+        """As of a CUDA stream; what the CPU was told to do before is done."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """As of a CUDA stream; what the CPU was told to do is done."""
 
 
 def redirect_cuda_to_cpu() -> None:

@@ -66,7 +66,7 @@ class Collected:
     kept: KeptInputs | None
 
     def score(self, model: LiveModel, criterion: Criterion, fisher: str) -> ElementScores:
-        """`score_elements` with these statistics."""
+        """S of every owned element of the output projections, from these statistics; see `score_elements`."""
         return score_elements(model, criterion, fisher, self.fisher, self.columns)
 
 

@@ -17,7 +17,7 @@ from megatron_prune.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_prune.launch.assembly.assemble import model_options, optimizer_options, quanta
+from megatron_prune.launch.assembly.assemble import fresh_model, quanta
 from megatron_prune.launch.estimate.activations import saved_activations
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank, gradient_buffer, rank_memory
@@ -27,7 +27,6 @@ from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import inner_model
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
 from megatron_prune.testing.helpers.ranks import run_ranks
@@ -82,14 +81,7 @@ def measure_all(_rank, _world_size, cases):
 
 
 def measure(mesh, config, architecture):
-    from megatron.core import tensor_parallel
-
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    layout, weights = (
-        ShardLayout.pack(architecture, mesh.tp_size, quanta(config)),
-        RandomWeights(architecture.shape, 0, 0.1),
-    )
-    model = LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), weights)
+    model = fresh_model(config, architecture, mesh, RandomWeights(architecture.shape, 0, 0.1))
     steps(model, config, mesh)
     return mesh.pp_rank, mesh.over("owners").rank, count_state(model), count_saved(model, config, mesh)
 

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_prune.config import Config, PruningConfig
-from megatron_prune.launch.assembly.assemble import model_options, optimizer_options, quanta
+from megatron_prune.launch.assembly.assemble import fresh_model, quanta
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.traffic import pruning_traffic, training_traffic
 from megatron_prune.model.architecture import Architecture
@@ -88,21 +88,15 @@ def measure_all(_rank, _world_size, cases):
 
 
 def measure(mesh, config, counter):
-    from megatron.core import tensor_parallel
-
     from megatron_prune.data.batches import BatchStream
     from megatron_prune.model.sources import RandomWeights
-    from megatron_prune.resharding.live import LiveModel
     from megatron_prune.saliency.criteria import find_criterion
     from megatron_prune.saliency.fisher import MicrobatchFisher
     from megatron_prune.saliency.reducer import score_elements
     from megatron_prune.testing.helpers.sharded import RandomTokens
     from megatron_prune.training.step import forward_backward
 
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    layout, training = ShardLayout.pack(Architecture.full(SHAPE), mesh.tp_size, quanta(config)), config.training
-    weights = RandomWeights(SHAPE, 0, 0.1)
-    model = LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), weights)
+    model, training = fresh_model(config, Architecture.full(SHAPE), mesh, RandomWeights(SHAPE, 0, 0.1)), config.training
     count = training.global_batch_size // (training.micro_batch_size * mesh.dp_size)
     data = RandomTokens(SHAPE.vocab_size, config.data.seq_length, training.global_batch_size)
     batches = BatchStream(data, training.micro_batch_size, mesh.over("samples").rank, mesh.dp_size)

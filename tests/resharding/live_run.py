@@ -12,19 +12,19 @@ import itertools
 from collections.abc import Iterable
 
 import torch
-from megatron.core import tensor_parallel
 from torch import Tensor
 
 from megatron_prune.checkpoint.storage import Source
 from megatron_prune.checkpoint.streams import Scratch
 from megatron_prune.checkpoint.tensors import facts_of, optimizer_key, sources, weight_key
 from megatron_prune.huggingface.config import shape_from_config
-from megatron_prune.model.architecture import Group
+from megatron_prune.launch.assembly.assemble import fresh_model
+from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import FFN, HEAD, STEM
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, agree, init_mesh
-from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded, run_config
+from megatron_prune.testing.helpers.sharded import Case, RandomTokens, run_config
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config
 from megatron_prune.testing.reference.oracle import DenseOracle, OracleSettings
 from megatron_prune.training.metrics import Reporter
@@ -40,10 +40,9 @@ QWEN2 = tiny_config(**SMALL, model_type="qwen2", tie_word_embeddings=False, voca
 def start(case: Case, config: dict, settings: OracleSettings) -> Trainer:
     """This rank's part of a run of up to ITERATIONS iterations, not yet begun."""
     mesh = init_mesh(choose_device("cpu"), case.tp, case.pp)
-    run = run_config(settings, MICRO_BATCHES, MICRO_BATCH, SEQUENCE)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    run = case.applied(run_config(settings, MICRO_BATCHES, MICRO_BATCH, SEQUENCE))
     weights = random_llama_weights(config, seed=3)
-    model = build_sharded(shape_from_config(config), weights.__getitem__, mesh, case, run)
+    model = fresh_model(run, Architecture.full(shape_from_config(config)), mesh, weights.__getitem__)
     tokens = RandomTokens(config["vocab_size"], SEQUENCE, ITERATIONS * MICRO_BATCHES * MICRO_BATCH)
     return Trainer(run, model, Datasets(tokens, None), RunState(), Reporter(run, 1, None, is_active=False))
 

@@ -1,6 +1,7 @@
 """Put a run together: mesh -> model -> data -> trainer, from checked inputs.
 
-build_model      this rank's LiveModel, weights in place
+fresh_model      this rank's LiveModel on a packed layout, as the configuration has it computed and stepped
+build_model      the same with the weights of what the run starts from, a checkpoint's layout and optimizer state
 build_datasets   training and validation data, sized for the longest the run can take
 build_trainer    all of it, resumed where the checkpoint says
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import tensor_parallel
+from torch import Tensor
 
 from megatron_prune.checkpoint import load_checkpoint
 from megatron_prune.checkpoint.record import COMMON_FILE
@@ -23,6 +25,7 @@ from megatron_prune.data import datasets as data
 from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, splits_read, wanted_samples
 from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.launch.assembly.saving import CheckpointSaver
+from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions
@@ -81,18 +84,25 @@ def optimizer_options(config: Config) -> OptimizerOptions:
     )
 
 
+def fresh_model(config: Config, architecture: Architecture, mesh: Mesh, read: Callable[[str], Tensor]) -> LiveModel:
+    """This rank's part of a model of `architecture`, filled through `read` (Hugging Face name -> source tensor)."""
+    return _built(config, ShardLayout.pack(architecture, mesh.tp_size, quanta(config)), mesh, read)
+
+
 def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> LiveModel:
     """This rank's part of the model, with the source's weights or the checkpoint's weights and optimizer state."""
-    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
-    if inputs.record is not None:
-        layout = inputs.record.layout(mesh.tp_size, quanta(config))
-    else:
-        layout = ShardLayout.pack(inputs.architecture, mesh.tp_size, quanta(config))
-    model = LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), inputs.read)
-    if inputs.record is not None:
-        restores = inputs.resumes and not config.checkpoint.no_load_optim
-        load_checkpoint(model, inputs.record.path, load_optim=restores)
+    if inputs.record is None:
+        assert inputs.read is not None
+        return fresh_model(config, inputs.architecture, mesh, inputs.read)
+    model = _built(config, inputs.record.layout(mesh.tp_size, quanta(config)), mesh, None)
+    restores = inputs.resumes and not config.checkpoint.no_load_optim
+    load_checkpoint(model, inputs.record.path, load_optim=restores)
     return model
+
+
+def _built(config: Config, layout: ShardLayout, mesh: Mesh, read: Callable[[str], Tensor] | None) -> LiveModel:
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    return LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), read)
 
 
 def build_datasets(config: Config, inputs: Inputs, train_samples: int | None = None) -> Datasets:

@@ -29,12 +29,11 @@ from megatron_prune.config import (
     TrainingConfig,
 )
 from megatron_prune.huggingface.config import shape_from_config
-from megatron_prune.launch.assembly.assemble import model_options, optimizer_options
+from megatron_prune.launch.assembly.assemble import fresh_model
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.kinds import find_kind
-from megatron_prune.model.layout import Quanta, ShardLayout
-from megatron_prune.model.shape import LlamaShape
-from megatron_prune.resharding.live import LiveModel
+from megatron_prune.model.kinds import VOCAB, find_kind
+from megatron_prune.model.layout import Quanta
+from megatron_prune.pruning.groups import known_groups
 from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
@@ -96,7 +95,10 @@ class Case:
 
     def applied(self, config: Config) -> Config:
         """`config` with this layout and these options."""
-        is_full = self.recompute == "full"
+        is_full, groups = self.recompute == "full", config.pruning.groups
+        for group in known_groups():
+            multiples = {"quantum": self.quanta.get(group.kind, 1), "round_to": self.round_to.get(group.name, 1)}
+            groups = groups.having(group.name, **multiples)
         return dataclasses.replace(
             config,
             parallel=ParallelConfig(
@@ -110,11 +112,13 @@ class Case:
                 ddp_bucket_size=3000 if self.overlap else None,
             ),
             model=ModelConfig(
+                make_vocab_size_divisible_by=self.quanta[VOCAB],
                 recompute_granularity=self.recompute,  # type: ignore[arg-type]
                 recompute_method="uniform" if is_full else None,
                 recompute_num_layers=1 if is_full else None,
             ),
             training=dataclasses.replace(config.training, bf16=self.bf16),
+            pruning=dataclasses.replace(config.pruning, groups=groups),
         )
 
 
@@ -203,14 +207,6 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
     )
 
 
-def build_sharded(shape: LlamaShape, read: Any, mesh: Mesh, case: Case, config: Config) -> LiveModel:
-    """This rank's part of the model, filled through `read` (Hugging Face name -> tensor), as `config` has it computed
-    and stepped on the layout of `case`."""
-    layout = ShardLayout.pack(Architecture.full(shape), case.tp, case.quanta)
-    config = case.applied(config)
-    return LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), read)
-
-
 class _Recorder(Reporter):
     """Keeps every report."""
 
@@ -248,15 +244,8 @@ def train_case(
     seq_length: int = 16,
 ) -> Outcome:
     """Train and prune on this rank of `mesh`, which has the layout of `case`, and return what happened."""
-    config = run_config(settings, micro_batches, micro_batch_size, seq_length)
-    groups = config.pruning.groups
-    for name, multiple in case.round_to.items():
-        groups = groups.having(name, round_to=multiple)
-    config = dataclasses.replace(config, pruning=dataclasses.replace(config.pruning, groups=groups))
-    from megatron.core import tensor_parallel
-
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    model = build_sharded(shape_from_config(hf_config), weights.__getitem__, mesh, case, config)
+    config = case.applied(run_config(settings, micro_batches, micro_batch_size, seq_length))
+    model = fresh_model(config, Architecture.full(shape_from_config(hf_config)), mesh, weights.__getitem__)
     tokens = RandomTokens(hf_config["vocab_size"], seq_length, iterations * micro_batches * micro_batch_size)
     recorder, state = _Recorder(config), RunState()
     trainer = Trainer(config, model, Datasets(tokens, None), state, recorder)

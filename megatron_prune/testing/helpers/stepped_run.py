@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from megatron.core import tensor_parallel
 from torch import Tensor
 
 from megatron_prune.config import Config, GroupConfig, GroupConfigs, OptimizerConfig, PruningConfig, TrainingConfig
+from megatron_prune.launch.assembly.assemble import fresh_model
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.shape import LlamaShape
@@ -28,7 +28,7 @@ from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.reducer import ElementScores, score_elements
 from megatron_prune.saliency.scores import UnitScores, score_length, smooth
 from megatron_prune.testing.helpers.meters import Seconds
-from megatron_prune.testing.helpers.sharded import Case, RandomTokens, build_sharded
+from megatron_prune.testing.helpers.sharded import Case, RandomTokens
 from megatron_prune.training.metrics import Reporter
 from megatron_prune.training.state import RunState
 from megatron_prune.training.step import forward_backward
@@ -55,15 +55,16 @@ class Setup:
     def config(self) -> Config:
         """Every pruning step removes one group, whatever its kind: the most that a ratio of 1:1 can cost."""
         base, batch = Config(), self.micro_batches * self.micro_batch_size
-        return dataclasses.replace(
+        config = dataclasses.replace(
             base,
             data=dataclasses.replace(base.data, seq_length=self.seq_length),
-            training=TrainingConfig(self.micro_batch_size, batch, train_iters=10**6, bf16=self.case.bf16),
+            training=TrainingConfig(self.micro_batch_size, batch, train_iters=10**6),
             optimizer=OptimizerConfig(lr_decay_style="constant"),
             pruning=PruningConfig(
                 target_params=1, ratio="1:1", groups=GroupConfigs({name: self._group(name) for name in group_names()})
             ),
         )
+        return self.case.applied(config)
 
     def _group(self, name: str) -> GroupConfig:
         """Few groups of many units, such as heads, may leave, or there would be none left after some steps."""
@@ -81,9 +82,8 @@ class SteppedRun:
 
     def __init__(self, setup: Setup, mesh: Mesh, weights: Callable[[str], Tensor] | None = None) -> None:
         self.setup, self.mesh, self.config = setup, mesh, setup.config
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
         weights = weights or RandomWeights(setup.shape, 0)
-        self.model = build_sharded(setup.shape, weights, mesh, setup.case, self.config)
+        self.model = fresh_model(self.config, Architecture.full(setup.shape), mesh, weights)
         data = Datasets(_Endless(RandomTokens(setup.shape.vocab_size, setup.seq_length, 64)), None)
         reporter = Reporter(self.config, mesh.world_size, None, is_active=False)
         self.trainer = Trainer(self.config, self.model, data, RunState(), reporter)
