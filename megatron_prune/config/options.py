@@ -172,27 +172,9 @@ class Option:
         return _METAVARS[self.kind]
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    count: bool = False,
-    several_words: bool = False,
-    refused: str | None = None,
-    at_most: float | None = None,
-    choices: tuple[str, ...] = (),
-    metavar: str | None = None,
-    required: bool = False,
-    unique: bool = False,
-) -> Any:
-    """Declare a field of a section; see `FieldRules` for the keyword arguments."""
-    rules = FieldRules(
-        at_least, above, below, count, several_words, refused, at_most, choices, metavar, required, unique
-    )
-    return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
+def option(default: Any, help: str, **rules: Any) -> Any:
+    """Declare a field of a section; `rules` are those of `FieldRules`."""
+    return dataclasses.field(default=default, metadata={"help": help, "rules": FieldRules(**rules)})
 
 
 @functools.cache

@@ -125,7 +125,7 @@ def exit_status(job: Callable[[], int]) -> int:
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
-            raise  # for `commands.running`
+            raise  # for `commands.start`
         if lost_contact(error) is not None:
             sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: lost another rank: {lost_contact(error)}\n")
             return PEER_LOST
