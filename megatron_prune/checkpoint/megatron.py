@@ -38,16 +38,16 @@ from megatron_prune.model.sources import finite
 logger = logging.getLogger(__name__)
 
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer[._]|rng_state|rerun_state|.*_extra_state")
-_LAYER = "decoder.layers."
+LAYER = "decoder.layers."
 _ARGUMENTS = "common_state/shard_0_1"  # what was common.pt before 0.19
 _BLOCKS = ("self_attention", "mlp")  # of a layer of a Llama; layers of their own in a HybridModel
-_TOP = {  # Hugging Face name -> a GPTModel's, a HybridModel's
+TOP = {  # Hugging Face name -> a GPTModel's, a HybridModel's
     "model.embed_tokens.weight": ("embedding.word_embeddings.weight",),
     "model.norm.weight": ("decoder.final_layernorm.weight", "decoder.final_norm.weight"),
     "lm_head.weight": ("output_layer.weight",),
 }
 # Hugging Face name in a layer -> (names in a Megatron layer, the first of them in its block, the part of it)
-_IN_LAYER: dict[str, tuple[tuple[str, ...], str]] = {
+IN_LAYER: dict[str, tuple[tuple[str, ...], str]] = {
     "input_layernorm.weight": (("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"), "all"),
     "post_attention_layernorm.weight": (("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), "all"),
     **{f"self_attn.{p}_proj.{w}": ((f"self_attention.linear_qkv.{w}",), p) for p in "qkv" for w in ("weight", "bias")},
@@ -125,7 +125,7 @@ class MegatronCheckpoint:
         Raises:
             UserError: the blocks do not take turns.
         """
-        pattern = re.compile(rf"{re.escape(_LAYER)}(\d+)\.({'|'.join(_BLOCKS)})\.")
+        pattern = re.compile(rf"{re.escape(LAYER)}(\d+)\.({'|'.join(_BLOCKS)})\.")
         found = {(m[2], int(m[1])) for key in self.stored if (m := pattern.match(key))}
         if not found:
             return {}
@@ -139,16 +139,16 @@ class MegatronCheckpoint:
         """Number of layers, from any way of storing them."""
         if self._numbers:
             return len(self._numbers[_BLOCKS[0]])
-        return int(self._entry(f"{_LAYER}mlp.linear_fc2.weight").size[0])
+        return int(self._entry(f"{LAYER}mlp.linear_fc2.weight").size[0])
 
     def _place(self, names: tuple[str, ...], layer: int) -> tuple[str, int | None]:
         """(key, index along its first dimension or None) of the first of `names` that is stored."""
         block = names[0].partition(".")[0]
         for name in names:
-            if self._numbers and f"{_LAYER}{self._numbers[block][layer]}.{name}" in self.stored:
-                return f"{_LAYER}{self._numbers[block][layer]}.{name}", None
-            if not self._numbers and f"{_LAYER}{name}" in self.stored:
-                return f"{_LAYER}{name}", layer
+            if self._numbers and f"{LAYER}{self._numbers[block][layer]}.{name}" in self.stored:
+                return f"{LAYER}{self._numbers[block][layer]}.{name}", None
+            if not self._numbers and f"{LAYER}{name}" in self.stored:
+                return f"{LAYER}{name}", layer
         raise UserError(f"{self.path}: layer {layer} has no {' or '.join(names)}: not the shape of a Llama")
 
     def _size(self, names: tuple[str, ...]) -> tuple[int, ...]:
@@ -232,12 +232,12 @@ class MegatronCheckpoint:
 
     def _source(self, hf_name: str) -> tuple[str, int | None, str]:
         """(key, index along its first dimension, part) of a Hugging Face tensor."""
-        if hf_name in _TOP:
-            key = next((name for name in _TOP[hf_name] if name in self.stored), _TOP[hf_name][0])
+        if hf_name in TOP:
+            key = next((name for name in TOP[hf_name] if name in self.stored), TOP[hf_name][0])
             self._entry(key)
             return key, None, "all" if hf_name == "model.norm.weight" else "vocab"
         _, _, number, rest = hf_name.split(".", 3)
-        names, part = _IN_LAYER[rest]
+        names, part = IN_LAYER[rest]
         return (*self._place(names, int(number)), part)
 
     def _whole(self, key: str, layer: int | None) -> Tensor:

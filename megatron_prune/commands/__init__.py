@@ -27,6 +27,7 @@ COMMANDS = {
     "preprocess": ("megatron_prune.commands.preprocess_data", "turn text into a data set to train on"),
     "convert-from-hf": ("megatron_prune.commands.convert_from_hf", "Hugging Face folder -> checkpoint"),
     "convert-from-megatron": ("megatron_prune.commands.convert_from_megatron", "Megatron-LM's checkpoint -> ours"),
+    "convert-to-megatron": ("megatron_prune.commands.convert_to_megatron", "checkpoint -> Megatron-LM's"),
     "convert-to-hf": ("megatron_prune.commands.convert_to_hf", "checkpoint -> folder that transformers loads"),
     "convert-to-gguf": ("megatron_prune.commands.convert_to_gguf", "Hugging Face folder -> GGUF file for llama.cpp"),
     "evaluate": ("megatron_prune.commands.evaluate", "judge models side by side: perplexity, zero-shot tasks"),

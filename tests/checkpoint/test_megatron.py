@@ -42,6 +42,7 @@ def gpt_model(shape):
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -51,7 +52,7 @@ def gpt_model(shape):
     )
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_layernorm),
         vocab_size=PADDED,
         max_sequence_length=shape.max_position_embeddings,
         position_embedding_type="rope",

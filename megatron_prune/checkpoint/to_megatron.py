@@ -1,0 +1,196 @@
+"""Write weights as Megatron-LM keeps those of a GPTModel: a `torch_dist` checkpoint that stock classes load.
+
+    stock_misfit       what keeps a shape from being tensor-parallel on some ranks, and what to prune it to
+    save_for_megatron  weights and Megatron's arguments -> DIR/iter_...
+
+The reverse of `checkpoint.megatron`, by the same names. megatron-core's own `dist_checkpointing` writes, so that the
+format is that of the installed release: arguments in common.pt, or from 0.19 on among the tensors. A HybridModel loads
+the folder, too, as megatron-core 0.19 lets it load a GPTModel's. All weights are in memory at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch import Tensor
+
+from megatron_prune.checkpoint.files import begin, publish
+from megatron_prune.checkpoint.megatron import IN_LAYER, LAYER, TOP
+from megatron_prune.checkpoint.storage import quiet
+from megatron_prune.errors import UserError
+from megatron_prune.model.shape import LlamaShape
+
+# Stock layers expect an extra state of each, which is empty but for fp8.
+_WITH_EXTRA_STATE = (
+    *(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention")),
+    *("mlp.linear_fc1", "mlp.linear_fc2"),
+)
+
+
+def stock_misfit(shape: LlamaShape, tp: int) -> str | None:
+    """What `tp` tensor-parallel ranks cannot share out evenly, and which rounding makes it fit; None when all fits."""
+    counts = {
+        "query heads": (shape.num_attention_heads, f"head.round_to={tp * shape.heads_per_group}"),
+        "KV heads": (shape.num_query_groups, f"head.round_to={tp * shape.heads_per_group}"),
+        "FFN channels": (shape.ffn_hidden_size, f"ffn.round_to={tp}"),
+    }
+    wrong = {name: (count, cure) for name, (count, cure) in counts.items() if count % tp}
+    if not wrong:
+        return None
+    cures = dict.fromkeys(cure for _, cure in wrong.values())
+    many = ", ".join(f"{count} {name}" for name, (count, _) in wrong.items())
+    return f"{many} do not divide by {tp}; a run with --prune-groups {' '.join(cures)} ends where they do"
+
+
+def save_for_megatron(
+    directory: Path,
+    iteration: int,
+    shape: LlamaShape,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    padded_vocab_size: int,
+    more: dict[str, Any],
+) -> Path:
+    """Write DIR/iter_... and move `latest` on to it; torch.distributed must be up, with one rank.
+
+    Args:
+        shape: of the model as it is written, every layer alike.
+        read: Hugging Face name -> tensor of `shape`.
+        padded_vocab_size: rows of the stored embedding; those beyond the vocabulary are zero.
+        more: further arguments to store.
+
+    Raises:
+        UserError: the model's rotary scaling is none of Megatron's.
+        OSError: the folder cannot be written.
+    """
+    known = vars(arguments_for(shape, dtype)) | {"padded_vocab_size": padded_vocab_size, "iteration": iteration} | more
+    state: dict[str, Any] = {
+        "args": argparse.Namespace(**known),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+    }
+    for key, tensor in _tensors(shape, read, dtype, padded_vocab_size):
+        state[key] = ShardedTensor.from_rank_offsets(key, tensor)
+    for layer in range(shape.num_layers):
+        for name in _WITH_EXTRA_STATE:
+            key = f"{LAYER}{name}._extra_state"
+            state[f"{key}.{layer}"] = ShardedObject(key, None, (shape.num_layers,), (layer,))
+    folder = begin(directory, iteration)
+    try:
+        with quiet():
+            dist_checkpointing.save(state, str(folder))
+        return publish(folder, directory, iteration)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _tensors(
+    shape: LlamaShape, read: Callable[[str], Tensor], dtype: torch.dtype, padded: int
+) -> Iterator[tuple[str, Tensor]]:
+    """(Megatron's name, tensor): layers of one parameter are one tensor [layers, ...]."""
+    for hf_name, names in TOP.items():
+        if hf_name == "lm_head.weight" and shape.tie_word_embeddings:
+            continue
+        tensor = read(hf_name).to(dtype)
+        if tensor.dim() == 2:
+            tensor = torch.cat([tensor, tensor.new_zeros(padded - len(tensor), tensor.shape[1])])
+        yield names[0], tensor
+    packings: dict[str, list[tuple[str, str]]] = {}
+    for hf_name, (names, part) in IN_LAYER.items():
+        is_there = {"bias": shape.add_qkv_bias, "norm": shape.qk_layernorm}.get(_option(hf_name), True)
+        if is_there:
+            packings.setdefault(names[0], []).append((hf_name, part))
+    for name, parts in packings.items():
+        layers = [
+            _packed({part: read(f"model.layers.{layer}.{hf}").to(dtype) for hf, part in parts}, shape)
+            for layer in range(shape.num_layers)
+        ]
+        yield f"{LAYER}{name}", torch.stack(layers)
+
+
+def _option(hf_name: str) -> str:
+    """Which option of the shape brings the parameter: `bias`, `norm` (of query and key) or none."""
+    if hf_name.endswith(".bias"):
+        return "bias"
+    return "norm" if hf_name.startswith(("self_attn.q_norm", "self_attn.k_norm")) else ""
+
+
+def _packed(parts: dict[str, Tensor], shape: LlamaShape) -> Tensor:
+    """One Megatron parameter: per KV group [its q | k | v], [gate | up], or the tensor itself."""
+    if "q" in parts:
+        groups = [parts[p].unflatten(0, (shape.num_query_groups, -1)) for p in ("q", "k", "v")]
+        return torch.cat(groups, dim=1).flatten(0, 1)
+    return torch.cat([parts["gate"], parts["up"]]) if "gate" in parts else parts["all"]
+
+
+def arguments_for(shape: LlamaShape, dtype: torch.dtype) -> argparse.Namespace:
+    """What Megatron-LM would have been called with; what it does with dropout, experts and so on is said, too.
+
+    Raises:
+        UserError: the model's rotary scaling is none of Megatron's.
+    """
+    return argparse.Namespace(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        group_query_attention=shape.num_query_groups < shape.num_attention_heads,
+        kv_channels=shape.kv_channels,
+        vocab_size=shape.vocab_size,
+        seq_length=shape.max_position_embeddings,
+        max_position_embeddings=shape.max_position_embeddings,
+        position_embedding_type="rope",
+        add_position_embedding=False,
+        use_rotary_position_embeddings=True,
+        rotary_base=shape.rotary_base,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        **_scaling(shape.rope_scaling or {}),
+        normalization="RMSNorm",
+        norm_epsilon=shape.norm_epsilon,
+        apply_layernorm_1p=False,
+        swiglu=True,
+        squared_relu=False,
+        add_bias_linear=False,
+        add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm,
+        untie_embeddings_and_output_weights=not shape.tie_word_embeddings,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        num_experts=None,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        ckpt_format="torch_dist",
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
+
+
+def _scaling(scaling: dict[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments for a `rope_scaling` of Hugging Face's."""
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None}
+    factor = float(scaling["factor"])
+    if kind == "linear":
+        return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": factor}
+    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    numbers = [scaling.get(name) for name in names]
+    if numbers != [1, 4, 8192]:
+        raise UserError(
+            f"rope_scaling: {', '.join(names)} of Megatron-LM are 1, 4, 8192, and this model's "
+            f"{', '.join(map(str, numbers))}"
+        )
+    return {"use_rope_scaling": True, "rope_scaling_factor": factor, "rotary_seq_len_interpolation_factor": None}

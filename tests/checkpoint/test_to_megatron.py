@@ -1,0 +1,265 @@
+"""Pruned models as stock Megatron checkpoints: megatron-core's own classes load, compute and train them as ours do."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune.checkpoint import RunRecord, load_checkpoint, save_weights
+from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
+from megatron_prune.checkpoint.to_megatron import arguments_for
+from megatron_prune.errors import UserError
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import KV_HEAD
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.sources import RandomWeights
+from megatron_prune.testing.helpers.ranks import run_ranks
+from tests.checkpoint.small_run import SEQ, Kind, build, mesh_of
+from tests.checkpoint.test_megatron import gpt_model
+
+TIED = LlamaShape(3, 24, 20, 8, 4, 4, 64, 64, rotary_base=5000.0, tie_word_embeddings=True)
+UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False, add_qkv_bias=True, qk_layernorm=True, model_type="qwen3")
+STEPS, LR = 10, 3e-3
+
+
+def pruned(shape, heads=((0, 1, 4, 5),) * 3):
+    """Query heads given by layer (two whole clusters), four FFN channels per layer, three stem channels less."""
+    whole = Architecture.full(shape)
+    ffn = tuple((layer, 5, 9, 11 + layer) for layer in range(shape.num_layers))
+    for group in (Group.of("head", heads), Group.of("ffn", ffn), Group.of("stem", ((2, 3, 17),))):
+        whole = whole.without(group)
+    return whole
+
+
+def save_pruned(rank, world, folder, architecture):
+    """A checkpoint of ours: the random source's live weights."""
+    weights, table = RandomWeights(architecture.shape, seed=3, std=0.2), architecture.table
+
+    def live(name):
+        part, layer = table.parts[name]
+        tensor = weights(name)
+        for dim, of in enumerate(part.dims):
+            ids = architecture.ids(of.kind, layer)[:, None] * of.size + np.arange(of.size)
+            tensor = tensor.index_select(dim, torch.from_numpy(ids.reshape(-1)).long())
+        return tensor
+
+    save_weights(mesh_of(Kind()), folder, 3, architecture, live, torch.float32, {"tokenizer_model": "some.model"})
+
+
+def export_it(rank, world, load, save, more):
+    from megatron_prune.commands import convert_to_megatron
+
+    torch.distributed.destroy_process_group()
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[variable]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = convert_to_megatron.main(["--load", load, "--save", save, *more])
+    return status, out.getvalue(), err.getvalue()
+
+
+def batch(step):
+    tokens = torch.randint(0, TIED.vocab_size, (2, SEQ + 1), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], torch.arange(SEQ).unsqueeze(0).expand(2, -1), tokens[:, 1:]
+
+
+MASK = torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1)
+
+
+def gathered(logits, vocab):
+    shards = [torch.empty_like(logits) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(shards, logits.detach().contiguous())
+    return torch.cat(shards, dim=-1)[..., :vocab]
+
+
+def steps_of(model, ddp, optimizer_step, mask):
+    """Losses of ten steps."""
+    from megatron.core.distributed import finalize_model_grads
+
+    losses = []
+    for step in range(STEPS):
+        tokens, positions, labels = batch(step % 2)
+        ddp.zero_grad_buffer()
+        loss = model(tokens, positions, mask, labels=labels).float().mean()
+        loss.backward()
+        finalize_model_grads([ddp])
+        optimizer_step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def stock(rank, world, folder, shape, model_class):
+    """Logits of megatron-core's own model with the exported weights, and its losses while it trains with its own DDP
+    and Adam."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    mesh_of(Kind(tp=world))
+    model = gpt_model(shape) if model_class == "gpt" else hybrid_model(shape)
+    state = model.sharded_state_dict()
+    if model_class == "hybrid":
+        from megatron.core.dist_checkpointing import gpt_checkpoint_interop as interop
+
+        maps = interop.gpt_compatible_layer_maps(model.hybrid_layer_pattern)
+        interop.retarget_sharded_state_dict_to_gpt_checkpoint(state, maps)
+    loaded = dist_checkpointing.load(state, folder)
+    common = dist_checkpointing.load_common_state_dict(folder)
+    model.load_state_dict({name: value for name, value in loaded.items() if name in model.state_dict()})
+    tokens, positions, _ = batch(100)
+    with torch.no_grad():
+        logits = gathered(model(tokens, positions, MASK), shape.vocab_size)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    adam = OptimizerConfig(optimizer="adam", lr=LR, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0)
+    optimizer = get_megatron_optimizer(adam, [ddp], use_gloo_process_groups=False)
+    return logits, steps_of(ddp, ddp, optimizer.step, MASK), common["args"], common["iteration"]
+
+
+def hybrid_model(shape):
+    """megatron-core's HybridModel on local layers; it has no other final norm than TransformerEngine's."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    hybrid_block.TENorm = WrappedTorchNorm
+    gpt = gpt_model(shape)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_layernorm)
+    own = layer.submodules
+    names = {"sharded_state_dict_keys_map": own.sharded_state_dict_keys_map}
+    attention = TransformerLayerSubmodules(
+        input_layernorm=own.input_layernorm,
+        self_attention=own.self_attention,
+        self_attn_bda=own.self_attn_bda,
+        **names,
+    )
+    ffn = TransformerLayerSubmodules(pre_mlp_layernorm=own.pre_mlp_layernorm, mlp=own.mlp, mlp_bda=own.mlp_bda, **names)
+    stack = ModuleSpec(
+        hybrid_block.HybridStack,
+        submodules=hybrid_block.HybridStackSubmodules(
+            attention_layer=ModuleSpec(layer.module, submodules=attention),
+            mlp_layer=ModuleSpec(MLPLayer, submodules=ffn),
+        ),
+    )
+    return HybridModel(
+        dataclasses.replace(gpt.config, num_layers=2 * shape.num_layers),
+        stack,
+        vocab_size=gpt.vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        hybrid_layer_pattern="*-" * shape.num_layers,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+    )
+
+
+def ours(rank, world, folder, shape):
+    """The same of our model, from our own checkpoint."""
+    model = build(Kind(tp=world), shape, RunRecord.read(folder))
+    load_checkpoint(model, folder)
+    tokens, positions, _ = batch(100)
+    with torch.no_grad():
+        logits = gathered(model.module(tokens, positions, None), shape.vocab_size)
+    return logits, steps_of(model.ddp, model.ddp, model.step, None)
+
+
+INTEROP = "megatron.core.dist_checkpointing.gpt_checkpoint_interop"
+CLASSES = ["gpt", *(["hybrid"] if importlib.util.find_spec(INTEROP) else [])]
+
+
+@pytest.fixture(scope="module", params=[TIED, UNTIED], ids=["tied", "untied"])
+def exported(request, tmp_path_factory):
+    """(folder of ours, folder of Megatron's, architecture) of a pruned model."""
+    folder, architecture = tmp_path_factory.mktemp("export"), pruned(request.param)
+    run_ranks(save_pruned, 1, str(folder / "ours"), architecture)
+    words = ["--make-vocab-size-divisible-by", "32", "--tensor-model-parallel-size", "2"]
+    ((status, out, err),) = run_ranks(export_it, 1, str(folder / "ours"), str(folder / "megatron"), words)
+    assert status == 0, err
+    assert "hidden 21, FFN 16, 4 heads, 2 KV heads (native)" in out and "evenly: 1, 2\n" in out
+    return folder / "ours", folder / "megatron", architecture
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_stock_classes_load_it_and_train_as_ours_do(exported, tp, model_class):
+    folder, megatron, architecture = exported
+    source = architecture.shape
+    shape = dataclasses.replace(source, hidden_size=21, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2)
+    logits, losses, stored, iteration = run_ranks(stock, tp, str(megatron / "iter_0000003"), shape, model_class)[0]
+    expected, trained = run_ranks(ours, tp, str(folder), source)[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+    assert losses == pytest.approx(trained, rel=1e-5)
+    assert iteration == 3 and isinstance(stored, argparse.Namespace)
+    assert (stored.num_query_groups, stored.padded_vocab_size, stored.tokenizer_model) == (2, 64, "some.model")
+
+
+def test_it_comes_back_as_it_was(exported, tmp_path):
+    _, megatron, architecture = exported
+    back = MegatronCheckpoint(megatron, ShapeOptions())
+    back.check(list(architecture.table.parts))
+    shape = dataclasses.replace(
+        architecture.shape, hidden_size=21, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2
+    )
+    assert back.shape == shape and back.iteration == 3
+
+
+def exports(folder, architecture, *more):
+    run_ranks(save_pruned, 1, str(folder / "ours"), architecture)
+    return run_ranks(export_it, 1, str(folder / "ours"), str(folder / "megatron"), list(more))[0]
+
+
+def test_ranks_that_cannot_share_it_are_told_what_to_prune_to(tmp_path):
+    status, _, err = exports(tmp_path, pruned(TIED), "--tensor-model-parallel-size", "4")
+    assert status == 2 and err.count("\n") == 1
+    assert "2 KV heads do not divide by 4; a run with --prune-groups head.round_to=8 ends where they do" in err
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_uneven_clusters_are_expanded_or_refused(tmp_path):
+    architecture = pruned(TIED, ((0, 2), (0, 1), (4, 7)))
+    status, _, err = exports(tmp_path, architecture, "--kv-policy", "native")
+    assert status == 2 and "different numbers of KV heads" in err
+    words = [str(tmp_path / "ours"), str(tmp_path / "megatron"), ["--make-vocab-size-divisible-by", "64"]]
+    ((status, out, err),) = run_ranks(export_it, 1, *words)
+    assert status == 0 and "6 heads, 6 KV heads (expand)" in out, err
+    shape = dataclasses.replace(TIED, hidden_size=21, ffn_hidden_size=16, num_attention_heads=6, num_query_groups=6)
+    logits = run_ranks(stock, 1, str(tmp_path / "megatron" / "iter_0000003"), shape, "gpt")[0][0]
+    torch.testing.assert_close(logits, run_ranks(ours, 1, str(tmp_path / "ours"), TIED)[0][0], rtol=1e-5, atol=1e-5)
+    assert len({len(ids) for ids in architecture.sites(KV_HEAD)}) > 1
+
+
+def test_a_padded_vocabulary_is_told(tmp_path):
+    """Megatron's loss counts the padding's logits, which are 0; ours does not."""
+    shape = dataclasses.replace(TIED, vocab_size=61)
+    status, out, err = exports(tmp_path, pruned(shape))
+    assert status == 0, err
+    assert "67 rows of padding take part in Megatron's softmax" in out
+    assert MegatronCheckpoint(tmp_path / "megatron", ShapeOptions()).shape.vocab_size == 61
+
+
+def test_layers_that_differ_are_refused(tmp_path):
+    ragged = pruned(TIED).without(Group.of("ffn", ((1,), (), ())))
+    status, _, err = exports(tmp_path, ragged)
+    assert status == 2 and "layers of a stock model are alike, and these have" in err and "FFN channels 15 to 16" in err
+
+
+def test_rotary_scaling_is_megatrons_or_refused():
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    known = dataclasses.replace(TIED, rope_scaling={**llama3, "original_max_position_embeddings": 8192})
+    stored = arguments_for(known, torch.float32)
+    assert stored.use_rope_scaling and stored.rope_scaling_factor == 8.0
+    other = dataclasses.replace(TIED, rope_scaling={**llama3, "original_max_position_embeddings": 4096})
+    with pytest.raises(UserError, match="and this model's 1.0, 4.0, 4096"):
+        arguments_for(other, torch.float32)
+    linear = dataclasses.replace(TIED, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert arguments_for(linear, torch.float32).rotary_seq_len_interpolation_factor == 2.0
