@@ -48,7 +48,7 @@ def test_stories260k_is_pruned_to_half(stories, stories260k, tmp_path, run_tool,
     stages = summary["stages"]
     assert stages["source"]["parameters"] == 260_032
     assert stages["source"]["validation_loss"] == pytest.approx(1.85, abs=0.1)
-    assert TARGET * 0.995 <= stages["final"]["parameters"] <= TARGET
+    assert TARGET - 3 * 5 * 64 < stages["final"]["parameters"] <= TARGET, "nearer than the smallest group, a channel"
     assert stages["final"]["validation_loss"] < stages["pruned"]["validation_loss"]
     history = (tmp_path / "run" / "pruning_history.jsonl").read_text().splitlines()
     assert len(history) == summary["groups_removed"]

@@ -98,7 +98,8 @@ def paired_candidates(scores, geometry, live, rules):
     before, after = count(geometry, live), count(geometry, live.without(ORACLE_FFN, units))
     least, scale = sum(layer[0][0] for layer in options), before - after
     swap = min(layer[1][0] - layer[0][0] for layer in options)
-    found.append(oracle_scores.OracleCandidate(ORACLE_FFN, units, least / scale, (least + swap) / scale, after))
+    left = len(live.of(ORACLE_FFN, 0)) - 2
+    found.append(oracle_scores.OracleCandidate(ORACLE_FFN, units, least / scale, (least + swap) / scale, after, left))
     return found
 
 
@@ -121,7 +122,7 @@ def test_a_kind_of_its_own_is_pruned_as_the_oracle_does(case, monkeypatch):
             name, units = "ffn_pair", tuple((pair[0] // 2,) for pair in units)
         theirs.append((name, units, removal.parameters_after))
     assert removals == theirs
-    assert {"head", "ffn_pair"} <= {name for name, _, _ in theirs}
+    assert {"stem", "ffn_pair"} <= {name for name, _, _ in theirs}
     assert losses == pytest.approx([step.loss for step in expected], rel=1e-5)
     pairs = sum(name == "ffn_pair" for name, _, _ in theirs)
     assert compactions > 0 and 0 <= stored * case.tp - (64 - 2 * pairs) < 2 * case.tp

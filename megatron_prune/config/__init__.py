@@ -26,8 +26,8 @@ from megatron_prune.config.schema import (
     ParallelConfig,
     TrainingConfig,
 )
-from megatron_prune.config.validation import check_fields, data_parallel_size, validate
-from megatron_prune.config.yaml_file import dump, read_file, read_yaml
+from megatron_prune.config.validation import check_fields, check_head_score, data_parallel_size, validate
+from megatron_prune.config.yaml_file import dump, read_file, read_yaml, yaml_value
 
 __all__ = [
     "CheckpointConfig",
@@ -48,6 +48,7 @@ __all__ = [
     "SecondOrder",
     "TrainingConfig",
     "check_fields",
+    "check_head_score",
     "configured",
     "data_parallel_size",
     "dump",
@@ -56,4 +57,5 @@ __all__ = [
     "read_file",
     "read_yaml",
     "validate",
+    "yaml_value",
 ]

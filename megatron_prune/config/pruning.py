@@ -67,6 +67,9 @@ class GroupConfig:
         at_least=1,
     )
     floor: int = option(1, "units that every layer keeps", at_least=1)
+    limit: int | None = option(
+        None, "groups that may leave by one iteration's scores; null: the kind's own (1 for head, else any)", at_least=1
+    )
     quantum: int = option(
         1,
         "multiple to which each rank rounds its *stored* width up; changes memory and speed, never the results (64 or "
@@ -142,14 +145,21 @@ class PruningConfig:
     first_prune_iter: int = option(
         0, "with schedule: ratio, iteration from which gradient steps count toward pruning steps", at_least=0
     )
+    balance: float = option(
+        0.6,
+        "share of its proportional width (the one it would have if all kinds shrank by the same factor) that a kind "
+        "keeps while another kind has more to lose; 0: scores alone decide between kinds",
+        at_least=0,
+        at_most=1,
+    )
     curve: Curve = option(Curve(), "with schedule: curve, the size that the model may have, over tokens")
     types: tuple[str, ...] = option(
         ("head", "ffn", "stem"), "kinds of groups that may be removed, by name", metavar="NAME", unique=True
     )
     metric: str = option(
         "taylor_mix",
-        "element-wise saliency criterion by its registered name: taylor_first, taylor_second, taylor_mix, obd, obc, "
-        "wanda, flap, minitron, magnitude, random",
+        "element-wise saliency criterion by its registered name: taylor_first, taylor_second, taylor_mix, "
+        "taylor_signed, obd, obc, wanda, flap, minitron, magnitude, random",
     )
     fisher: Literal["microbatch", "adam", "batch"] = option(
         "microbatch",
@@ -159,7 +169,7 @@ class PruningConfig:
         "sequence", "what one sample of the Fisher information is (with fisher: microbatch)"
     )
     head_score: Literal["per_column", "sum"] = option(
-        "per_column", "score of a head: its sum divided by the columns it owns, or the plain sum"
+        "sum", "score of a head: the plain sum, or (the paper's, with normalize: none) divided by the columns it owns"
     )
     normalize: Literal["none", "per_parameter"] = option(
         "per_parameter", "divide a group's score by the parameters it removes, or compare the scores as they are"
@@ -177,7 +187,8 @@ class PruningConfig:
     )
     finish: Literal["exact", "first"] = option(
         "exact",
-        "exact: avoid groups that would end more than 0.5 percent below the target; first: always the least salient",
+        "exact: avoid groups that would end more than 0.5 percent below the target, and where all would, take the one "
+        "nearest to it; first: always the least salient",
     )
     second_order: SecondOrder = option(
         SecondOrder(), "second-order weight update before each removal, and the Hessians of metric obc"

@@ -195,6 +195,16 @@ def _check_schedule(config: Config) -> None:
         )
 
 
+def check_head_score(config: Config) -> None:
+    """Raise UserError if a head's score would be divided twice: by its columns and by its parameters."""
+    pruning = config.pruning
+    if pruning.head_score == "per_column" and pruning.normalize == "per_parameter":
+        raise UserError(
+            "pruning.head_score: per_column divides a head's score by its columns, and normalize: per_parameter "
+            "divides it once more; use head_score: sum, or (the paper's scores) normalize: none"
+        )
+
+
 def _check_curve(config: Config) -> None:
     pruning, run_tokens = config.pruning, config.training.train_iters * config.tokens_per_iteration
     start, end = config.curve_tokens
@@ -209,6 +219,8 @@ def _check_curve(config: Config) -> None:
 
 def _check_pruning(config: Config) -> None:
     pruning = config.pruning
+    if config.checkpoint.load is None:  # a run that began so may go on so, which is seen when it is opened
+        check_head_score(config)
     if pruning.enabled and pruning.schedule == "curve":
         _check_curve(config)
     if pruning.enabled and pruning.optimizer_state == "reset" and pruning.fisher == "adam":

@@ -23,32 +23,33 @@ _DEEPEST = 4
 _NO_WRAP = 10**9
 
 
-def read_file(path: str | Path) -> Config:
-    """The config in a YAML file; fields it does not name have their defaults. Raises UserError for any mistake."""
+def read_file(path: str | Path, unnamed: Config | None = None) -> Config:
+    """The config in a YAML file; fields it does not name are those of `unnamed` (None: defaults). Raises UserError for
+    any mistake."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8, expected a YAML configuration") from None
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from None
-    return read_yaml(text, str(path))
+    return read_yaml(text, str(path), unnamed)
 
 
-def read_yaml(text: str, source: str) -> Config:
-    """The config in YAML text; `source` is its name in messages. Raises UserError for any mistake."""
+def read_yaml(text: str, source: str, unnamed: Config | None = None) -> Config:
+    """The config in YAML text, as `read_file`; `source` is its name in messages."""
     raw = _parse(text, source)
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"{source}: expected sections ({', '.join(sections_of(Config))}) with keys under them")
-    changes = {}
+    base, changes = unnamed or Config(), {}
     for section, entries in raw.items():
         if section not in sections_of(Config):
             raise UserError(f'{source}: unknown section "{one_line(section)}"; {_where_it_belongs(section)}')
         if not isinstance(entries, dict | None):
             raise UserError(f"{source}: expected keys and values under the section {section}")
-        changes[section] = _read_section(section, entries or {}, source)
-    return Config(**changes)
+        changes[section] = dataclasses.replace(getattr(base, section), **_read_section(section, entries or {}, source))
+    return dataclasses.replace(base, **changes)
 
 
 def dump(config: Config, documented: bool = False) -> str:
@@ -66,7 +67,7 @@ def dump(config: Config, documented: bool = False) -> str:
         for option in options_of(cls, section):
             if documented:
                 lines += _comment(f"{option.meaning} [{'; '.join([option.expected, *limits(option)])}]", indent="  ")
-            lines.append(f"  {option.name}: {_yaml_value(getattr(getattr(config, section), option.name))}")
+            lines.append(f"  {option.name}: {yaml_value(getattr(getattr(config, section), option.name))}")
     return "\n".join(lines) + "\n"
 
 
@@ -74,7 +75,7 @@ def limits(option: Option) -> Iterator[str]:
     """What an option allows beyond its type, in words."""
     rules = option.rules
     if rules.refused is not None:
-        yield f"only {_yaml_value(option.default)}: {rules.refused}"
+        yield f"only {yaml_value(option.default)}: {rules.refused}"
     if rules.at_least is not None:
         yield f"at least {rules.at_least:g}"
     if rules.above is not None:
@@ -83,7 +84,7 @@ def limits(option: Option) -> Iterator[str]:
         yield f"below {rules.below:g}"
 
 
-def _read_section(section: str, entries: dict[str, Any], source: str) -> Any:
+def _read_section(section: str, entries: dict[str, Any], source: str) -> dict[str, Any]:
     cls = sections_of(Config)[section]
     known = {option.name: option for option in options_of(cls, section)}
     values: dict[str, Any] = {}
@@ -94,7 +95,7 @@ def _read_section(section: str, entries: dict[str, Any], source: str) -> Any:
             raise UserError(f'{source}: unknown key "{one_line(name)}" in section {section}; {hint}')
         option = known[name]
         values[name] = convert(option, raw, f"{option.key} in {source}", values.get(name, option.default))
-    return cls(**values)
+    return values
 
 
 def _nearest_key(name: str, known: list[str]) -> str | None:
@@ -149,7 +150,8 @@ def _plain(node: yaml.Node, source: str, depth: int) -> RawValue:
     return mapping
 
 
-def _yaml_value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
+    """How a field's value is spelled."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     elif isinstance(value, NamedParts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megatron_prune.model.architecture import Architecture
@@ -27,7 +28,7 @@ def plot_history(history: Sequence[Removal], architecture: Architecture, directo
     times = list(range(1, len(history) + 1)) if is_counted else tokens
     xlabel = "removed groups" if is_counted else "training tokens"
     saliencies, widths = Figure(figsize=(7, 4.2), layout="constrained"), Figure(figsize=(7, 4.2), layout="constrained")
-    axes = saliencies.add_subplot(xlabel=xlabel, ylabel="saliency of the least group", yscale="log")
+    axes = saliencies.add_subplot(xlabel=xlabel, ylabel="saliency of the least group")
     _draw_saliencies(axes, times, history, xlabel)
     axes = widths.add_subplot(xlabel=xlabel, ylabel="width, relative to the source")
     _draw_widths(axes, times, history, before(architecture, history))
@@ -41,32 +42,39 @@ def plot_history(history: Sequence[Removal], architecture: Architecture, directo
 
 
 def _draw_saliencies(axes: Any, times: Sequence[int], history: Sequence[Removal], unit: str) -> None:
-    """A curve per kind. The legend says where a kind could not be chosen, and which points a log axis cannot show."""
+    """A curve per kind. The legend says where a kind could not be chosen, and which points a log axis cannot show (with
+    scores below 0 it is logarithmic to both sides, and linear near 0)."""
+    sizes = [abs(score) for removal in history for score in removal.scores.values() if score]
+    is_signed = any(score < 0 for removal in history for score in removal.scores.values())
+    axes.set_yscale(**({"value": "symlog", "linthresh": median(sizes) / 100} if is_signed else {"value": "log"}))
+
+    def is_shown(score: float) -> bool:
+        return is_signed or score > 0
+
     passed_over: list[tuple[int, float]] = []
     for kind in group_names():
         scored = [(time, removal) for time, removal in zip(times, history, strict=True) if kind in removal.scores]
         if not scored:
             axes.plot([], [], " ", label=f"{kind}: off, or at its floor")
             continue
-        points = [(time, removal.scores[kind]) for time, removal in scored if removal.scores[kind] > 0]
+        points = [(time, removal.scores[kind]) for time, removal in scored if is_shown(removal.scores[kind])]
         label = kind
         if kind not in history[-1].scores:
             label += f", at its floor after {scored[-1][0]:,} {unit}"
         if len(points) < len(scored):
             label += f", {len(scored) - len(points):,} of {len(scored):,} not above 0"
         axes.plot(*_columns(points), label=label, linewidth=1)
-        # Only `finish: exact` takes another kind than the least salient one.
         passed_over += [
             (time, removal.scores[kind])
             for time, removal in scored
-            if 0 < removal.scores[kind] < removal.scores.get(removal.kind, 0)
+            if is_shown(removal.scores[kind]) and removal.scores[kind] < removal.scores.get(removal.kind, 0)
         ]
     chosen = zip(times, (removal.scores.get(removal.kind, 0) for removal in history), strict=True)
-    removed = [(time, score) for time, score in chosen if score > 0]
+    removed = [(time, score) for time, score in chosen if is_shown(score)]
     if removed:
         axes.plot(*_columns(removed), ".", color="black", markersize=3, label="removed")
     if passed_over:
-        label = "less salient, but would end below the target"
+        label = "less salient, but had to wait (target, balance, limit)"
         axes.plot(*_columns(passed_over), "x", color="red", markersize=4, label=label)
     axes.legend()
 

@@ -6,10 +6,20 @@
 
 Each kind of group that is switched on offers its least salient group (`pruning.groups`), and the least of those is
 removed (EfficientLLM, arXiv 2502.06663, Eq. 10). Ties go to the kind registered first: head before ffn before stem.
+
+Scores may be negative (`taylor_signed`: the loss is predicted to fall). Such groups go first, the most negative one
+before all others. `normalize: per_parameter` weighs what a removal costs against the parameters it saves; where it
+costs nothing there is nothing to weigh, and dividing would put the largest groups last among those: negative scores are
+compared as they are.
+
+What is least may have to wait, in this order: a group that ends too far below the target (`finish: exact`), one of a
+kind that has no more than its balanced width (`pruning.balance`), one of a kind of which enough have left by the same
+scores (`limit`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +28,7 @@ from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.pruning.groups import GroupKind, Rules
 from megatron_prune.saliency.scores import UnitScores, score_length
 
-OVERSHOOT = 0.005  # `finish: exact` avoids groups that end further below the target than this
+OVERSHOOT = 0.005  # `finish: exact` avoids groups that end further below the target than this share of it
 
 
 @dataclass(frozen=True)
@@ -28,12 +38,14 @@ class Candidate:
     Args:
         score: its saliency, as compared between kinds.
         runner_up: the score with the second-best unit in the layer where that costs least; infinite without one.
+        left: units of the kind that stay in the layer where fewest do.
     """
 
     group: Group
     score: float
     runner_up: float
     parameters_after: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,15 @@ class Decision:
     parameters_after: int
 
 
-def choose(scores: UnitScores, architecture: Architecture, rules: Rules, step: int = 0) -> Decision | None:
-    """The group to remove now, or None when every kind is off or at its floor.
+def choose(
+    scores: UnitScores, architecture: Architecture, rules: Rules, step: int = 0, resting: Collection[str] = ()
+) -> Decision | None:
+    """The group to remove now, or None when every kind is off or at its floor, or would have to rest.
 
     Args:
         scores: aligned with `architecture`.
         step: removals so far; only `draw_seed` (metric `random`) uses it.
+        resting: names of kinds of which enough have left by the same scores.
     """
     kinds = rules.kinds(architecture)
     if rules.draw_seed is not None:
@@ -64,10 +79,10 @@ def choose(scores: UnitScores, architecture: Architecture, rules: Rules, step: i
     found = {kind.name: c for kind in kinds if (c := _candidate(kind, scores, architecture, rules))}
     if not found:
         return None
-    eligible = found
-    if rules.finish == "exact":
-        least = rules.target_params * (1 - OVERSHOOT)
-        eligible = {name: c for name, c in found.items() if c.parameters_after >= least} or found
+    eligible = _fitting(found, rules.target_params) if rules.finish == "exact" else found
+    eligible = {name: c for name, c in _balanced(eligible, rules).items() if name not in resting}
+    if not eligible:
+        return None
     best_name = min(eligible, key=lambda name: eligible[name].score)  # the first of equals: in order of registration
     best = eligible[best_name]
     runner_up = min([best.runner_up, *(c.score for name, c in eligible.items() if name != best_name)])
@@ -78,12 +93,29 @@ def choose(scores: UnitScores, architecture: Architecture, rules: Rules, step: i
 def _candidate(kind: GroupKind, scores: UnitScores, architecture: Architecture, rules: Rules) -> Candidate | None:
     """The least salient group of `kind`, or None when that would go below the floor."""
     offer = kind.offer(scores, architecture, rules)
-    if kind.is_below_floor(architecture, offer.group, rules):
+    left = kind.left(architecture, offer.group)
+    if left < rules.floor(kind.name):
         return None
     removed = architecture.cost(offer.group)
-    scale = removed if rules.normalize == "per_parameter" else 1
-    after = architecture.parameters - removed
-    return Candidate(offer.group, offer.score / scale, (offer.score + offer.swap) / scale, after)
+    score, runner_up = (normalized(value, removed, rules) for value in (offer.score, offer.score + offer.swap))
+    return Candidate(offer.group, score, runner_up, architecture.parameters - removed, left)
+
+
+def normalized(score: float, parameters: int, rules: Rules) -> float:
+    """A group's score as it is compared between kinds, given the parameters that leave with the group."""
+    return score / parameters if rules.normalize == "per_parameter" and score > 0 else score
+
+
+def _fitting(found: dict[str, Candidate], target: int) -> dict[str, Candidate]:
+    """Those that end no further than OVERSHOOT below the target, or else the one that ends nearest to it."""
+    fitting = {name: c for name, c in found.items() if c.parameters_after >= target * (1 - OVERSHOOT)}
+    nearest = max(found, key=lambda name: found[name].parameters_after)
+    return fitting or {nearest: found[nearest]}
+
+
+def _balanced(found: dict[str, Candidate], rules: Rules) -> dict[str, Candidate]:
+    """Those that keep their balanced width, or else all."""
+    return {name: c for name, c in found.items() if c.left >= rules.widths.get(name, 0)} or found
 
 
 def _drawn(architecture: Architecture, rules: Rules, step: int) -> tuple[UnitScores, tuple[GroupKind, ...]]:

@@ -1,8 +1,9 @@
 """Element-wise saliency criteria, as pure functions, and their registry.
 
-A criterion sees one flat fp32 piece of an output projection (attention output or FFN down) at (w_t, g_t) and returns a
-non-negative S of the same shape. Removing w is delta = -w, so the loss changes by -w g + w^2 F / 2 (EfficientLLM,
-arXiv 2502.06663, Eq. 9): that is where the sign in `taylor_mix` comes from. Add one by writing a function:
+A criterion sees one flat fp32 piece of an output projection (attention output or FFN down) at (w_t, g_t) and returns S
+of the same shape: what the element adds to its units' scores, not negative except for `taylor_signed`. Removing w is
+delta = -w, so the loss changes by -w g + w^2 F / 2 (EfficientLLM, arXiv 2502.06663, Eq. 9): that is where the sign in
+`taylor_mix` comes from. Add one by writing a function:
 
     @criterion("my_score", needs={"gradient"})
     def my_score(elements: Elements) -> Tensor:
@@ -159,6 +160,16 @@ def taylor_mix(elements: Elements) -> Tensor:
     """|w g - w^2 F / 2|: LLM-Pruner's param_mix and EfficientLLM-A."""
     second = elements.weight.square().mul_(elements.fisher).div_(2)
     return (elements.weight * elements.gradient).sub_(second).abs_()
+
+
+@criterion("taylor_signed", needs={"gradient", "fisher"})
+def taylor_signed(elements: Elements) -> Tensor:
+    """-w g + w^2 F / 2, with its sign: summed over a unit, the change of the loss that a quadratic model with a
+    diagonal Hessian predicts for its removal. Terms of one unit cancel as they do in the loss; absolute values would
+    rank units by how much they disagree inside. With `fisher_unit: token` F has the scale of the
+    Hessian (docs/criteria.md)."""
+    second = elements.weight.square().mul_(elements.fisher).div_(2)
+    return second.sub_(elements.weight * elements.gradient)
 
 
 @criterion("obc", needs={INVERSE_HESSIAN})

@@ -20,8 +20,9 @@ _BY_ID = 256  # up to so many units of a layer, each stands at its own number
 def plot_scores(scores: Mapping[str, UnitScores], path: Path, title: str = "", *, per_column: bool = False) -> None:
     """Draw the scores of one model by each criterion into `path` (png, svg, pdf). Needs matplotlib.
 
-    Colours and the curve are logarithmic; units without a score (zero, or removed already) stay white. Where a layer
-    has few units, such as heads, they stand at their original numbers, else in the order of their scores.
+    Colours and the curve are logarithmic, to both sides of zero where scores are negative; units without a score (zero,
+    or removed already) stay white. Where a layer has few units, such as heads, they stand at their original numbers,
+    else in the order of their scores.
 
     Args:
         per_column: divide a unit's score by the columns it owns (`head_score: per_column`).
@@ -58,13 +59,29 @@ def _by_layer(units: UnitScores, kind: Kind) -> tuple[np.ndarray, bool]:
 def _curve(axes: Any, values: np.ndarray, title: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.set(xlabel="unit by score", ylabel="score")
-    if (values > 0).any():
+    if (values < 0).any():
+        axes.plot(values, linewidth=1.2)
+        axes.set_yscale("symlog", linthresh=_smallest(values))
+    elif (values > 0).any():
         axes.semilogy(np.where(values > 0, values, np.nan), linewidth=1.2)
 
 
+def _smallest(values: np.ndarray) -> float:
+    """Below this size scores are drawn on a linear scale: a hundredth of the usual one."""
+    return float(np.median(np.abs(values[np.isfinite(values) & (values != 0)]))) / 100
+
+
 def _heat_map(figure: Any, axes: Any, values: np.ndarray, title: str, across: str) -> None:
+    from matplotlib.colors import SymLogNorm
+
     axes.set_title(title, fontsize=9)
     axes.set(xlabel=across, ylabel="layer")
+    if (values < 0).any():  # NaN compares as False
+        largest = np.nanmax(np.abs(values))
+        norm = SymLogNorm(_smallest(values), vmin=-largest, vmax=largest)
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="coolwarm", norm=norm)
+        figure.colorbar(image, ax=axes, label="score")
+        return
     with np.errstate(divide="ignore", invalid="ignore"):
         logarithms = np.where(values > 0, np.log10(values), np.nan)
     if np.isfinite(logarithms).any():

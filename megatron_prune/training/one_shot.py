@@ -18,7 +18,7 @@ from megatron_prune.config import Config
 from megatron_prune.data.batches import Dataset
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.pruning.history import Removal
+from megatron_prune.pruning.history import Removal, before
 from megatron_prune.pruning.selector import Decision, choose
 from megatron_prune.resharding.coordinator import Coordinator
 from megatron_prune.resharding.live import LiveModel
@@ -74,7 +74,7 @@ class OneShot:
 
     def first_choice(self, scores: UnitScores, metric: str) -> Decision | None:
         """The group that would go first by these scores; None when every kind is at its floor."""
-        return choose(scores, scores.architecture, selector_rules(self._config_of(metric)))
+        return choose(scores, scores.architecture, selector_rules(self._config_of(metric), scores.architecture))
 
     def rounds(self, state: RunState, groups_per_scoring: int | None = None) -> Iterator[list[Removal]]:
         """Prune to the target; yields what each scoring led to. `state.history` grows, the model is compacted at the
@@ -114,7 +114,8 @@ class OneShot:
         """Gradients of the calibration batch, watched as in training; nothing is smoothed."""
         mesh, training = self.model.mesh, config.training
         batches = open_stream(self.dataset, config, mesh, is_single=True)
-        settings = dataclasses.replace(pruning_settings(config, mesh.dp_size), momentum=0.0)
+        settings = pruning_settings(config, mesh.dp_size, before(self.model.architecture, state.history))
+        settings = dataclasses.replace(settings, momentum=0.0, limits={})
         scoring = Scoring(self.coordinator, settings, state)
         forward_backward(
             self.model,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 
 from torch import Tensor
 
@@ -96,6 +97,7 @@ class Scored:
     ) -> None:
         self._coordinator, self._settings, self._state, self._clock = coordinator, settings, state, clock
         self._scores, self._update, self._before = scores, update, state.smoothed
+        self._gone = Counter[str]()  # groups removed by these scores, by kind
 
     @property
     def _model(self) -> LiveModel:
@@ -106,12 +108,14 @@ class Scored:
         return self._scores.reduce()
 
     def remove(self, rules: Rules | None = None) -> Removal | None:
-        """Remove the least salient group by `rules` (None: the settings' own); `state` records it. A collective.
+        """Remove the least salient group by `rules` (None: the settings', within its limits); `state` records it. A
+        collective.
 
-        Returns None, with a warning, when nothing can be removed: scores that are not finite, or all kinds at their
-        floors.
+        Returns None when nothing can be removed: what is left must wait for the next scores, or, with a warning,
+        scores are not finite or all kinds at their floors.
         """
         state, settings = self._state, self._settings
+        resting = self._resting() if rules is None else set()
         sums = self.unit_scores()
         if sums.not_finite:
             logger.warning(
@@ -125,12 +129,19 @@ class Scored:
         state.smoothed = smooth(self._before, sums, settings.momentum)
         decision = None
         if self._model.mesh.rank == 0:
-            decision = choose(state.smoothed, self._model.architecture, rules or settings.rules, len(state.history))
+            architecture, step = self._model.architecture, len(state.history)
+            decision = choose(state.smoothed, architecture, rules or settings.rules, step, resting)
         decision = self._coordinator.prepare(decision)
         if decision is None:
+            if resting:
+                return None
             logger.warning("iteration %d: every kind of group is at its floor; nothing is pruned", state.iteration)
             return None
         return self._commit(decision)
+
+    def _resting(self) -> set[str]:
+        """Names of the kinds of which enough have left by these scores."""
+        return {name for name, limit in self._settings.limits.items() if self._gone[name] >= limit}
 
     def round_widths(self) -> list[Removal]:
         """At the target: bring live widths down to multiples for fast deployment, least salient groups first."""
@@ -167,6 +178,7 @@ class Scored:
             layer_errors=None if errors is None else dataclasses.asdict(errors),
         )
         state.history.append(removal)
+        self._gone[decision.group.name] += 1
         return removal
 
 

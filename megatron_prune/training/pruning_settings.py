@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from megatron_prune.config import Config
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.balance import balanced_widths
 from megatron_prune.pruning.groups import Rules, find_group, known_groups
 from megatron_prune.pruning.schedule import CurveSchedule, RatioSchedule, Schedule
 from megatron_prune.pruning.spike_guard import SpikeGuard
@@ -31,6 +33,7 @@ class PruningSettings:
             of kinds that all layers share.
         refresh: removals after which inverse Hessians are computed anew.
         round_to: by name of kind, multiples to which live widths are brought at the target.
+        limits: by name of kind of group, how many may leave by one batch's scores; absent: any number.
         guard: when pruning pauses, or None.
         resets_adam: whether Adam begins anew after an iteration in which groups left.
     """
@@ -43,14 +46,16 @@ class PruningSettings:
     updates_stem: bool = False
     refresh: int = 1
     round_to: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
     guard: SpikeGuard | None = None
     resets_adam: bool = False
 
 
-def selector_rules(config: Config) -> Rules:
-    """The selector's part of the configuration; a target that is not set counts as one parameter."""
+def selector_rules(config: Config, source: Architecture) -> Rules:
+    """The selector's part of the configuration, for a run that starts from `source`; a target that is not set counts as
+    one parameter."""
     pruning = config.pruning
-    return Rules(
+    rules = Rules(
         target_params=pruning.target_params or 1,
         types=tuple(pruning.types),
         gqa=pruning.gqa,
@@ -60,12 +65,20 @@ def selector_rules(config: Config) -> Rules:
         floors={name: group.floor for name, group in pruning.groups.items()},
         draw_seed=config.training.seed if pruning.metric == "random" else None,
     )
+    return dataclasses.replace(rules, widths=balanced_widths(source, rules, pruning.balance))
 
 
 def group_costs(config: Config, shape: LlamaShape) -> dict[str, int]:
     """Pruning steps that a group of each kind uses up, by name."""
     given = {name: group.cost for name, group in config.pruning.groups.items()}
     return {kind.name: given.get(kind.name) or kind.default_cost(shape) for kind in known_groups()}
+
+
+def group_limits(config: Config) -> dict[str, int]:
+    """Groups of a kind that may leave by one batch's scores, by name, where that is limited."""
+    given = {name: group.limit for name, group in config.pruning.groups.items()}
+    limits = {kind.name: given.get(kind.name) or kind.default_limit for kind in known_groups()}
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def pruning_schedule(config: Config, source: Architecture) -> Schedule:
@@ -95,10 +108,10 @@ def collector_settings(config: Config, dp_size: int) -> CollectorSettings:
     )
 
 
-def pruning_settings(config: Config, dp_size: int) -> PruningSettings:
-    """All of it, for a run on `dp_size` data-parallel ranks."""
+def pruning_settings(config: Config, dp_size: int, source: Architecture) -> PruningSettings:
+    """All of it, for a run from `source` on `dp_size` data-parallel ranks."""
     pruning, second_order = config.pruning, config.pruning.second_order
-    rules, guard = selector_rules(config), config.pruning.spike_guard
+    rules, guard = selector_rules(config, source), config.pruning.spike_guard
     is_shared = any(find_group(name).kind.is_shared for name in pruning.types)
     return PruningSettings(
         rules=rules,
@@ -109,6 +122,7 @@ def pruning_settings(config: Config, dp_size: int) -> PruningSettings:
         updates_stem=second_order.enabled and second_order.stem and is_shared,
         refresh=second_order.refresh,
         round_to={name: group.round_to for name, group in pruning.groups.items()},
+        limits=group_limits(config),
         guard=None if guard.factor is None else SpikeGuard(guard.factor, guard.window),
         resets_adam=pruning.optimizer_state == "reset",
     )

@@ -98,9 +98,10 @@ class Trainer:
         self.clock = PartClock(model.mesh.device)
         self.pruner: Pruner | None = None
         if config.pruning.target_params:
+            source = before(model.architecture, state.history)
             self.pruner = Pruner(
-                pruning_settings(config, model.mesh.dp_size),
-                pruning_schedule(config, before(model.architecture, state.history)),
+                pruning_settings(config, model.mesh.dp_size, source),
+                pruning_schedule(config, source),
                 self.coordinator,
                 state,
                 config.tokens_per_iteration,

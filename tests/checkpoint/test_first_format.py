@@ -45,6 +45,7 @@ def resume(_rank, _world_size, folder):
         *("--prune-ratio", "2:1", "--prune-gqa", "cluster", "--prune-metric", "obc", *OLD_FLAGS),
         *("--prune-second-order", "enabled=true", "refresh=3", "--eval-interval", 1000, "--eval-iters", 1),
         *("--log-interval", 1, "--progress", "lines"),
+        *("--prune-head-score", "per_column", "--prune-balance", "0"),  # what was done then; told where it differs
     ]
     return pretrain([str(word) for word in words])
 

@@ -165,9 +165,20 @@ def test_the_saliencies_say_what_could_not_be_chosen(tmp_path, monkeypatch):
         "ffn, 1 of 3 not above 0",
         "stem: off, or at its floor",
         "removed",
-        "less salient, but would end below the target",
+        "less salient, but had to wait (target, balance, limit)",
     ]
     assert list(axes.get_lines()[-1].get_ydata()) == [2e-7]
+
+
+def test_saliencies_below_zero_are_drawn(tmp_path, monkeypatch):
+    first, *others = removals()
+    history = [
+        dataclasses.replace(first, scores={"head": 4e-7, "ffn": -1e-7, "stem": 0.0}),
+        dataclasses.replace(others[0], scores={"head": 3e-7, "ffn": 2e-7, "stem": -2e-7}),
+    ]
+    axes, _ = figures(history, tmp_path, monkeypatch)
+    assert axes.get_yscale() == "symlog"
+    assert [list(line.get_ydata()) for line in axes.get_lines()[:3]] == [[4e-7, 3e-7], [-1e-7, 2e-7], [0.0, -2e-7]]
 
 
 def test_removals_without_training_are_drawn_one_by_one(tmp_path, monkeypatch):

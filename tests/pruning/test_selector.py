@@ -60,9 +60,10 @@ def oracle_form(scores):
 
 
 def random_scores(architecture, seed, levels):
-    """Multiples of 1/64, so that sums are exact in any order; few `levels` make ties."""
+    """Multiples of 1/64, so that sums are exact in any order; few `levels` make ties, odd seeds negative ones too."""
     random = np.random.default_rng(seed)
-    return UnitScores.from_vector(architecture, random.integers(0, levels, score_length(architecture)) / 64)
+    least = -levels // 2 if seed % 2 else 0
+    return UnitScores.from_vector(architecture, random.integers(least, levels, score_length(architecture)) / 64)
 
 
 @st.composite
@@ -178,6 +179,30 @@ def test_finish_exact_prefers_what_does_not_overshoot():
     only_heads = Rules(target, normalize="none", types=("head",))
     chosen = choose(scores, FULL, only_heads)
     assert chosen is not None and chosen.group.name == "head", "better below the target than never there"
+
+
+def test_finish_exact_ends_as_near_to_the_target_as_it_can():
+    """Where all groups end more than half a percent below the target, the smallest goes, not the least salient."""
+    least = {kind: choose(scores_of(**{kind: 0.0}), FULL, Rules(1, types=(kind,))) for kind in KINDS}
+    costs = {kind: FULL.cost(decision.group) for kind, decision in least.items() if decision}
+    smallest = min(costs, key=costs.__getitem__)
+    target = FULL.parameters - 1
+    assert all(FULL.parameters - cost < target * 0.995 for cost in costs.values())
+    other = max(costs, key=costs.__getitem__)
+    chosen = choose(scores_of(**{other: 0.0}), FULL, Rules(target, normalize="none", finish="exact"))
+    assert chosen is not None and chosen.group.name == smallest
+
+
+@pytest.mark.parametrize("normalize", ["none", "per_parameter"])
+def test_a_predicted_gain_goes_first_and_the_greater_one_before_the_smaller(normalize):
+    """Dividing by parameters would put the greater of two gains behind, since more parameters leave with it."""
+    rules = Rules(1, normalize=normalize, gqa="cluster")
+    chosen = choose(scores_of(head=0.0, ffn=1e-9, stem=-1e-9), FULL, rules)
+    assert chosen is not None and chosen.group.name == "stem", "before a group that costs nothing"
+    chosen = choose(scores_of(head=-3.0, ffn=-2.0, stem=1.0), FULL, rules)
+    assert chosen is not None and chosen.group.name == "head", "-6 in two layers against -4"
+    assert FULL.cost(chosen.group) > FULL.cost(Group.of(FFN, ((0,), (0,)))), "the case that a division would reverse"
+    assert chosen.margin == 0, "another head would do as well"
 
 
 def test_random_draws_are_even_over_units_and_repeatable():

@@ -189,7 +189,10 @@ def test_a_head_uses_up_head_dim_pruning_steps():
     # Credits: 4 -> -4, 0, 4 -> -4, 0, 4 -> -4
     assert when(results) == {1: 1, 3: 1, 5: 1}
     assert oracle.credits == -4
-    _, results = run(OracleSettings(ratio=(4, 1), types=("head",), target_params=1, group_cost={"head": 1}), 2)
+    cheap = {"ratio": (4, 1), "types": ("head",), "target_params": 1, "group_cost": {"head": 1}}
+    _, results = run(OracleSettings(**cheap), 3)
+    assert when(results) == {1: 1, 2: 1, 3: 1}, "one by the scores of one iteration"
+    _, results = run(OracleSettings(**cheap, limits={}), 2)
     assert when(results) == {1: 3}
 
 
@@ -232,8 +235,8 @@ def test_no_target_means_no_pruning():
 def test_several_groups_in_a_step_reuse_its_scores_without_the_units_that_are_gone():
     """Magnitude without training: scores after a removal are those of the smaller model, so six groups in one step
     are the groups of six steps, one each."""
-    common = {"target_params": 1, "saliency_momentum": 0.0, "criterion": "magnitude", "lr": 0.0}
-    costs = {"group_cost": {"head": 1}}
+    common = {"target_params": 1, "saliency_momentum": 0.0, "criterion": "magnitude", "lr": 0.0, "limits": {}}
+    costs = {"group_cost": {"head": 1}, "head_score": "per_column", "balance": 0.0}
     at_once, _ = run(OracleSettings(ratio=(6, 1), **common, **costs), 1)
     one_by_one, _ = run(OracleSettings(ratio=(1, 1), **common, **costs), 6)
     assert len(at_once.removals) == len(one_by_one.removals) == 6

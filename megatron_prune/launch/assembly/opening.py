@@ -9,6 +9,7 @@ check_context, check_target, check_output   single checks, also of a dry run
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from megatron_prune.checkpoint import RunRecord
 from megatron_prune.checkpoint.files import holds_checkpoint, refuse_step
-from megatron_prune.config import Config, PruningConfig
+from megatron_prune.checkpoint.record import CONFIG_FILE
+from megatron_prune.config import Config, PruningConfig, check_head_score, read_file, yaml_value
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
@@ -96,9 +98,13 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
         check_vocabulary(tokenizer, blend, vocab_size)
     check_context(config, architecture)
     check_target(config, architecture)
+    resumes = record is not None and _resumes(config, record)
+    if record is not None and resumes:
+        _tell_changes(config, record)
+    else:
+        check_head_score(config)
     if writes:
         check_output(config)
-    resumes = record is not None and _resumes(config, record)
     return Inputs(architecture, record, resumes, read, tokenizer, train, valid, facts, shuffle)
 
 
@@ -125,6 +131,24 @@ def _record(config: Config) -> RunRecord | None:
         logger.info("%s: no checkpoint yet, starting from %s", checkpoint.load, config.model.hf_model)
         return None
     return RunRecord.read(checkpoint.load, checkpoint.ckpt_step)
+
+
+# What pruned before there was an option for it: such a run's configuration does not name it.
+_UNNAMED = Config(pruning=PruningConfig(balance=0.0))
+
+
+def _tell_changes(config: Config, record: RunRecord) -> None:
+    """Log what is pruned by other options than in the checkpoint's run, also where it is a default that has changed."""
+    try:
+        before = read_file(record.path / CONFIG_FILE, _UNNAMED).pruning
+    except UserError as error:
+        logger.warning("what the run was pruned by so far is not known: %s", error)
+        return
+    for field in dataclasses.fields(before):
+        then, now = getattr(before, field.name), getattr(config.pruning, field.name)
+        if then != now:
+            words = (field.name, yaml_value(then), yaml_value(now))
+            logger.warning("pruning.%s: %s until this checkpoint, %s from here on", *words)
 
 
 def _loads_its_own(config: Config) -> bool:
@@ -165,7 +189,7 @@ def check_target(config: Config, architecture: Architecture) -> None:
             f"pruning.target_params: {target} is not below the source's {architecture.parameters} parameters; "
             "give a smaller target, or null to train without pruning"
         )
-    least = least_parameters(architecture, selector_rules(config))
+    least = least_parameters(architecture, selector_rules(config, architecture))
     if target < least:
         raise UserError(
             f"pruning.target_params: {target} cannot be reached: at the floors of {', '.join(pruning.types)} "

@@ -102,7 +102,7 @@ class Phase:
 
 def plan_route(config: Config, architecture: Architecture) -> Route:
     """The route from `architecture` to `pruning.target_params`, which is below it and can be reached."""
-    pruning, target, rules = config.pruning, config.pruning.target_params, selector_rules(config)
+    pruning, target, rules = config.pruning, config.pruning.target_params, selector_rules(config, architecture)
     assert target is not None and target < architecture.parameters
     known = _published(architecture, target)
 

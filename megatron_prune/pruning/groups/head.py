@@ -27,6 +27,11 @@ class HeadGroups(GroupKind):
         """One per column of the head."""
         return shape.kv_channels
 
+    @property
+    def default_limit(self) -> int:
+        """One: several would empty the layers of heads before a single step shows what that did."""
+        return 1
+
     def least(
         self, values: np.ndarray, ids: np.ndarray, shape: LlamaShape, rules: Rules
     ) -> tuple[float, tuple[int, ...], float]:

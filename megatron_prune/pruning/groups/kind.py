@@ -29,16 +29,19 @@ class Rules:
     Args:
         types: names of the kinds of groups that may leave, in any order; None: all that are known.
         floors: by name, units of every layer that stay.
+        widths: by name, units of every layer that stay while another kind has more than its own (see
+            `pruning.balance`).
         draw_seed: decide by lot (metric `random`).
     """
 
     target_params: int
     types: tuple[str, ...] | None = None
     gqa: str = "kv_group"
-    head_score: str = "per_column"
+    head_score: str = "sum"
     normalize: str = "per_parameter"
     finish: str = "exact"
     floors: Mapping[str, int] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
     draw_seed: int | None = None
 
     def floor(self, name: str) -> int:
@@ -83,6 +86,11 @@ class GroupKind:
         """Pruning steps that one group uses up, where no configuration says."""
         return 1
 
+    @property
+    def default_limit(self) -> int | None:
+        """Groups that may leave by one batch's scores, where no configuration says; None: any number."""
+        return None
+
     def offer(self, scores: UnitScores, architecture: Architecture, rules: Rules) -> Offer:
         """The least salient group; `scores` are aligned with `architecture`.
 
@@ -114,13 +122,10 @@ class GroupKind:
         """Units that stay in every layer."""
         return rules.floor(self.name)
 
-    def is_below_floor(self, architecture: Architecture, group: Group, rules: Rules) -> bool:
-        """Whether fewer units than the floor would stay somewhere after `group`."""
-        left = min(
-            len(ids) - len(units)
-            for ids, units in zip(architecture.sites(self.kind), group.gone[self.kind], strict=True)
-        )
-        return left < rules.floor(self.name)
+    def left(self, architecture: Architecture, group: Group) -> int:
+        """Units that stay after `group`, in the layer where fewest do."""
+        sites = zip(architecture.sites(self.kind), group.gone[self.kind], strict=True)
+        return min(len(ids) - len(units) for ids, units in sites)
 
     def kept(self, ids: np.ndarray, count: int, shape: LlamaShape, rules: Rules) -> np.ndarray:
         """`count` of the live `ids` of a layer, such as could be left on the way (which ones is immaterial)."""

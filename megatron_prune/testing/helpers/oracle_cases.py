@@ -178,6 +178,21 @@ SPECIAL: dict[str, OracleCase] = {
         MODELS["gqa-untied"],
         {"schedule": "linear", "curve": (0, 900), "gqa": "cluster", "lr": LinearDecay(3e-3, 60)},
     ),
+    "taylor-signed": (
+        Case(tp=2, sequence_parallel=True, dp=2, distributed_optimizer=True, quanta=COARSE),
+        MODELS["gqa-tied"],
+        {"criterion": "taylor_signed", "fisher_unit": "token", "schedule": "cubic", "curve": (0, 1100)},
+    ),
+    "taylor-signed-stages": (
+        Case(pp=2, dp=2, overlap=True, first_stage_layers=1, quanta=COARSE),
+        MODELS["gqa-untied"],
+        {"criterion": "taylor_signed", "gqa": "uniform", "saliency_momentum": 0.0, "ratio": (2, 1)},
+    ),
+    "taylor-signed-raw": (
+        Case(tp=3, quanta=COARSE),
+        MODELS["gqa-untied"],
+        {"criterion": "taylor_signed", "fisher_unit": "token", "gqa": "cluster", "normalize": "none"},
+    ),
     "taylor-second": (
         Case(tp=3, quanta=COARSE),
         MODELS["gqa-untied"],

@@ -122,6 +122,9 @@ class Case:
         )
 
 
+_ANY = 10**6  # groups of a kind by one iteration's scores: no limit
+
+
 class RandomTokens:
     """Samples of random tokens, by number, the same for every layout."""
 
@@ -194,11 +197,14 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             normalize=settings.normalize,  # type: ignore[arg-type]
             saliency_momentum=settings.saliency_momentum,
             second_order=SecondOrder(settings.second_order, settings.second_order_stem, settings.damping),
+            balance=settings.balance,
             gqa=settings.gqa,  # type: ignore[arg-type]
             optimizer_state=settings.optimizer_state,  # type: ignore[arg-type]
             groups=GroupConfigs(
                 {
-                    name: GroupConfig(int(settings.group_cost.get(name, 0)) or None, floor)
+                    name: GroupConfig(
+                        int(settings.group_cost.get(name, 0)) or None, floor, settings.limits.get(name, _ANY)
+                    )
                     for name, floor in settings.floors.items()
                 }
             ),

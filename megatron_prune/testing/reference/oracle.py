@@ -15,7 +15,9 @@ cannot come back and needs no mask. The sharded system must give the same losses
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,7 +123,7 @@ class DenseOracle:
         self._begin_adam()
         self.iteration = self.tokens = 0
         self.credits = 0.0
-        self.source_params = self.parameters()
+        self.source, self.source_params = self.live, self.parameters()
         self.smoothed: OracleScores | None = None
         self.removals: list[OracleRemoval] = []
 
@@ -313,11 +315,14 @@ class DenseOracle:
         while self._may_prune(self.credits):
             assert scores is not None
             self.smoothed = self._smooth(before, scores)
-            rules = self.settings.choice_rules
+            rules = self._rules()
+            gone = Counter(removal.kind for removal in removed)
+            resting = {kind for kind, limit in self.settings.limits.items() if gone[kind] >= limit}
             found = oracle_scores.candidates(self.smoothed, self.geometry, self.live, rules)
-            if not found:
+            choice = oracle_scores.choose(found, rules, resting) if found else None
+            if choice is None:
                 break
-            best, margin = oracle_scores.choose(found, rules)
+            best, margin = choice
             live, errors = self.live, self._compensate(best.kind, best.units, inputs)
             columns = self.remove(best.kind, best.units, scores.columns)
             scores = Scores(columns, shrink(self.geometry, scores.rows or {}, live, self.live))
@@ -335,6 +340,11 @@ class DenseOracle:
         if removed and self.settings.optimizer_state == "reset":
             self._begin_adam()
         return removed
+
+    def _rules(self) -> oracle_scores.ChoiceRules:
+        rules, balance = self.settings.choice_rules, self.settings.balance
+        balanced = oracle_scores.balanced_widths(self.geometry, self.source, rules, balance)
+        return dataclasses.replace(rules, balanced=balanced)
 
     def _compensate(self, kind: str, units: Units, inputs: Mapping[str, Tensor] | None) -> tuple[float, float] | None:
         """Second-order update for a group that is about to leave, from the inputs of this iteration's batch."""

@@ -13,16 +13,26 @@ Scores are keyed by original ids. Ties go to the lowest id, between kinds to hea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron_prune.testing.reference.oracle_geometry import FFN, HEAD, STEM, Geometry, LiveUnits, count
+from megatron_prune.testing.reference.oracle_geometry import (
+    FFN,
+    HEAD,
+    KV_HEAD,
+    STEM,
+    Geometry,
+    LiveUnits,
+    count,
+    weight_shapes,
+    weight_table,
+)
 
 KINDS = (HEAD, FFN, STEM)
-CRITERIA = ("taylor_first", "taylor_second", "taylor_mix", "obd", "magnitude")
+CRITERIA = ("taylor_first", "taylor_second", "taylor_mix", "taylor_signed", "obd", "magnitude")
 INPUT_CRITERIA = ("obc", "wanda", "flap", "minitron")
 
 _OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
@@ -31,7 +41,8 @@ Units = tuple[tuple[int, ...], ...]
 
 
 def element_scores(criterion: str, weight: Tensor, gradient: Tensor, fisher: Tensor | None) -> Tensor:
-    """S >= 0 of every element. Removing w is delta = -w: the loss changes by -w g + w^2 F / 2, hence mix's signs."""
+    """S of every element. Removing w is delta = -w: the loss changes by -w g + w^2 F / 2, hence mix's signs; only
+    `taylor_signed` keeps the sign."""
     if criterion == "magnitude":
         return weight.abs()
     if criterion == "taylor_first":
@@ -41,6 +52,8 @@ def element_scores(criterion: str, weight: Tensor, gradient: Tensor, fisher: Ten
         return (weight.square() * fisher).abs()
     if criterion == "obd":
         return (weight.square() * fisher).abs() / 2
+    if criterion == "taylor_signed":
+        return -weight * gradient + weight.square() * fisher / 2
     assert criterion == "taylor_mix", criterion
     return (weight * gradient - weight.square() * fisher / 2).abs()
 
@@ -132,18 +145,20 @@ class ChoiceRules:
     min_widths: Mapping[str, int]
     target_params: int
     finish: str
+    balanced: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class OracleCandidate:
     """The least salient group of one kind. `runner_up` is its score with the second-best unit in the layer where that
-    costs least (infinite without one), on the same scale as `score`."""
+    costs least (infinite without one), on the same scale as `score`. `left` units of the kind stay in a layer."""
 
     kind: str
     units: Units
     score: float
     runner_up: float
     parameters_after: int
+    left: int
 
 
 def head_options(
@@ -188,24 +203,57 @@ def candidates(scores: OracleScores, geometry: Geometry, live: LiveUnits, rules:
         else:
             options = [sorted((score, (unit,)) for unit, score in scores.stem.items())]
         units = tuple(layer[0][1] for layer in options)
-        if len(live.of(kind, 0)) - len(units[0]) < rules.min_widths[kind]:
+        left = len(live.of(kind, 0)) - len(units[0])
+        if left < rules.min_widths[kind]:
             continue
         after = count(geometry, live.without(kind, units))
-        scale = parameters - after if rules.normalize == "per_parameter" else 1
+        gone = parameters - after
         least = sum(layer[0][0] for layer in options)
         swap = min((layer[1][0] - layer[0][0] for layer in options if len(layer) > 1), default=math.inf)
-        found.append(OracleCandidate(kind, units, least / scale, (least + swap) / scale, after))
+        score, runner_up = (_normalized(value, gone, rules) for value in (least, least + swap))
+        found.append(OracleCandidate(kind, units, score, runner_up, after, left))
     return found
 
 
-def choose(found: Sequence[OracleCandidate], rules: ChoiceRules) -> tuple[OracleCandidate, float]:
+def _normalized(score: float, parameters: int, rules: ChoiceRules) -> float:
+    """`per_parameter` weighs a loss against what it saves; a gain (a negative score) is compared as it is."""
+    return score / parameters if rules.normalize == "per_parameter" and score > 0 else score
+
+
+def balanced_widths(geometry: Geometry, live: LiveUnits, rules: ChoiceRules, balance: float) -> dict[str, int]:
+    """`balance` times the widths of a model of the target's size in which every kind of `types` has kept the same share
+    of its units, rounded up. That share, of widths that need not be whole, is found by halving an interval."""
+    table, shapes = weight_table(geometry), weight_shapes(geometry, live)
+    shrinking = {*rules.types, *((KV_HEAD,) if HEAD in rules.types else ())}
+
+    def parameters(share: float) -> float:
+        dims = {name: sum(kind in shrinking for kind in table[name].kinds) for name in table}
+        return sum(math.prod(shapes[name]) * share ** dims[name] for name in table)
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if parameters(middle) > rules.target_params else (middle, high)
+    return {kind: math.ceil(balance * low * len(live.of(kind, 0)) - 1e-9) for kind in KINDS}
+
+
+def choose(
+    found: Sequence[OracleCandidate], rules: ChoiceRules, resting: Collection[str] = ()
+) -> tuple[OracleCandidate, float] | None:
     """The candidate to remove, and its margin: the relative gap to the best alternative (0 = a tie).
 
-    `finish: exact`: groups that overshoot target x (1 - 0.5 %) are passed over while another one is left.
+    `finish: exact`: groups that overshoot target x (1 - 0.5 %) are passed over while another one is left; where all
+    do, the one that ends nearest to the target goes. Then kinds at their balanced width are passed over while another
+    one is left, then those that rest; None when nothing remains.
     """
     eligible = list(found)
     if rules.finish == "exact":
-        eligible = [c for c in found if c.parameters_after >= rules.target_params * (1 - 0.005)] or eligible
+        eligible = [c for c in found if c.parameters_after >= rules.target_params * (1 - 0.005)]
+        eligible = eligible or [max(found, key=lambda c: c.parameters_after)]
+    eligible = [c for c in eligible if c.left >= rules.balanced.get(c.kind, 0)] or eligible
+    eligible = [c for c in eligible if c.kind not in resting]
+    if not eligible:
+        return None
     best = min(eligible, key=lambda candidate: (candidate.score, KINDS.index(candidate.kind)))
     rivals = [candidate.score for candidate in eligible if candidate is not best]
     runner_up = min([best.runner_up, *rivals])

@@ -40,8 +40,8 @@ class OracleSettings:
         lr: learning rate of an iteration, from the number of iterations before it (0 for the first), or a constant.
         betas, eps, weight_decay: AdamW; decay is decoupled and on tensors of two dims only.
         clip_grad: largest global gradient norm; 0 switches clipping off.
-        criterion: `taylor_first`, `taylor_second`, `taylor_mix`, `obd`, `magnitude`, `obc`, `wanda`, `flap`,
-            `minitron`.
+        criterion: `taylor_first`, `taylor_second`, `taylor_mix`, `taylor_signed`, `obd`, `magnitude`, `obc`, `wanda`,
+            `flap`, `minitron`.
         fisher: F = scale x mean over micro-batches of their own squared gradients (`microbatch`), exp_avg_sq before
             this iteration's optimizer step (`adam`), or the square of the mean gradient (`batch`).
         fisher_unit: scale of `microbatch`: the sequences (`sequence`) or tokens (`token`) of a micro-batch.
@@ -52,7 +52,8 @@ class OracleSettings:
         normalize: `per_parameter` divides a group's score by the parameters that leave with it.
         saliency_momentum: m of the moving average of unit scores; 0 switches it off.
         score_idle: score (and smooth) at scheduled iterations that have no credit to remove anything, too.
-        types: kinds of groups that may go.
+        types: kinds of groups that may go. limits: how many of a kind may go by one iteration's scores.
+        balance: share of the width that a kind would have if all shrank alike; one at it waits for the others.
         min_heads, min_ffn, min_hidden: widths that are kept.
         gqa: the unit of a head group, see `oracle_scores.head_options`.
         schedule: `ratio`, or the `cubic` or `linear` curve of sizes over tokens.
@@ -77,11 +78,13 @@ class OracleSettings:
     damping: float = 0.01
     second_order: bool = False
     second_order_stem: bool = True
-    head_score: str = "per_column"
+    head_score: str = "sum"
     normalize: str = "per_parameter"
     saliency_momentum: float = 0.9
     score_idle: bool = False
     types: tuple[str, ...] = oracle_scores.KINDS
+    balance: float = 0.6
+    limits: Mapping[str, int] = field(default_factory=lambda: {oracle_scores.HEAD: 1})
     min_heads: int = 1
     min_ffn: int = 1
     min_hidden: int = 1
