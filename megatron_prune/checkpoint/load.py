@@ -12,7 +12,7 @@ import torch
 
 from megatron_prune.checkpoint.files import damages, read_manifest, refuse_damaged, resolve
 from megatron_prune.checkpoint.pieces import spread
-from megatron_prune.checkpoint.record import RunRecord
+from megatron_prune.checkpoint.record import COMMON_FILE, RunRecord
 from megatron_prune.checkpoint.rng import restore_rng
 from megatron_prune.checkpoint.tensors import load_moments, load_weights
 from megatron_prune.errors import UserError
@@ -48,7 +48,7 @@ def load_checkpoint(
         load_moments(model, record.path, record.facts)
         mesh = model.mesh
         if record.facts.mesh == (mesh.tp_size, mesh.pp_size, mesh.dp_size) and len(record.rng) == mesh.world_size:
-            restore_rng(record.rng[mesh.rank])
+            restore_rng(record.rng[mesh.rank], record.path / COMMON_FILE)
     return record.state
 
 

@@ -144,11 +144,32 @@ def table_with(**fields: FieldType) -> FieldType:
     )
 
 
+def is_plain(value: Any) -> bool:
+    """Whether JSON can say it; arrays and tensors it cannot."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 COUNT = FieldType("a whole number", lambda value: type(value) is int and 0 <= value < 1 << 62)
 NUMBER = FieldType("a number", lambda value: type(value) in (int, float) and -1e300 < value < 1e300)
+MEASURED = FieldType("a number, finite or not", lambda value: type(value) in (int, float))
 TEXT, LIST, TABLE = _instance(str, "text"), _instance(list, "a list"), _instance(dict, "a table")
-TABLES = FieldType("a list of tables", lambda value: LIST.fits(value) and all(map(TABLE.fits, value)))
-TABLE_OF_TABLES = FieldType("a table of tables", lambda value: TABLE.fits(value) and TABLES.fits([*value.values()]))
+PLAIN_TABLE = FieldType("a table of plain values", lambda value: TABLE.fits(value) and is_plain(value))
+TABLES = FieldType(
+    "a list of tables of plain values", lambda value: LIST.fits(value) and all(map(PLAIN_TABLE.fits, value))
+)
+_MEASURED = ("iteration", "tokens", "parameters", "validation_loss", "evaluation_tokens_per_second")
+_STAGES = FieldType(
+    f"tables in which {', '.join(_MEASURED)} are numbers, by stage",
+    lambda value: (
+        PLAIN_TABLE.fits(value)
+        and all(map(TABLE.fits, value.values()))
+        and all(MEASURED.fits(facts[name]) for facts in value.values() for name in _MEASURED if name in facts)
+    ),
+)
 _TRIPLES = FieldType(
     "lists of three", lambda value: LIST.fits(value) and all(LIST.fits(v) and len(v) == 3 for v in value)
 )
@@ -156,16 +177,16 @@ STATE_FIELDS = {
     # How far it is.
     "phase": one_of(PRUNING, CONTINUED),
     **dict.fromkeys(("phase_start", "tokens", "consumed_tokens", "consumed_samples"), COUNT),
-    "consumed_samples_per_data_set": TABLE,
+    "consumed_samples_per_data_set": PLAIN_TABLE,
     # What it was trained with.
     **dict.fromkeys(("config", "tokenizer_model", "tokenizer_type", "tokenizer_fingerprint"), TEXT),
     "data_tokenizers": _TRIPLES,
-    "source": TABLE,
-    "data_order": TABLE,
+    "source": PLAIN_TABLE,
+    "data_order": PLAIN_TABLE,
     "data_shuffle": table_with(samples=COUNT, epochs=LIST, digest=TEXT),
     # What came of it.
     "history": TABLES,
-    "stages": TABLE_OF_TABLES,
+    "stages": _STAGES,
 }
 """Of the state in a checkpoint; whoever writes it may add others."""
 
@@ -254,6 +275,7 @@ class RunRecord:
         """
         from megatron_prune.checkpoint.plain import unpack
         from megatron_prune.model.architecture import Architecture
+        from megatron_prune.pruning.history import read_removals
 
         iteration, folder = resolve(Path(directory), step)
         refuse_damaged(folder.parent, iteration, damages(folder, SMALL_FILES))
@@ -265,6 +287,7 @@ class RunRecord:
             raise UserError(f"{folder / COMMON_FILE}: holds no state of a run")
         check_fields(common, {"state": TABLE, "rng": LIST}, folder / COMMON_FILE, required=True)
         check_fields(common["state"], STATE_FIELDS, folder / COMMON_FILE)
+        read_removals(common["state"].get("history") or [], f"{folder / COMMON_FILE}: history")
         return cls(
             iteration=iteration,
             path=folder,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_prune.errors import UserError, first_line
 
 
 def capture_rng() -> dict[str, Any]:
@@ -23,11 +26,20 @@ def capture_rng() -> dict[str, Any]:
     }
 
 
-def restore_rng(states: dict[str, Any]) -> None:
-    """Inverse of `capture_rng`; the generators of a device stay as they are when the states are of another kind."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if states["device"].numel() == torch.cuda.get_rng_state().numel():
-        torch.cuda.set_rng_state(states["device"])
-        get_cuda_rng_tracker().set_states(states["tracker"])
+def restore_rng(states: dict[str, Any], file: Path = Path("rng")) -> None:
+    """Inverse of `capture_rng`; the generators of a device stay as they are when the states are of another kind.
+
+    Raises:
+        UserError: they are no states; names `file`, which they were read from.
+    """
+    try:
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])  # noqa: NPY002
+        torch.set_rng_state(states["torch"])
+        if states["device"].numel() == torch.cuda.get_rng_state().numel():
+            torch.cuda.set_rng_state(states["device"])
+            tracked = {str(name): state.clone() for name, state in states["tracker"].items()}
+            get_cuda_rng_tracker().set_states(tracked)
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        told = f"{file}: rng: no states of random generators ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"{told}; --no-load-optim goes on without them") from error

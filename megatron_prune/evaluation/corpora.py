@@ -19,15 +19,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
+from megatron_prune.checkpoint.record import COUNT, TEXT, check_fields
 from megatron_prune.data.datasets import Blend, blend_words, build_datasets, check_vocabulary, parse_blend
 from megatron_prune.data.documents import SEPARATORS, read_documents
 from megatron_prune.data.indexed import bin_path
 from megatron_prune.data.tokenizer import Tokenizer, check_rows
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.models import ModelFolder
+from megatron_prune.huggingface.provenance import config_of
 
 IGNORED = -100
 FIELD = "--data-path"
@@ -232,14 +233,17 @@ def run_options(meta: Mapping[str, Any], where: str) -> tuple[IndexedOptions, in
     Raises:
         UserError: the checkpoint records no data, as one that was only imported.
     """
-    config = yaml.safe_load(meta.get("config") or "{}") or {}
+    config = config_of(meta)
     data, training = config.get("data") or {}, config.get("training") or {}
-    path = data.get("valid_data_path") or data.get("data_path")
-    if not path:
+    own = "valid_data_path" if data.get("valid_data_path") else "data_path"
+    if not data.get(own):
         raise UserError(f"{where}: records no data set it was trained on; give {FIELD} or --tasks")
+    file, counts = Path(f"{where}: config of its run"), ("seed", "eval_iters", "global_batch_size")
+    check_fields(data, {own: TEXT, "split": TEXT, "seq_length": COUNT}, file, required=True)
+    check_fields(training, dict.fromkeys(counts, COUNT), file, required=True)
     options = IndexedOptions(
-        path=path,
-        split="0,1,0" if data.get("valid_data_path") else data["split"],
+        path=data[own],
+        split="0,1,0" if own == "valid_data_path" else data["split"],
         seed=training["seed"],
         samples=training["eval_iters"] * training["global_batch_size"],
         eod_mask_loss=data.get("eod_mask_loss", False),

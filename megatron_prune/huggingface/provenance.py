@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from megatron_prune.checkpoint.record import TABLE, TEXT, check_fields
 from megatron_prune.errors import UserError, first_line
 from megatron_prune.huggingface.model_card import CardFacts
 from megatron_prune.huggingface.shards import DTYPES
@@ -31,6 +32,7 @@ _TOLD = {
     "training": ("micro_batch_size", "global_batch_size", "seed", "bf16"),
     "data": ("data_path", "seq_length"),
 }
+_SOURCE = {"name": TEXT, **dict.fromkeys(("card", "special_ids", "dtypes", "generation_config"), TABLE), "dtype": TEXT}
 _STAGES = {
     "source": "validation loss of the source model",
     "pruned": "validation loss on reaching the target size",
@@ -76,6 +78,7 @@ def tokenizer_of(meta: Mapping[str, Any]) -> tuple[str | None, str] | None:
 def source_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The source model's facts: as recorded, else read from its folder if that is still there, else {}."""
     if meta.get("source"):
+        check_fields(meta["source"], _SOURCE, Path("source of the checkpoint's run"))
         return dict(meta["source"])
     folder = (config_of(meta).get("model") or {}).get("hf_model")
     return read_source(folder) if folder and (Path(folder) / "config.json").is_file() else {}
@@ -96,7 +99,9 @@ def config_of(meta: Mapping[str, Any]) -> dict[str, Any]:
         content = yaml.safe_load(meta.get("config") or "{}")
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"config of the checkpoint's run: no YAML ({first_line(error)})") from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values() if values):
+        raise UserError("config of the checkpoint's run: no sections of options")
+    return content
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

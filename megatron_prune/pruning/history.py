@@ -2,7 +2,7 @@
 
 Removal          one line
 HistoryWriter    appends lines to pruning_history.jsonl (one rank only)
-read_history     lines -> list of Removal
+read_history     file -> list of Removal; read_removals   its lines
 before           what the first removal was taken from
 """
 
@@ -12,14 +12,14 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, first_line
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture, Group, Units
 from megatron_prune.model.kinds import Kind, find_kind
@@ -65,13 +65,27 @@ class Removal:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Removal:
-        """Inverse of `to_json`; also reads lines of the first format. Raises ValueError, TypeError or KeyError for
-        anything else."""
+        """Inverse of `to_json`; also reads lines of the first format. Raises AttributeError, ValueError, TypeError or
+        KeyError for anything else.
+        """
         data = first_format.removal(data)
         if not all(isinstance(data[name], dict) for name in ("gone", "scores", "widths")):
             raise TypeError("gone, scores and widths are mappings")
+        counts, errors = ("iteration", "tokens", "parameters"), data.get("layer_errors")
+        if not all(_is_count(data[name]) for name in counts):
+            raise TypeError(f"{', '.join(counts)} are whole numbers")
+        numbers = [*data["scores"].values(), *({} if errors is None else errors).values()]
+        if not all(type(number) in (int, float) for number in (*numbers, data["margin"] or 0)):
+            raise TypeError("scores, margin and layer_errors are numbers")
+        widths = [[width] if _is_count(width) else width for width in data["widths"].values()]
+        if not all(isinstance(width, list) and width and all(map(_is_count, width)) for width in widths):
+            raise TypeError("widths are whole numbers, or lists of them")
         gone = {find_kind(name): _units(sites) for name, sites in data.pop("gone").items()}
         return cls(group=Group(str(data.pop("group")), gone), **data)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _units(sites: list[list[int]]) -> Units:
@@ -135,12 +149,22 @@ def _line(removal: Removal) -> str:
 
 def read_history(path: Path) -> list[Removal]:
     """All removals of a pruning_history.jsonl. Raises UserError naming file and line where one is not readable."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+    return read_removals(lines, str(path), json.loads)
+
+
+def read_removals(lines: Sequence[Any], where: str, parse: Callable[[Any], Any] = dict) -> list[Removal]:
+    """What `lines` say, each made a JSON object by `parse`. Raises UserError naming `where` and the line's number."""
     removals = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
-            removals.append(Removal.from_json(json.loads(line)))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a line of a pruning history ({error})") from error
+            removals.append(Removal.from_json(parse(line)))
+        except (AttributeError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            what = f"not a line of a pruning history ({type(error).__name__}: {first_line(error)})"
+            raise UserError(f"{where}:{number}: {what}") from error
     return removals
 
 

@@ -81,7 +81,8 @@ def _draw_saliencies(axes: Any, times: Sequence[int], history: Sequence[Removal]
 
 def _draw_widths(axes: Any, times: Sequence[int], history: Sequence[Removal], source: Architecture) -> None:
     """Steps from the source's widths, at the left end, to what is there now."""
-    for kind in source.table.prunable:
+    told = [kind for kind in source.table.prunable if all(kind.name in removal.widths for removal in history)]
+    for kind in told:
         values = [source.width(kind), *(_most(removal.widths[kind.name]) for removal in history)]
         _step(axes, times, values, kind.title)
     parameters = [source.parameters, *(removal.parameters for removal in history)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,15 @@ class GuardState:
 
     @classmethod
     def from_state(cls, values: dict[str, Any] | None) -> GuardState:
-        """Inverse of `to_state`; None gives the state of a new run."""
-        return cls() if values is None else cls(**{**values, "recent": tuple(values["recent"])})
+        """Inverse of `to_state`; None gives the state of a new run. Raises OverflowError, TypeError or ValueError."""
+        if values is None:
+            return cls()
+        kinds: dict[str, Callable[[Any], Any]] = {"reference": float, "since": int, "pauses": int}
+        found = {name: kind(values[name]) for name, kind in kinds.items() if values.get(name) is not None}
+        recent = tuple(map(float, values["recent"]))
+        if not all(map(math.isfinite, (*recent, *found.values()))):
+            raise ValueError("losses are finite")
+        return cls(recent, **found)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,13 +188,19 @@ class DiagonalCache:
     def of_stages(cls, diagonals: dict[str, Tensor], model: LiveModel, removals: int) -> DiagonalCache:
         """From each stage's `inverse_diagonals` (collective over PP)."""
         table = model.table
-        outputs = [row for row in table.rows if row.is_output]
-        width = max(end for row in outputs for end in [cls._start(table, row) + _columns(table, row)])
-        values = np.zeros((table.shape.num_layers, width))
+        values = np.zeros(cls._shape(table))
         for name, found in diagonals.items():
             values[table.row(name).site, cls._places(model, name)] = found.cpu().numpy()
         total = torch.from_numpy(values).to(model.mesh.device.device)
         return cls(all_reduce_sum(total, model.mesh.over("pp")).cpu().numpy(), removals)
+
+    @classmethod
+    def from_state(cls, table: ParamTable, state: dict[str, Any]) -> DiagonalCache:
+        """Inverse of `dataclasses.asdict`. Raises KeyError, TypeError or ValueError for values of another model."""
+        values, removals = np.asarray(state["values"], dtype=np.float64), state["removals"]
+        if values.shape != cls._shape(table) or type(removals) is not int:
+            raise ValueError(f"inverse diagonals [{values.shape}], the model has {cls._shape(table)}")
+        return cls(values, removals)
 
     @property
     def is_finite(self) -> bool:
@@ -208,6 +215,11 @@ class DiagonalCache:
                 own = self.values[row.site, self._places(model, name)]
                 found[name] = torch.from_numpy(own).to(parameter.device)
         return found
+
+    @classmethod
+    def _shape(cls, table: ParamTable) -> tuple[int, int]:
+        ends = [cls._start(table, row) + _columns(table, row) for row in table.rows if row.is_output]
+        return table.shape.num_layers, max(ends)
 
     @staticmethod
     def _start(table: ParamTable, row: Param) -> int:

@@ -87,7 +87,7 @@ class UnitScores:
             if isinstance(sites, np.ndarray) and sites.ndim < _OLD_FORM:
                 sites = [sites]
             values[kind] = tuple(np.asarray(site, dtype=np.float64) for site in sites)
-            if [len(site) for site in values[kind]] != [len(ids) for ids in architecture.sites(kind)]:
+            if [site.shape for site in values[kind]] != [(len(ids),) for ids in architecture.sites(kind)]:
                 raise ValueError(f"scores of other units than the live ones: {kind}")
         return cls(architecture, values)
 

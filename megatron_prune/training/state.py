@@ -11,7 +11,7 @@ from megatron_prune.checkpoint.record import COUNT, NUMBER, PRUNING, STATE_FIELD
 from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.pruning.history import Removal
+from megatron_prune.pruning.history import Removal, read_removals
 from megatron_prune.pruning.spike_guard import GuardState
 from megatron_prune.saliency.hessian import DiagonalCache
 from megatron_prune.saliency.scores import UnitScores
@@ -93,9 +93,9 @@ class RunState:
         """
         check_fields(values, STATE_FIELDS | _OWN_FIELDS, file)
         read = {
-            "history": lambda removals: [Removal.from_json(removal) for removal in removals],
+            "history": lambda removals: read_removals(removals, f"{file}: history"),
             "smoothed": lambda scores: UnitScores.from_state(architecture, scores),
-            "diagonals": lambda cache: DiagonalCache(**_known(DiagonalCache, cache)),
+            "diagonals": lambda cache: DiagonalCache.from_state(architecture.table, cache),
             "guard": lambda memory: GuardState.from_state(_known(GuardState, memory)),
             "stages": lambda stages: {name: first_format.stage(facts) for name, facts in stages.items()},
         }
@@ -103,7 +103,9 @@ class RunState:
         for name in read.keys() & found.keys():
             try:
                 found[name] = read[name](found[name])
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            except UserError:
+                raise
+            except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
                 raise UserError(f"{file}: {name}: not what a run stores ({type(error).__name__}: {error})") from error
         return cls(**found)
 

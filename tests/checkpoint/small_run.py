@@ -22,6 +22,7 @@ from megatron_prune.model.llama import ModelOptions
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.pruning.history import Removal
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, init_mesh
@@ -147,10 +148,16 @@ def prune_a_little(model: LiveModel) -> list[float]:
     return losses
 
 
+def removed_heads(iteration: int, heads: tuple[int, ...], left: int, margin: float | None = None) -> dict[str, Any]:
+    """A line of a history: one query head of each layer, and the parameters that are `left`."""
+    group = Group.of("head", tuple((head,) for head in heads))
+    return Removal(iteration, iteration * BATCH * SEQ, group, {"head": 0.5}, margin, left, {"head": 7}).to_json()
+
+
 STATE: dict[str, Any] = {
     "tokens": 3 * BATCH * SEQ,
     "config": "training:\n  seed: 7\n",
-    "history": [{"iteration": 1, "kind": "head", "units": [[1], [4]]}],
+    "history": [removed_heads(1, (1, 4), 9000)],
     "smoothing": {"head": np.arange(6, dtype=np.float32).reshape(2, 3)},
     "lr_scheduler": {"num_steps": 3, "max_lr": 0.1},
 }

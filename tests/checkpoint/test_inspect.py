@@ -12,13 +12,7 @@ from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.table import ParamTable
 from megatron_prune.testing.helpers.ranks import run_ranks
-from tests.checkpoint.small_run import SHAPE, Kind, mesh_of
-
-STATE = {
-    "tokens": 4096,
-    "config": "data:\n  data_path: 1.0 corpus\nmodel:\n  hf_model: source\n",
-    "history": [{"iteration": 4, "kind": "head", "margin": 0.25}, {"iteration": 9, "kind": "head", "margin": None}],
-}
+from tests.checkpoint.small_run import SHAPE, Kind, mesh_of, removed_heads
 
 
 def pruned():
@@ -27,6 +21,13 @@ def pruned():
     for heads in ((0, 1, 2, 3), (1, 3, 5, 7)):
         architecture = architecture.without(Group.of("head", tuple((head,) for head in heads)))
     return architecture
+
+
+STATE = {
+    "tokens": 4096,
+    "config": "data:\n  data_path: 1.0 corpus\nmodel:\n  hf_model: source\n",
+    "history": [removed_heads(4, (0, 1, 2, 3), 15999, 0.25), removed_heads(9, (1, 3, 5, 7), pruned().parameters)],
+}
 
 
 def save(rank, world, folder, poison):

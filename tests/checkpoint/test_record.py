@@ -101,8 +101,8 @@ def test_weights_to_start_from_are_no_run(tmp_path):
         ({"source": [1]}, "source: expected a table"),
         ({"data_shuffle": {"samples": 9}}, "data_shuffle: expected a table with samples, epochs, digest"),
         ({"data_tokenizers": [["sp", "0"]]}, "data_tokenizers: expected lists of three"),
-        ({"history": [3]}, "history: expected a list of tables"),
-        ({"stages": {"source": 1.5}}, "stages: expected a table of tables"),
+        ({"history": [3]}, "history: expected a list of tables of plain values"),
+        ({"stages": {"source": 1.5}}, "stages: expected tables in which"),
     ],
 )
 def test_a_strange_field_is_one_line_that_names_file_and_field(tmp_path, fields, words):
@@ -170,9 +170,9 @@ def test_other_versions_state_is_read():
         ({"skipped_iterations": True}, "skipped_iterations: expected a whole number, found True"),
         ({"guard": [1]}, "guard: expected a table"),
         ({"guard": {"recent": 3}}, "guard: not what a run stores (TypeError"),
-        ({"diagonals": {"values": 1}}, "diagonals: not what a run stores (TypeError"),
+        ({"diagonals": {"values": 1}}, "diagonals: not what a run stores (KeyError"),
         ({"smoothed": {"head": [[1.0]]}}, "smoothed: not what a run stores (ValueError"),
-        ({"history": [{"iteration": 3}]}, "history: not what a run stores ("),
+        ({"history": [{"iteration": 3}]}, "history:1: not a line of a pruning history (KeyError"),
     ],
 )
 def test_strange_state_is_one_line_that_names_file_and_field(tmp_path, fields, words):

@@ -136,8 +136,8 @@ def check_shuffle(config: Config, now: dict[str, Any], stored: dict[str, Any] | 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return "[" + " ".join(f"{v:.4g}" if isinstance(v, float) else str(v)[:8] for v in value) + "]"
-    return str(value)
+        return "[" + " ".join(f"{v:.4g}" if isinstance(v, float) else str(v)[:8] for v in value[:32]) + "]"
+    return str(value)[:40]
 
 
 def consumed(dataset: Any, blend: Blend, samples: int) -> dict[str, int]:

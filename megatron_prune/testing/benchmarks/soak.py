@@ -278,7 +278,7 @@ class SecondStarter:
 def _check_close(found: Traces, expected: Traces) -> None:
     """The same removals; losses to `LOSSES_AGREE`."""
     removed = [
-        [(line["iteration"], line["kind"], line["units"]) for line in map(json.loads, traces.history.splitlines())]
+        [(line["iteration"], line["group"], line["gone"]) for line in map(json.loads, traces.history.splitlines())]
         for traces in (found, expected)
     ]
     if removed[0] != removed[1]:
