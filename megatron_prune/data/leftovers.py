@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def sole_writer(target: Path, what: str) -> Iterator[None]:
-    """Nobody else who asks here writes `target` while this is entered; `.NAME.writer` beside it says who does.
+    """Nobody else who asks here writes `target` while this is entered; `.NAME.writer` beside it says who does. Folders
+    that are made for it and stay empty are removed.
 
     Args:
         what: the flag that names the target, for messages.
@@ -42,6 +43,7 @@ def sole_writer(target: Path, what: str) -> Iterator[None]:
     """
     path = target.parent / f".{target.name}.writer"
     try:
+        made = [place for place in (path.parent, *path.parent.parents) if not place.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{what} {target}: its folder cannot be made: {error.strerror or error}") from error
@@ -63,6 +65,9 @@ def sole_writer(target: Path, what: str) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            with suppress(OSError):  # something is in it
+                for place in made:
+                    place.rmdir()
 
 
 def staging(target: Path) -> Path:

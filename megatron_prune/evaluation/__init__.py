@@ -4,6 +4,7 @@
     corpora       text files and .bin/.idx data sets -> windows of tokens and their successors
     perplexity    a model over such windows: loss, perplexity, bits per byte, perplexity per word
     zero_shot     the paper's eight tasks, by lm-evaluation-harness, from the network or from local files
+    installed     what the harness lacks here
     side_by_side  several models side by side, as Markdown and as JSON
 
 `megatron-prune evaluate` is the command. Nothing here scores a task by itself: the harness's own task definitions and

@@ -26,13 +26,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation.installed import lacking
 from megatron_prune.evaluation.models import ModelFolder
 
 ALL = "all"
@@ -236,10 +236,13 @@ def harness_version() -> str:
     """The installed version.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or one of the packages that its model imports.
     """
-    if find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-evaluation-harness: install megatron-prune[eval]")
+    if (names := lacking()) is not None:
+        raise UserError(
+            f"--tasks needs lm-evaluation-harness and its packages, of which {names} is not installed: "
+            "install megatron-prune[eval]"
+        )
     return importlib.metadata.version("lm_eval")
 
 

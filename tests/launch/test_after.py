@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
+from megatron_prune.commands import evaluate
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.launch.jobs import after
+from megatron_prune.testing.helpers.tiny_runs import prepare
 
 
 @pytest.fixture
@@ -28,10 +30,13 @@ def with_evaluation(config, **values):
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **values))
 
 
-def with_harness(monkeypatch, is_installed):
+NO_HARNESS = "lm_eval is not installed (megatron-prune[eval]), which evaluation.eval_tasks needs"
+
+
+def with_harness(monkeypatch, lacks=None):
+    packages = {"lm_eval": object(), "accelerate": object(), "datasets": object()} | {lacks: None}
     found = importlib.util.find_spec
-    spec = object() if is_installed else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "lm_eval" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages[name] if name in packages else found(name))
 
 
 def options(job):
@@ -73,23 +78,35 @@ def test_what_is_named_for_it_comes_first(config):
 
 def test_tasks_wait_for_the_harness_and_the_rest_is_done(config, monkeypatch):
     config = with_evaluation(config, eval_tasks="piqa", eval_task_data="bench")
-    with_harness(monkeypatch, True)
+    with_harness(monkeypatch)
     asked = after.evaluate(config)
     assert asked.left_out is None
     assert (options(asked)["--tasks"], options(asked)["--task-data"]) == (["piqa"], ["bench"])
-    with_harness(monkeypatch, False)
+    with_harness(monkeypatch, "lm_eval")
     asked = after.evaluate(config)
-    assert asked.left_out == after.NO_HARNESS and "--data-path" in options(asked) and "--tasks" not in options(asked)
+    assert asked.left_out == NO_HARNESS and "--data-path" in options(asked) and "--tasks" not in options(asked)
     nothing = dataclasses.replace(config, data=dataclasses.replace(config.data, split="100,0,0"))
-    assert after.evaluate(nothing) == after.Job((), after.NO_HARNESS)
+    assert after.evaluate(nothing) == after.Job((), NO_HARNESS)
     nothing = with_evaluation(nothing, eval_tasks=None)
     assert "no validation data" in after.evaluate(nothing).left_out
 
 
+@pytest.mark.parametrize("lacks", ["lm_eval", "accelerate", "datasets"])
+def test_what_the_harness_lacks_is_told_before_anything_is_computed(lacks, monkeypatch, tmp_path, capsys):
+    """The harness itself does not require all that its model imports."""
+    with_harness(monkeypatch, lacks)
+    tiny = prepare(tmp_path)
+    words = ["--hf-model", str(tiny.source), "--tokenizer-model", str(tiny.folder / "tokenizer.model")]
+    assert evaluate.main([*words, "--tasks", "piqa", "--device", "cpu", "--output-dir", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and f"of which {lacks} is not installed" in printed.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_mistakes_are_told_before_training(config, tmp_path, monkeypatch):
-    with_harness(monkeypatch, False)
+    with_harness(monkeypatch, "lm_eval")
     assert after.check(config) is None
-    assert after.check(with_evaluation(config, eval_tasks="all")) == after.NO_HARNESS
+    assert after.check(with_evaluation(config, eval_tasks="all")) == NO_HARNESS
     with pytest.raises(UserError, match=r"evaluation.eval_tasks \(--eval-tasks\): piqua is unknown; did you mean piqa"):
         after.check(with_evaluation(config, eval_tasks="piqua"))
     with pytest.raises(UserError, match=r"evaluation.eval_task_data \(--eval-task-data\) nowhere: is no folder"):

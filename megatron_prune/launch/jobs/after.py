@@ -8,7 +8,6 @@ run         start one, see it through, end it when this process is told to leave
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from pathlib import Path
 
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation.installed import lacking
 from megatron_prune.launch.jobs.stages import EVALUATION, EXPORTED
 from megatron_prune.runtime.places import search_path
 
-NO_HARNESS = "lm-eval is not installed (megatron-prune[eval]), which evaluation.eval_tasks needs"
 _PROGRAM = (sys.executable, "-m", "megatron_prune")
 _OF_RANKS = (
     "RANK",
@@ -60,8 +59,8 @@ def evaluate(config: Config) -> Job:
     evaluation, save = config.evaluation, Path(str(config.checkpoint.save))
     wanted = _data_words(config)
     left_out = None
-    if evaluation.eval_tasks and importlib.util.find_spec("lm_eval") is None:
-        left_out = NO_HARNESS
+    if evaluation.eval_tasks and (names := lacking()) is not None:
+        left_out = f"{names} is not installed (megatron-prune[eval]), which evaluation.eval_tasks needs"
     elif evaluation.eval_tasks:
         wanted += ["--tasks", evaluation.eval_tasks]
         wanted += ["--task-data", evaluation.eval_task_data] if evaluation.eval_task_data else []
