@@ -24,6 +24,10 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = option(
         128, "the stored vocabulary is padded to a multiple of this times the tensor-parallel size", at_least=1
     )
+    engine: Literal["auto", "gpt", "hybrid"] = option(
+        "auto",
+        "class of megatron-core that carries it: GPTModel, HybridModel, or the newest that is there; same results",
+    )
     attention_backend: Literal["sdpa"] = option("sdpa", "core attention: torch's scaled_dot_product_attention")
     recompute_granularity: Literal["selective", "full"] | None = option(
         None, "recompute activations in the backward pass: of the core attention, or of whole layers"

@@ -1,7 +1,7 @@
 """Build a Llama on megatron-core at the stored widths of a layout, and keep it in step with the layout.
 
 transformer_config   LlamaShape + layout + run options -> megatron-core's TransformerConfig
-build_llama          this rank's pipeline stage as a `PrunableLlama` (megatron-core's GPTModel with our layer spec)
+build_llama          this rank's pipeline stage as a `PrunableLlama` (of a class of megatron-core's: see `classes`)
 bind_layout          after slots changed: live widths, masks and KV maps of every layer
 named_rows           each local parameter with its row of THE table
 named_linears        the layers among them that multiply by a weight [out, in], whose inputs may be watched
@@ -13,22 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.model.classes import AUTO, PrunableLlama, construct, engine_of
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layers import PrunableSelfAttention, RMSNorm
 from megatron_prune.model.layout import ShardLayout
@@ -39,7 +32,8 @@ from megatron_prune.runtime.mesh import Mesh
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How the model is run (not what it is): dtype, sequence parallelism, recomputation, pipeline split."""
+    """How the model is run (not what it is): dtype, sequence parallelism, recomputation, pipeline split, and which of
+    megatron-core's classes it is (see `classes`)."""
 
     seq_length: int
     dtype: torch.dtype = torch.float32
@@ -49,6 +43,7 @@ class ModelOptions:
     recompute_num_layers: int | None = None
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
+    engine: str = AUTO
 
 
 def stored_sizes(layout: ShardLayout) -> dict[str, int]:
@@ -66,8 +61,9 @@ def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, optio
     """megatron-core's configuration at the stored widths.
 
     Raises:
-        UserError: the layers do not split over the pipeline stages.
+        UserError: the layers do not split over the pipeline stages, or megatron-core has no such class.
     """
+    engine_of(options.engine)
     uneven = options.num_layers_in_first_pipeline_stage or options.num_layers_in_last_pipeline_stage
     if shape.num_layers % mesh.pp_size and not uneven:
         raise UserError(
@@ -112,31 +108,13 @@ def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, optio
         raise UserError(f"model and parallel options do not fit together: {error}") from error
 
 
-class PrunableLlama(GPTModel):
-    """megatron-core's GPTModel whose padded vocabulary rows get logits of -inf.
-
-    Zero rows would otherwise take part in the softmax and shift the loss.
-    """
-
-    def __init__(self, *args: Any, live_vocab: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.live_vocab = live_vocab
-        if self.post_process:
-            self.output_layer.register_forward_hook(self._silence_padding)
-
-    def _silence_padding(self, _module: torch.nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> None:
-        logits, _ = output
-        if self.live_vocab < logits.shape[-1]:
-            logits[..., self.live_vocab :] = float("-inf")
-
-
 def build_llama(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: ModelOptions) -> PrunableLlama:
     """This rank's pipeline stage, on the mesh's device, with undefined weights (see `load_parameters`)."""
     config = transformer_config(shape, layout, mesh, options)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = PrunableLlama(
+    model = construct(
+        options.engine,
         config,
-        _block_spec(config, shape),
         vocab_size=layout.stored.vocab * layout.tp,
         max_sequence_length=options.seq_length,
         pre_process=mesh.is_first_stage,
@@ -160,25 +138,6 @@ def _mark_sharding(model: PrunableLlama, table: ParamTable) -> None:
     """
     for _, parameter, row in named_rows(model, table):
         parameter.tensor_model_parallel = row.is_sharded  # type: ignore[attr-defined]
-
-
-def _block_spec(config: TransformerConfig, shape: LlamaShape) -> TransformerBlockSubmodules:
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=PrunableSelfAttention, params={"eps": shape.norm_epsilon}),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                params={"ffn_hidden_size": config.ffn_hidden_size},
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
 def inverse_frequencies(shape: LlamaShape) -> Tensor:
@@ -221,16 +180,19 @@ def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh) -> None
     for name, value in stored_sizes(layout).items():
         setattr(llama.config, name, value)
     rank = mesh.tp_rank
-    for layer in llama.decoder.layers:
-        index = layer.layer_number - 1
-        queries, keys = (part.dims[0].kind for part in layout.architecture.table.find(QKV, index).parts[:2])
-        layer.input_layernorm.live_width = layer.pre_mlp_layernorm.live_width = _live_width(layout, index)
-        layer.self_attention.core_attention.set_slots(
-            layout.slots(queries, index, rank),
-            layout.slots(keys, index, rank),
-            layout.serving(keys, index, rank),
-            mesh.device.device,
-        )
+    for module in llama.decoder.layers:
+        index = llama.layer_of(module)
+        for norm in (module.input_layernorm, module.pre_mlp_layernorm):
+            if isinstance(norm, RMSNorm):
+                norm.live_width = _live_width(layout, index)
+        if isinstance(module.self_attention, PrunableSelfAttention):
+            queries, keys = (part.dims[0].kind for part in layout.architecture.table.find(QKV, index).parts[:2])
+            module.self_attention.core_attention.set_slots(
+                layout.slots(queries, index, rank),
+                layout.slots(keys, index, rank),
+                layout.serving(keys, index, rank),
+                mesh.device.device,
+            )
     if llama.decoder.final_layernorm is not None:
         llama.decoder.final_layernorm.live_width = _live_width(layout, None)
     if llama.post_process:  # megatron-core checks a tied weight against it
@@ -267,7 +229,7 @@ def named_linears(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[s
 
 def _local_rows(llama: PrunableLlama, table: ParamTable) -> Iterator[tuple[str, str, torch.nn.Parameter, Param]]:
     """(name inside this stage, name in the whole model, parameter, row)."""
-    numbers = {i: layer.layer_number - 1 for i, layer in enumerate(llama.decoder.layers)}
+    numbers = {i: llama.layer_of(module) for i, module in enumerate(llama.decoder.layers)}
     for local_name, parameter in list(llama.named_parameters()):
         name = local_name
         if name.startswith("decoder.layers."):

@@ -54,6 +54,7 @@ class Kind:
     bf16: bool = False
     sp: bool = False
     first: int | None = None  # layers in the first pipeline stage
+    engine: str = "auto"  # class of megatron-core
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +73,7 @@ def mesh_of(kind: Kind) -> Mesh:
 def options_of(kind: Kind) -> ModelOptions:
     """How the model of `kind` runs."""
     stages = {"num_layers_in_first_pipeline_stage": kind.first}
-    return ModelOptions(SEQ, kind.dtype, sequence_parallel=kind.sp, **stages)
+    return ModelOptions(SEQ, kind.dtype, sequence_parallel=kind.sp, engine=kind.engine, **stages)
 
 
 def build(kind: Kind, shape: LlamaShape = SHAPE, record: RunRecord | None = None) -> LiveModel:

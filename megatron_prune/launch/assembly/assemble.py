@@ -62,6 +62,7 @@ def model_options(config: Config) -> ModelOptions:
         recompute_num_layers=config.model.recompute_num_layers,
         num_layers_in_first_pipeline_stage=config.parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=config.parallel.num_layers_in_last_pipeline_stage,
+        engine=config.model.engine,
     )
 
 
