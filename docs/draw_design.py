@@ -147,7 +147,7 @@ def rooms() -> str:
     docstring = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))) or ""
     names = [line.split()[0] for line in docstring.splitlines() if line.startswith("    ")]
     used = {name: set(imported_rooms(name)) for name in names}
-    size, left, top = 26, 100, 96
+    size, left, top = 26, 100, 110
     parts = [text(10, 24, "A filled square: the room in this row imports the one in this column", 13, weight="bold")]
     for number, name in enumerate(names):
         x, y = left + number * size, top + number * size
