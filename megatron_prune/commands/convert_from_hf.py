@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.running import check_new_folder, run_command
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
@@ -60,8 +60,7 @@ def convert(arguments: ImportOptions) -> int:
 
     if arguments.dtype is not None and arguments.dtype not in DTYPES:
         raise UserError(f"--dtype {arguments.dtype}: unknown; use {', '.join(DTYPES)}")
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise UserError(f"--save {save}: is there already; name a folder that does not exist or is empty")
+    check_new_folder("--save", save)
     weights = FolderWeights(folder)
     weights.check(architecture)
     read: Reader = weights

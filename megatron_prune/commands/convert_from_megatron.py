@@ -9,17 +9,14 @@ tensors are streamed, all are accounted for.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.convert_from_hf import write
+from megatron_prune.commands.running import check_new_folder, run_command
 from megatron_prune.config.options import option
-from megatron_prune.errors import UserError
 
 _STORED = "as the stored arguments say unless given"
 
@@ -42,15 +39,11 @@ class MegatronImportOptions:
 
 def convert(arguments: MegatronImportOptions) -> int:
     """Open, check, write; the exit status. Raises UserError."""
-    from megatron_prune.checkpoint import CheckpointSaveError, save_weights
     from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
     from megatron_prune.model.architecture import Architecture
-    from megatron_prune.runtime.device import choose_device
-    from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
     save = Path(arguments.save)
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise UserError(f"--save {save}: is there already; name a folder that does not exist or is empty")
+    check_new_folder("--save", save)
     options = ShapeOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ShapeOptions)})
     source = MegatronCheckpoint(Path(arguments.load), options)
     architecture = Architecture.full(source.shape)
@@ -65,19 +58,7 @@ def convert(arguments: MegatronImportOptions) -> int:
         "consumed_tokens": 0,
         "history": [],
     }
-    mesh = init_mesh(choose_device("cpu"), 1, 1)
-    try:
-        with tqdm(total=len(names), unit="tensor", desc="writing", disable=not sys.stderr.isatty()) as bar:
-
-            def read(hf_name: str) -> Any:
-                bar.update()
-                return source(hf_name)
-
-            written = save_weights(mesh, save, 0, architecture, read, source.dtype, state)
-    except CheckpointSaveError as error:
-        raise UserError(f"--save {save}: {error}") from error
-    finally:
-        close_mesh()
+    written = write(source, len(names), save, architecture, source.dtype, state)
     print(f"{written}: {architecture.parameters:,} parameters")
     return 0
 

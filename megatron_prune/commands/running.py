@@ -2,7 +2,7 @@
 
 run_command    a command of one process
 run_on_ranks   a command that may be one of many ranks
-check_file, check_plot   what will be written at the end, tried before anything is computed
+check_file, check_plot, check_new_folder   what will be written, tried before anything is computed
 """
 
 from __future__ import annotations
@@ -99,6 +99,12 @@ def check_file(flag: str, value: str) -> None:
     path = Path(value)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{flag} {value}: cannot be written; name a file in a folder that exists")
+
+
+def check_new_folder(flag: str, folder: Path) -> None:
+    """Raise UserError unless the `folder` that `flag` names is absent or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {folder}: is there already; name a folder that does not exist or is empty")
 
 
 def check_plot(flag: str, value: str) -> None:

@@ -1,6 +1,7 @@
 """From text to micro-batches: tokenizers, preprocessing, indexed data sets and their blends.
 
     tokenizer.py   SentencePiece models and Hugging Face tokenizers behind one small interface
+    hub_files.py   small files of a Hugging Face folder: JSON, Git LFS pointers, hub caches
     documents.py   text and JSON-lines files, packed or not -> documents, with file and line for every mistake
     preprocess.py  documents -> token ids -> `P.bin`, `P.idx` and `P.json`, with any number of processes
     leftovers.py   temporary files that tell whether somebody still writes them

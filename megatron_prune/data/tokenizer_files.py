@@ -2,7 +2,7 @@
 
     find_tokenizer    path -> TokenizerPlace: the kind, and the vocabulary file that wins
     holds_tokenizer   whether a folder has one at all
-    read_json         a settings file, {} where there is none
+    settings_in       what a settings file says, {} where there is none
 
 Training, export, GGUF and evaluation all ask here. The order is transformers': `tokenizer.json` wins over whatever lies
 beside it (a foreign `tokenizer.model` is not looked at), then `tokenizer.model`, then `vocab.json`. A `tokenizer.model`
@@ -12,11 +12,11 @@ tokens and chat templates are theirs, and transformers reads it all (tokenizer_l
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.hub_files import read_json
 from megatron_prune.errors import UserError
 
 SENTENCEPIECE = "SentencePieceTokenizer"
@@ -106,11 +106,11 @@ def _refuse_to_lose(file: Path) -> None:
     if file.name != TOKENIZER_MODEL:
         return
     listed = [
-        *(read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).values(),
-        *(read_json(folder / TOKENIZER_JSON).get("added_tokens") or []),
+        *(settings_in(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).values(),
+        *(settings_in(folder / TOKENIZER_JSON).get("added_tokens") or []),
     ]
     texts = {str(token.get("content")) for token in listed if isinstance(token, dict)}
-    texts |= set(read_json(folder / "added_tokens.json"))
+    texts |= set(settings_in(folder / "added_tokens.json"))
     if not texts:
         return
     from sentencepiece import SentencePieceProcessor
@@ -128,18 +128,6 @@ def _refuse_to_lose(file: Path) -> None:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no such file.
-
-    Raises:
-        UserError: it cannot be read, or is no JSON.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: invalid JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+def settings_in(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no such file. Raises UserError as `read_json` does."""
+    return read_json(file) if file.is_file() else {}

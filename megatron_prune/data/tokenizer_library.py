@@ -30,7 +30,7 @@ from megatron_prune.data.tokenizer_files import (
     TOKENIZER_MODEL,
     VOCABULARY_FILES,
     TokenizerPlace,
-    read_json,
+    settings_in,
 )
 from megatron_prune.errors import UserError
 
@@ -81,7 +81,7 @@ def _read(place: TokenizerPlace, folder: Path, transformers: Any) -> Any:
 
     So does version 5; version 4 takes a class by the folder's name ("bert-corpus"), or none. Raises what they raise.
     """
-    settings = read_json(folder / "config.json") | read_json(folder / "tokenizer_config.json")
+    settings = settings_in(folder / "config.json") | settings_in(folder / "tokenizer_config.json")
     named = settings.get("tokenizer_class") or settings.get("model_type") or not _is_tokenizer_json(place.vocabulary)
     reader = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
     return reader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
@@ -99,7 +99,7 @@ def _try_out(tokenizer: Any) -> None:
 
 def refuse_code(folder: Path) -> None:
     """Raise UserError if the folder's tokenizer is code of its own."""
-    if "auto_map" in read_json(folder / "tokenizer_config.json"):
+    if "auto_map" in settings_in(folder / "tokenizer_config.json"):
         file = folder / "tokenizer_config.json"
         raise UserError(f"{file}: auto_map asks for code outside transformers; use a tokenizer without it")
 
@@ -192,7 +192,7 @@ def extra_tokens(place: TokenizerPlace, tokenizer: Any) -> list[Any]:
     """The added tokens that are not in the vocabulary file: (id, text, flags), as plain values for a fingerprint."""
     known: set[str] = set()
     if _is_tokenizer_json(place.vocabulary):
-        listed = read_json(place.vocabulary).get("added_tokens") or []
+        listed = settings_in(place.vocabulary).get("added_tokens") or []
         known = {json.dumps(_flags(entry["id"], entry), sort_keys=True) for entry in listed}
     found = []
     for number, token in added_tokens(tokenizer).items():
@@ -213,7 +213,7 @@ def special_id(folder: Path, tokenizer: Any, name: str) -> int | None:
         return int(number)
     size = max(tokenizer.get_vocab().values()) + 1
     for file in ("generation_config.json", "config.json"):
-        value = read_json(folder / file).get(f"{name}_token_id")
+        value = settings_in(folder / file).get(f"{name}_token_id")
         first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, int) and 0 <= first < size:
             return first

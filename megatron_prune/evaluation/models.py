@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from megatron_prune.data.hub_files import read_json
 from megatron_prune.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, build_tokenizer
 from megatron_prune.data.tokenizer_files import VOCABULARY_FILES, find_tokenizer, holds_tokenizer
 from megatron_prune.data.tokenizer_library import adds_bos
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.export import export
-from megatron_prune.huggingface.hub_files import read_json
 from megatron_prune.huggingface.provenance import source_of, tokenizer_of
 from megatron_prune.huggingface.shards import DTYPES, dtype_name
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer

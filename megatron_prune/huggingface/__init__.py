@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: weights, configuration and tokenizer of a model, in the form stock tools load.
 
     config           config.json: read into a LlamaShape, written for an Architecture
-    source_facts     what else a source says;  hub_files  JSON, pointers and hub caches
+    source_facts     what else a source says
     weights          a folder's tensors, one in memory at a time, all accounted for
     export           weights, config, generation config, tokenizer and model card into a folder
     kv_policy        how KV heads are stored, given that stock classes know one number of them

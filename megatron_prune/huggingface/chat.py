@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.data.tokenizer_files import read_json
+from megatron_prune.data.tokenizer_files import settings_in
 from megatron_prune.errors import UserError
 
 DEFAULT = "default"
@@ -35,7 +35,7 @@ def chat_templates(folder: Path, tokenizer: Any) -> dict[str, str]:
     found = tokenizer.chat_template
     if not found:
         file = folder / "chat_template.json"
-        found = read_json(file).get("chat_template")
+        found = settings_in(file).get("chat_template")
         if isinstance(found, list):
             found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
     templates = found if isinstance(found, dict) else {DEFAULT: found} if found else {}

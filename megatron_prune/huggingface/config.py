@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.hub_files import read_json, what_else
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.hub_files import read_json, what_else
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import MOST_UNITS, SCALING_NUMBERS, LlamaShape
 

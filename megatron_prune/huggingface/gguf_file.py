@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prune.data.hub_files import read_json
 from megatron_prune.data.leftovers import claim, sole_writer, staging
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabulary
-from megatron_prune.huggingface.hub_files import read_json
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape

@@ -26,7 +26,7 @@ from megatron_prune.data.tokenizer_files import (
     TokenizerPlace,
     find_tokenizer,
     holds_tokenizer,
-    read_json,
+    settings_in,
 )
 from megatron_prune.data.tokenizer_library import added_tokens, adds_bos, load_library
 from megatron_prune.errors import UserError
@@ -322,7 +322,7 @@ def _config_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
     found: dict[str, int] = {}
     ends: list[int] = []
     for file in ("config.json", "generation_config.json"):
-        config = read_json(folder / file)
+        config = settings_in(folder / file)
         for name in ("bos", "eos", "pad"):
             value = config.get(f"{name}_token_id")
             for number in value if isinstance(value, list) else [value]:

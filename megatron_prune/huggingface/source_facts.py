@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from megatron_prune.data.hub_files import hub_id, read_json
+from megatron_prune.data.tokenizer_files import settings_in
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import SPECIAL_IDS, Fields, shown
-from megatron_prune.huggingface.hub_files import hub_id, read_json
 from megatron_prune.huggingface.shards import dtype_name
 from megatron_prune.huggingface.weights import FolderWeights
 
@@ -34,8 +35,7 @@ def read_source(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.is_file() else {}
+    generation = settings_in(folder / "generation_config.json")
     fields, cached = Fields(config, str(folder / "config.json")), hub_id(folder)
     return {
         "name": cached.partition("/")[2] if cached else folder.resolve().name,

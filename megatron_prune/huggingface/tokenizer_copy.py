@@ -25,7 +25,7 @@ from megatron_prune.data.tokenizer_files import (
     TOKENIZER_MODEL,
     TokenizerPlace,
     find_tokenizer,
-    read_json,
+    settings_in,
 )
 from megatron_prune.data.tokenizer_library import added_tokens, load_library, prepares_alike
 from megatron_prune.errors import UserError
@@ -98,7 +98,7 @@ def copy_tokenizer(place: TokenizerPlace, save_dir: Path) -> None:
 
 
 def _is_for_version_5(place: TokenizerPlace) -> bool:
-    return read_json(place.folder / "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend"
+    return settings_in(place.folder / "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend"
 
 
 def _difference_there(source: _Reading, save_dir: Path) -> str | None:
@@ -156,7 +156,7 @@ def _copy_files(place: TokenizerPlace, save_dir: Path, source: _Reading) -> None
     if place.vocabulary.name not in COPIED:
         shutil.copyfile(place.vocabulary, save_dir / TOKENIZER_JSON)
     if source.templates and not source.library.chat_template:
-        config = read_json(save_dir / "tokenizer_config.json") | {"chat_template": as_setting(source.templates)}
+        config = settings_in(save_dir / "tokenizer_config.json") | {"chat_template": as_setting(source.templates)}
         _write_json(save_dir / "tokenizer_config.json", config)
         (save_dir / "chat_template.json").unlink(missing_ok=True)
 
@@ -174,7 +174,7 @@ def _write_plain(place: TokenizerPlace, save_dir: Path, source: _Reading) -> Non
     library = source.library
     content = json.loads(library.backend_tokenizer.to_str())
     _write_json(save_dir / TOKENIZER_JSON, content)
-    stated = read_json(place.folder / "tokenizer_config.json")
+    stated = settings_in(place.folder / "tokenizer_config.json")
     names = {name: str(getattr(library, name)) for name in _NAMED if getattr(library, name) is not None}
     config = {key: value for key, value in stated.items() if key not in _OF_ANOTHER_FORM and key not in _NAMED}
     config |= {

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from megatron_prune.checkpoint.guarded_reader import load_plain
+from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer, read_json, what_else
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.hub_files import LFS_HINT, is_lfs_pointer, read_json, what_else
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.llama import take
 from megatron_prune.model.shape import LlamaShape
