@@ -22,6 +22,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer
 from megatron_prune.data.tokenizer_files import (
     FIELD,
     HUGGING_FACE,
@@ -114,7 +115,8 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model = SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{model_file}: is no SentencePiece model") from error
+            problem = LFS_HINT if is_lfs_pointer(model_file) else "is no SentencePiece model"
+            raise UserError(f"{model_file}: {problem}") from error
         self.path = path
         self.vocab_size = self.base_size = self._model.vocab_size()
         self.fingerprint = hashlib.sha256(content).hexdigest()

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer
 from megatron_prune.data.tokenizer_files import (
     SENTENCEPIECE,
     SIDE_FILES,
@@ -67,6 +68,8 @@ def load_library(place: TokenizerPlace) -> Any:
         except BaseException as error:  # a zoo of exceptions; a panic of tokenizers is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
+            if is_lfs_pointer(place.vocabulary):
+                raise UserError(f"{place.vocabulary}: {LFS_HINT}") from error
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(f"{place.vocabulary}: is no tokenizer that transformers can read: {reason}") from error
         # Calls take neither from tokenizer.json; its backend alone would.

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_prune.data.tokenizer import build_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.cluster import read_architecture
@@ -226,3 +227,12 @@ def test_training_refuses_them_on_all_ranks_where_only_one_reads_them(tmp_path):
     said = torchrun(2, *tiny.arguments(tmp_path / "run", "--pipeline-model-parallel-size", 2), ok=False)
     assert said.count("model.norm.weight: 1 of") == 1 and "NaN or infinite" in said, said
     assert not list(tmp_path.glob("run/iter_*"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_pointers_of_git_lfs_among_a_tokenizers_files_are_called_that(name, tmp_path):
+    if name == "tokenizer_config.json":
+        (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(UserError, match=f"{name}: is a pointer of Git LFS"):
+        build_tokenizer(None, str(tmp_path))
