@@ -183,6 +183,7 @@ STATE_FIELDS = {
     "data_tokenizers": _TRIPLES,
     "source": PLAIN_TABLE,
     "data_order": PLAIN_TABLE,
+    "teacher": table_with(place=TEXT, digest=TEXT),
     "data_shuffle": table_with(samples=COUNT, epochs=LIST, digest=TEXT),
     # What came of it.
     "history": TABLES,

@@ -15,7 +15,15 @@ To add an option, add one field to one section: its flag, help, YAML, limits and
 
 from megatron_prune.config.command_line import Command, configured, load_config, parse_command
 from megatron_prune.config.flags import CommandLine, Given
-from megatron_prune.config.pruning import ContinuedConfig, Curve, GroupConfig, GroupConfigs, PruningConfig, SecondOrder
+from megatron_prune.config.pruning import (
+    ContinuedConfig,
+    Curve,
+    DistillationConfig,
+    GroupConfig,
+    GroupConfigs,
+    PruningConfig,
+    SecondOrder,
+)
 from megatron_prune.config.schema import (
     CheckpointConfig,
     Config,
@@ -37,6 +45,7 @@ __all__ = [
     "ContinuedConfig",
     "Curve",
     "DataConfig",
+    "DistillationConfig",
     "Given",
     "GroupConfig",
     "GroupConfigs",

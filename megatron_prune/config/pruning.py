@@ -1,4 +1,5 @@
-"""What to prune, how fast and by which score (`pruning`), and what comes after the target (`continued`).
+"""What to prune, how fast and by which score (`pruning`), what is learnt from a teacher (`distillation`), and what
+comes after the target (`continued`).
 
 The defaults of `pruning` are what measured best on a small real model (whole KV heads as the unit, scores per removed
 parameter, smoothed over steps, one pruning step after each gradient step); the settings of the paper (EfficientLLM,
@@ -214,6 +215,29 @@ class PruningConfig:
     def ratio_steps(self) -> tuple[int, int]:
         """(pruning steps, gradient steps) of one cycle; see `parse_ratio`."""
         return parse_ratio(self.ratio)
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What is learnt from a teacher's logits. All flags of this section begin with --distill-."""
+
+    flag_prefix: ClassVar[str] = "distill-"
+
+    weight: float = option(
+        0.0,
+        "loss = (1 - weight) x cross entropy + weight x T^2 x KL(teacher || student); 0: no teacher",
+        at_least=0,
+        at_most=1,
+    )
+    temperature: float = option(1.0, "T, of both distributions", above=0)
+    teacher: str = option(
+        "source", "`source`: the model in model.hf_model; or a Hugging Face folder, or a run's folder of checkpoints"
+    )
+    scores: Literal["distilled", "cross_entropy"] = option(
+        "distilled",
+        "gradients that groups are scored by: those of the distilled loss; or iterations that score train on cross "
+        "entropy alone",
+    )
 
 
 @dataclass(frozen=True)

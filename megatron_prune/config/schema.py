@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_prune.config.options import option
-from megatron_prune.config.pruning import ContinuedConfig, PruningConfig, parse_span
+from megatron_prune.config.pruning import ContinuedConfig, DistillationConfig, PruningConfig, parse_span
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     pruning: PruningConfig = PruningConfig()
+    distillation: DistillationConfig = DistillationConfig()
     continued: ContinuedConfig = ContinuedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -16,6 +16,11 @@ def training_flops_per_token(architecture: Architecture, seq_length: int) -> flo
     return 3.0 * (2 * architecture.elements((*LINEARS, head)) + 4 * seq_length * columns)
 
 
+def forward_flops_per_token(architecture: Architecture, seq_length: int) -> float:
+    """FLOPs of a forward pass alone, such as a teacher's."""
+    return training_flops_per_token(architecture, seq_length) / 3
+
+
 # Dense bf16 peaks in TFLOP/s, from the manufacturer's data sheets; the first name found in the device's own wins.
 PEAK_TFLOPS = {
     "A100": 312.0,

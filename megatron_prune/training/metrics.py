@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class IterationReport:
     """What one iteration did.
 
     Args:
+        parts: of the loss, by name, where it is a sum of several.
         seconds: time by part since the last call (see `clock`); called once per log line.
         memory: peak bytes of this rank's device (see `DeviceRuntime`).
     """
@@ -53,6 +54,7 @@ class IterationReport:
     learning_rate: float
     skipped_iterations: int
     removed: tuple[Removal, ...]
+    parts: Mapping[str, float] = field(default_factory=dict)
     seconds: Callable[[], dict[str, float]] = dict
     memory: Callable[[], int] = int
 
@@ -213,7 +215,7 @@ class Reporter:
             f"elapsed time per iteration (ms): {rates.seconds_per_iteration * 1000:.1f} |{throughput} "
             f"learning rate: {report.learning_rate:.6E} | "
             f"global batch size: {self.config.training.global_batch_size:5d} | "
-            f"lm loss: {report.loss:.6E} | grad norm: {report.grad_norm:.3f} | "
+            f"{_losses(report)} | grad norm: {report.grad_norm:.3f} | "
             f"number of skipped iterations: {report.skipped_iterations:3d} | parameters: {architecture.parameters} | "
             f"{_widths(architecture, ': ', ' | ')} | kv cache/token: {architecture.kv_cache_channels} | "
             f"pruned groups ({_group_names()}): {_counts(self.window.removed)} | memory (MiB): {memory / MIB:.0f} |"
@@ -233,7 +235,7 @@ class Reporter:
 
     def _scalars(self, report: IterationReport, architecture: Architecture, rates: Rates, memory: int) -> None:
         scalars = {
-            "lm loss": report.loss,
+            **({"distilled loss": report.loss, **report.parts} if report.parts else {"lm loss": report.loss}),
             "learning rate": report.learning_rate,
             "grad norm": report.grad_norm,
             "tokens per second": rates.tokens_per_second,
@@ -267,6 +269,12 @@ class Reporter:
                 seconds=self._seconds,
             )
         )
+
+
+def _losses(report: IterationReport) -> str:
+    """What is minimised; where that has parts, those first."""
+    named = {**report.parts, "distilled loss": report.loss} if report.parts else {"lm loss": report.loss}
+    return " | ".join(f"{name}: {value:.6E}" for name, value in named.items())
 
 
 def _widths(architecture: Architecture, colon: str, between: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,9 +16,8 @@ from megatron_prune.data.batches import BatchStream, Dataset
 from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import Mesh, agree, all_reduce_sum
-from megatron_prune.training.objective import CrossEntropy, Loss, Objective
+from megatron_prune.training.objective import Batches, CrossEntropy, Loss, Objective
 
-Batches = Iterator[dict[str, Tensor]]
 NEXT_TOKEN = CrossEntropy()
 
 
@@ -61,8 +59,10 @@ def forward_backward(
     micro_batch_size: int,
     seq_length: int,
     objective: Objective = NEXT_TOKEN,
-) -> float:
-    """Gradients of the objective's mean over the global batch, reduced over ranks; returns the loss that it reports."""
+) -> dict[str, float]:
+    """Gradients of the objective's mean over the global batch, reduced over ranks; returns what it reports, `loss`
+    first."""
+    batches = objective.prepare(batches, num_microbatches)
     model.ddp.zero_grad_buffer()
     model.optimizer.zero_grad()
     return _run(model, batches, num_microbatches, micro_batch_size, seq_length, objective, forward_only=False)
@@ -74,9 +74,9 @@ def evaluate(
 ) -> float:
     """Mean cross entropy (nats per token) over the global batch, nothing changed."""
     model.ddp.eval()
-    loss = _run(model, batches, num_microbatches, micro_batch_size, seq_length, NEXT_TOKEN, forward_only=True)
+    losses = _run(model, batches, num_microbatches, micro_batch_size, seq_length, NEXT_TOKEN, forward_only=True)
     model.ddp.train()
-    return loss
+    return losses["loss"]
 
 
 def validation_loss(model: LiveModel, dataset: Dataset, config: Config) -> tuple[float, float]:
@@ -101,8 +101,8 @@ def _run(
     seq_length: int,
     objective: Objective,
     **options: Any,
-) -> float:
-    losses = get_forward_backward_func()(
+) -> dict[str, float]:
+    reports = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, model.mesh, objective),
         data_iterator=batches,
         model=[model.ddp],
@@ -111,7 +111,7 @@ def _run(
         micro_batch_size=micro_batch,
         **options,
     )
-    return _mean_loss(losses, model.mesh)
+    return _mean(reports, objective.reports, model.mesh)
 
 
 def _forward_step(mesh: Mesh, objective: Objective, batches: Batches, model: torch.nn.Module) -> tuple[Tensor, Loss]:
@@ -119,13 +119,13 @@ def _forward_step(mesh: Mesh, objective: Objective, batches: Batches, model: tor
     return objective.forward(model, batch)
 
 
-def _mean_loss(losses: list[dict[str, Tensor]], mesh: Mesh) -> float:
-    """Mean over micro-batches and all ranks' tokens, known on every rank (only the last stage computed it)."""
-    total = torch.zeros(1, dtype=torch.float32, device=mesh.device.device)
+def _mean(reports: list[dict[str, Tensor]], names: tuple[str, ...], mesh: Mesh) -> dict[str, float]:
+    """Means over micro-batches and all ranks' tokens, known on every rank (only the last stage computed them)."""
+    total = torch.zeros(len(names), dtype=torch.float32, device=mesh.device.device)
     if mesh.is_last_stage:
-        total += torch.stack([entry["loss"] for entry in losses]).mean()
+        total += torch.stack([torch.stack([report[name] for name in names]) for report in reports]).mean(dim=0)
     all_reduce_sum(total, mesh.over("pp"), mesh.over("tokens"))
-    return float(total) / mesh.over("tokens").size
+    return {name: value / mesh.over("tokens").size for name, value in zip(names, total.tolist(), strict=True)}
 
 
 def most(values: list[int], mesh: Mesh) -> list[int]:

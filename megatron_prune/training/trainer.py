@@ -187,14 +187,15 @@ class Trainer:
         learning_rate = current_lr(self.model)
         with self.clock.part("forward-backward"):
             batches = read_batch(self.batches, self.num_microbatches, self.model.mesh)
-            loss = forward_backward(
+            parts = forward_backward(
                 self.model,
                 batches,
                 self.num_microbatches,
                 training.micro_batch_size,
                 self.config.data.seq_length,
-                self.objective,
+                NEXT_TOKEN if scoring and self.config.distillation.scores == "cross_entropy" else self.objective,
             )
+            loss = parts.pop("loss")
         with self.clock.part("scoring"):
             scored = scoring.finish() if scoring else None
         with self.clock.part("optimizer"):
@@ -211,7 +212,7 @@ class Trainer:
         reached = state.phase == PRUNING and bool(self.pruner) and self._target_reached()
         with self.clock.part("compact"):
             self.coordinator.compact_if_due(force=reached)
-        self._report(loss, grad_norm, learning_rate, removed)
+        self._report(loss, parts, grad_norm, learning_rate, removed)
         if reached:
             self._enter_continued()
 
@@ -279,7 +280,9 @@ class Trainer:
             for removal in removed:
                 self.history.append(removal)
 
-    def _report(self, loss: float, grad_norm: float, learning_rate: float, removed: list[Removal]) -> None:
+    def _report(
+        self, loss: float, parts: dict[str, float], grad_norm: float, learning_rate: float, removed: list[Removal]
+    ) -> None:
         state = self.state
         report = IterationReport(
             iteration=state.iteration,
@@ -287,6 +290,7 @@ class Trainer:
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
             loss=loss,
+            parts=parts,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             skipped_iterations=state.skipped_iterations,

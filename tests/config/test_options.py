@@ -21,7 +21,7 @@ def test_field_names_are_unique_over_sections_and_become_the_flags():
     options = all_options(Config)
     assert len({option.name for option in options}) == len(options)
     for option in options:
-        prefix = "prune-" if option.section == "pruning" else ""
+        prefix = {"pruning": "prune-", "distillation": "distill-"}.get(option.section, "")
         assert option.flag == f"--{prefix}{option.name.replace('_', '-')}"
 
 

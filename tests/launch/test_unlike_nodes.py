@@ -14,8 +14,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
-from megatron_prune.launch.assembly import alike
-from megatron_prune.launch.assembly.alike import Digests, difference, fingerprints
+from megatron_prune.launch.assembly import alike, samples
+from megatron_prune.launch.assembly.alike import Digests, difference
+from megatron_prune.launch.assembly.samples import fingerprints
 from megatron_prune.runtime import rendezvous
 from megatron_prune.testing.helpers.ranks import free_port, watch_ranks
 from megatron_prune.testing.helpers.tiny_runs import TinyRun, prepare
@@ -179,8 +180,8 @@ def test_the_first_difference_is_told_and_a_new_input_is_one_more_row():
 @pytest.mark.parametrize("kind", ["safetensors", "plain"])
 def test_of_a_large_file_every_matrix_is_sampled(tmp_path, monkeypatch, kind):
     """Reading is bounded; a matrix that is scaled is found wherever it lies."""
-    monkeypatch.setattr(alike, "_WHOLE_BYTES", 1 << 20)
-    monkeypatch.setattr(alike, "_BLOCKS", 64)
+    monkeypatch.setattr(samples, "_WHOLE_BYTES", 1 << 20)
+    monkeypatch.setattr(samples, "_BLOCKS", 64)
     path, read = tmp_path / "large", []
     generator = torch.Generator().manual_seed(1)
     sizes = [8, 600_000, 16, 2000, 300_000]
@@ -194,7 +195,7 @@ def test_of_a_large_file_every_matrix_is_sampled(tmp_path, monkeypatch, kind):
         return fingerprints([path])[str(path)]
 
     pread = os.pread
-    monkeypatch.setattr(alike.os, "pread", lambda *a: read.append(len(block := pread(*a))) or block)
+    monkeypatch.setattr(samples.os, "pread", lambda *a: read.append(len(block := pread(*a))) or block)
     first = written()
     assert first.startswith(f"{path.stat().st_size} bytes") and sum(read) < path.stat().st_size / 4
     assert written() == first

@@ -3,26 +3,18 @@
     Digests         one input and what identifies it, part by part
     rows            Config, Inputs -> one row for each input of a run; a further input is one more row
     difference      all ranks' rows -> what is wrong with them, or None   (pure)
-    fingerprints    files -> size and sampled content of each
     insist_alike    compare rows over a mesh
     insist_shared   see over a mesh that a folder is the same for all, and that all can write to it
 
-Nodes with copies of their own may hold other ones. Files that are no larger than 64 MiB together are compared whole. Of
-larger ones the size, the header and 4 KiB blocks are: the first and the last of every weight matrix (or file), and
-further ones at even distances, some 4,096 for one input, however large it is. So a copy that was made anew, cut, or
-changed in one matrix is found, and a single changed number of a large file may not be.
+Nodes with copies of their own may hold other ones. Large files are compared by samples (see `samples`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +24,13 @@ from megatron_prune.data.tokenizer import Tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.launch.assembly.opening import Inputs
+from megatron_prune.launch.assembly.samples import fingerprints
+from megatron_prune.launch.assembly.teaching import FIELD as TEACHER
 from megatron_prune.runtime.agreement import ranks_named
 from megatron_prune.runtime.failures import agreed
 from megatron_prune.runtime.folders import probe_folder
 from megatron_prune.runtime.mesh import Mesh, agree, broadcast_object
 
-_WHOLE_BYTES = 64 << 20
-_BLOCK, _BLOCKS = 4 << 10, 4096
-_LEAST_BLOCKS = 3  # of every matrix
-_READERS = 16  # blocks on their way at a time: storage over a network answers late
-_MAX_HEADER = 100 << 20  # of a safetensors file, by its own rule
 _FIELD, _PROBE = "checkpoint.save (--save)", ".shared-"
 _PROBE_SECONDS = 30.0  # network file systems may know about a new file late
 
@@ -68,6 +57,7 @@ def rows(config: Config, inputs: Inputs) -> list[Digests]:
         prefixes = () if blend is None else blend.prefixes
         files = [path(prefix) for prefix in prefixes for path in (idx_path, bin_path, metadata_path)]
         found.append(Digests(name, fingerprints(path for path in files if path.is_file())))
+    found.append(Digests(TEACHER, {} if inputs.teacher is None else fingerprints(inputs.teacher.files)))
     return found
 
 
@@ -111,62 +101,6 @@ def insist_alike(mesh: Mesh, config: Config, inputs: Inputs) -> None:
     complaint = difference(agree(mesh, agreed(mesh, lambda: rows(config, inputs))))
     if complaint is not None:
         raise UserError(complaint)
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def fingerprints(files: Iterable[Path]) -> dict[str, str]:
-    """Path -> `SIZE bytes, SHA-256`, the latter over everything or over samples, as the module's docstring says.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    files = list(files)
-    try:
-        total = sum(path.stat().st_size for path in files)
-        return {str(path): _fingerprint(path, total) for path in files}
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-
-def _fingerprint(path: Path, total: int) -> str:
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        if total <= _WHOLE_BYTES:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        else:
-            header, spans = _spans(file.fileno(), size)
-            digest.update(header)
-            offsets = [offset for span in spans for offset in _offsets(*span, total)]
-            with ThreadPoolExecutor(_READERS) as pool:
-                for block in pool.map(lambda offset: os.pread(file.fileno(), _BLOCK, offset), offsets):
-                    digest.update(block)
-    return f"{size} bytes with digest {digest.hexdigest()[:12]}"
-
-
-def _offsets(start: int, end: int, total: int) -> Iterator[int]:
-    """Where blocks of the bytes from `start` to `end` begin, the first and the last among them."""
-    last = max(end - _BLOCK, start)
-    count = max(_LEAST_BLOCKS, _BLOCKS * (end - start) // total)
-    step = max((last - start) // (count - 1), _BLOCK)
-    yield from range(start, last, step)
-    yield last
-
-
-def _spans(file: int, size: int) -> tuple[bytes, list[tuple[int, int]]]:
-    """A safetensors file's header and where its tensors lie; of another file, nothing and all of it."""
-    length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if 0 < length <= min(_MAX_HEADER, size - 8):
-        header = os.pread(file, length, 8)
-        try:
-            tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
-            first = 8 + length
-            return header, [(first + start, first + end) for start, end in sorted(tensors) if start < end]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            pass  # not a safetensors file
-    return b"", [(0, size)]
 
 
 # A folder -------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from megatron_prune.data import datasets as data
 from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, splits_read, wanted_samples
 from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.launch.assembly.saving import CheckpointSaver
+from megatron_prune.launch.assembly.teaching import build_objective
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layout import Quanta, ShardLayout
@@ -153,4 +154,5 @@ def build_trainer(
     if directory is not None:
         saver = CheckpointSaver(config, inputs, model, datasets.train, directory, reporter, shuffle)
     agreement = StepAgreement(config.training, mesh, signalled, time.monotonic() if started is None else started)
-    return Trainer(config, model, datasets, state, reporter, saver, history, agreement)
+    objective = build_objective(config, inputs.teacher, mesh, model_options(config), quanta(config))
+    return Trainer(config, model, datasets, state, reporter, saver, history, agreement, objective)

@@ -30,6 +30,7 @@ from megatron_prune.huggingface.provenance import source_of, tokenizer_of
 from megatron_prune.huggingface.source_facts import read_source
 from megatron_prune.huggingface.weights import FolderWeights, source_view
 from megatron_prune.launch.assembly.data_order import check_order
+from megatron_prune.launch.assembly.teaching import TeacherInputs, check_same, open_teacher
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.pruning.groups import find_group
@@ -51,6 +52,7 @@ class Inputs:
         resumes: whether this run is that checkpoint's and goes on, rather than taking its weights to start from.
         source_facts: what the source's `config.json` says beyond the shape (special ids), for exports.
         shuffle: how the checkpoint's data were shuffled (`data_order.shuffle_of`), where this run reads on in them.
+        teacher: what is distilled from, or None.
     """
 
     architecture: Architecture
@@ -62,6 +64,7 @@ class Inputs:
     valid: Blend | None
     source_facts: dict[str, Any]
     shuffle: dict[str, Any] | None
+    teacher: TeacherInputs | None = None
 
 
 def open_inputs(config: Config, writes: bool = True) -> Inputs:
@@ -99,13 +102,15 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
     check_context(config, architecture)
     check_target(config, architecture)
     resumes = record is not None and _resumes(config, record)
+    teacher = open_teacher(config, architecture, tokenizer)
     if record is not None and resumes:
         _tell_changes(config, record)
+        check_same(teacher, record)
     else:
         check_head_score(config)
     if writes:
         check_output(config)
-    return Inputs(architecture, record, resumes, read, tokenizer, train, valid, facts, shuffle)
+    return Inputs(architecture, record, resumes, read, tokenizer, train, valid, facts, shuffle, teacher)
 
 
 def _resumes(config: Config, record: RunRecord) -> bool:

@@ -45,6 +45,7 @@ class CheckpointSaver:
         self.goes_back = config.checkpoint.ckpt_step is not None  # told to give up what was saved after it
         self.retain = Retention(config.checkpoint.keep_last, config.checkpoint.save_retain_interval)
         self.background = AsyncSaver() if config.checkpoint.async_save else None
+        teacher = inputs.teacher
         self.constants = {
             "config": dump(config),
             "tokenizer_model": os.path.abspath(inputs.tokenizer.path),
@@ -53,6 +54,7 @@ class CheckpointSaver:
             "source": inputs.source_facts,
             "data_order": data_order(config, inputs.train),
             "data_shuffle": shuffle,
+            "teacher": teacher and {"place": str(teacher.place.absolute()), "digest": teacher.digest},
         }
         self.blend, self.train = inputs.train, train
         self.complete = inputs.record.iteration if inputs.record and _is_in(inputs.record.path, directory) else None

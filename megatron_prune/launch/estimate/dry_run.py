@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import cast
 
 from megatron_prune.checkpoint import RunRecord
+from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend, blend_words, check_documents, check_vocabulary, parse_blend, read_weight
 from megatron_prune.data.indexed import bin_path, idx_path
@@ -32,6 +33,7 @@ from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.launch.assembly import opening, outputs
 from megatron_prune.launch.assembly.assemble import model_options, quanta
 from megatron_prune.launch.assembly.data_order import check_order, splits_read
+from megatron_prune.launch.assembly.teaching import open_teacher, teacher_place
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank
 from megatron_prune.launch.estimate.report import Estimate, Finding, render
@@ -44,6 +46,7 @@ from megatron_prune.model.llama import transformer_config
 from megatron_prune.runtime.folders import hindrance
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.saliency.criteria import find_criterion
+from megatron_prune.training.flops import forward_flops_per_token
 from megatron_prune.training.pruning_settings import pruning_schedule
 
 NOT_HERE = "not here (checked at launch)"
@@ -60,7 +63,7 @@ def dry_run(config: Config, world_size: int) -> int:
         UserError: something that is here does not fit, is damaged, or contradicts the configuration.
     """
     found = look(config)
-    text = render(config, found.findings, estimate(config, found.architecture, world_size))
+    text = render(config, found.findings, estimate(config, found.architecture, world_size, found.teacher))
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -73,6 +76,7 @@ class Found:
 
     architecture: Architecture
     findings: tuple[Finding, ...]
+    teacher: Architecture | None = None
 
 
 def look(config: Config) -> Found:
@@ -98,7 +102,23 @@ def look(config: Config) -> Found:
     opening.check_context(config, architecture)
     opening.check_target(config, architecture)
     _output(config, findings)
-    return Found(architecture, tuple(findings))
+    return Found(architecture, tuple(findings), _teacher(config, architecture, tokenizer, findings))
+
+
+def _teacher(
+    config: Config, student: Architecture, tokenizer: Tokenizer | None, findings: list[Finding]
+) -> Architecture | None:
+    """The teacher's architecture; where it is not here, it is taken to be as large as what it teaches."""
+    if not config.distillation.weight:
+        return None
+    place = teacher_place(config)
+    if tokenizer is not None and (holds_checkpoint(place) or any(next(place.glob(p), None) for p in _WEIGHTS)):
+        found = open_teacher(config, student, tokenizer)
+        assert found is not None
+        findings.append(Finding(f"teacher in {place}", f"{found.architecture.parameters:,} parameters"))
+        return found.architecture
+    findings.append(Finding(f"teacher in {place}", f"{NOT_HERE}, counted like the source"))
+    return student
 
 
 def _output(config: Config, findings: list[Finding]) -> None:
@@ -195,8 +215,10 @@ def _tasks(config: Config, findings: list[Finding]) -> None:
 # Numbers ----------------------------------------------------------------------------------------------------------
 
 
-def estimate(config: Config, architecture: Architecture, world_size: int) -> Estimate:
-    """Everything the report says about a run that starts with `architecture`.
+def estimate(
+    config: Config, architecture: Architecture, world_size: int, teacher: Architecture | None = None
+) -> Estimate:
+    """Everything the report says about a run that starts with `architecture` and learns from `teacher`.
 
     Raises:
         UserError: the layers do not split over the pipeline stages, or options of the model contradict each other.
@@ -207,10 +229,12 @@ def estimate(config: Config, architecture: Architecture, world_size: int) -> Est
     pruning = config.pruning
     scores = pruning.target_params is not None and pruning.target_params < architecture.parameters
     fisher = scores and pruning.fisher == "microbatch" and "fisher" in find_criterion(pruning.metric).needs
-    start = fullest_rank(config, layout, placement, fisher)
+    taught = None if teacher is None else ShardLayout.pack(teacher, placement.tp, quanta(config))
+    flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_length)
+    start = fullest_rank(config, layout, placement, fisher, taught)
     traffic = training_traffic(config, layout, placement, start.stage)
     if not scores:
-        phases = plan_plain(config, architecture)
+        phases = plan_plain(config, architecture, flops)
         return Estimate(world_size, placement, layout, None, None, start, None, phases, traffic, [], None, 0)
     route = plan_route(config, architecture)
     iterations = removal_iters(pruning_schedule(config, architecture), route, config.tokens_per_iteration)
@@ -223,8 +247,8 @@ def estimate(config: Config, architecture: Architecture, world_size: int) -> Est
         target_layout=target_layout,
         route=route,
         memory=start,
-        target_memory=fullest_rank(config, target_layout, placement),
-        phases=plan_phases(config, route, iterations),
+        target_memory=fullest_rank(config, target_layout, placement, teacher=taught),
+        phases=plan_phases(config, route, iterations, flops),
         traffic=traffic,
         pruning_traffic=on_top,
         compaction=compaction,

@@ -46,6 +46,7 @@ class RankMemory:
         temporary: the largest gradient before it is added to the buffer, the logits' gradient, gathered sequences.
         fisher: squared micro-batch gradients of the output projections, on iterations that score.
         scoring: everything held besides state while scores are computed (activations are free then).
+        teacher: weights of a frozen teacher, and what its logits need beside the student's.
         kept: inputs of layers, on iterations that need Hessians. hessian: one of them, while it is factorised.
     """
 
@@ -58,6 +59,7 @@ class RankMemory:
     temporary: int
     fisher: int
     scoring: int
+    teacher: int = 0
     kept: int = 0
     hessian: int = 0
 
@@ -69,13 +71,13 @@ class RankMemory:
     @property
     def training(self) -> int:
         """Peak of an iteration that does not score."""
-        return self.state + self.activations + self.temporary
+        return self.state + self.teacher + self.activations + self.temporary
 
     @property
     def peak(self) -> int:
         """Peak of an iteration that scores."""
         passes = self.activations + self.temporary + self.fisher
-        return self.state + self.kept + max(passes, self.scoring + self.hessian)
+        return self.state + self.teacher + self.kept + max(passes, self.scoring + self.hessian)
 
 
 @dataclass(frozen=True)
@@ -181,13 +183,36 @@ def output_elements(layout: ShardLayout, placement: Placement, stage: int) -> in
     return sum(math.prod(row.local_shape(layout)) for row, _ in rows if row.is_output)
 
 
+def teacher_memory(config: Config, layout: ShardLayout, placement: Placement, stage: int) -> int:
+    """Bytes on a rank of `stage` for a frozen teacher of this layout (see `training.distillation`).
+
+    On the last stage: its logits in the training dtype and four fp32 tables of a micro-batch's logits; with several
+    stages also the hidden states of all micro-batches.
+    """
+    size, tokens = element_size(config), micro_batch_tokens(config)
+    rows = stage_rows(layout.architecture.table, placement, stage)
+    total = size * sum(math.prod(row.local_shape(layout)) for row, _ in rows)
+    if placement.is_last(stage):
+        total += tokens * layout.stored.vocab * (size + 4 * FP32)
+        if placement.pp > 1:
+            split = placement.tp if config.parallel.splits_sequences else 1
+            total += size * layout.stored.hidden * placement.micro_batches * tokens // split
+    return total
+
+
 def rank_memory(
-    config: Config, layout: ShardLayout, placement: Placement, stage: int, dp_rank: int, needs_fisher: bool = False
+    config: Config,
+    layout: ShardLayout,
+    placement: Placement,
+    stage: int,
+    dp_rank: int,
+    needs_fisher: bool = False,
+    teacher: ShardLayout | None = None,
 ) -> RankMemory:
     """What the rank at (`stage`, `dp_rank`) holds.
 
     Args:
-        needs_fisher: whether scoring accumulates squared gradients per micro-batch.
+        needs_fisher: whether scoring accumulates squared gradients per micro-batch. teacher: of the frozen one.
     """
     buffer = stage_buffer(config, layout, placement, stage)
     width, sharded = element_size(config), config.parallel.use_distributed_optimizer
@@ -212,19 +237,26 @@ def rank_memory(
         temporary=_temporary(config, layout, placement, stage, buffer),
         fisher=fisher,
         scoring=fisher + sent + owned_outputs,
+        teacher=0 if teacher is None else teacher_memory(config, teacher, placement, stage),
         kept=kept,
         hessian=hessian,
     )
 
 
-def fullest_rank(config: Config, layout: ShardLayout, placement: Placement, needs_fisher: bool = False) -> RankMemory:
+def fullest_rank(
+    config: Config,
+    layout: ShardLayout,
+    placement: Placement,
+    needs_fisher: bool = False,
+    teacher: ShardLayout | None = None,
+) -> RankMemory:
     """The rank with the highest peak."""
     dp_ranks = range(placement.dp if config.parallel.use_distributed_optimizer else 1)
     ranks = []
     for stage in range(placement.pp):
         buffer = stage_buffer(config, layout, placement, stage)
         owned = [sum(buffer.owned(rank, placement.dp)) for rank in dp_ranks]
-        ranks.append(rank_memory(config, layout, placement, stage, owned.index(max(owned)), needs_fisher))
+        ranks.append(rank_memory(config, layout, placement, stage, owned.index(max(owned)), needs_fisher, teacher))
     return max(ranks, key=lambda rank: rank.peak)
 
 

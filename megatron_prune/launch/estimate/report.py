@@ -110,6 +110,8 @@ def _memory(estimate: Estimate) -> list[str]:
         "temporary": "largest temporaries",
     }
     rows = [[title, *(f"{getattr(rank, kind) / scale:.2f}" for rank in ranks)] for kind, title in kinds.items()]
+    if ranks[0].teacher:
+        rows.append(["teacher and its logits", *(f"{rank.teacher / scale:.2f}" for rank in ranks)])
     rows.append(["sum while training", *(f"{rank.training / scale:.2f}" for rank in ranks)])
     if estimate.route is not None:
         rows.append(["Fisher buffer, on iterations that score", f"{ranks[0].fisher / scale:.2f}", ""])

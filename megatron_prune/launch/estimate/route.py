@@ -185,11 +185,11 @@ def removal_iters(schedule: Schedule, route: Route, tokens_per_iteration: int) -
     return schedule.forecast(route.kinds, np.interp(np.arange(count), sampled, sizes), tokens_per_iteration)
 
 
-def plan_phases(config: Config, route: Route, iterations: np.ndarray) -> tuple[Phase, Phase]:
+def plan_phases(config: Config, route: Route, iterations: np.ndarray, teacher: float = 0.0) -> tuple[Phase, Phase]:
     """(pruning, continued training), with the FLOPs of the widths that each iteration trains with.
 
     Args:
-        iterations: `removal_iters` of the route.
+        iterations: `removal_iters` of the route. teacher: FLOPs per token of its forward pass.
     """
     seq_length, tokens = config.data.seq_length, config.tokens_per_iteration
     count = len(route.kinds)
@@ -198,14 +198,16 @@ def plan_phases(config: Config, route: Route, iterations: np.ndarray) -> tuple[P
     per_token = np.interp(np.arange(count), sampled, flops)  # while as many groups are gone
     durations = np.diff(iterations, prepend=0)
     total = int(iterations[-1])
-    pruning = Phase(total, total * tokens, float(np.dot(durations, per_token)) * tokens)
+    pruning = Phase(total, total * tokens, float(np.dot(durations, per_token + teacher)) * tokens)
     left = max(0, Progress(phase=CONTINUED, phase_start=total).end(config) - total)
-    return pruning, Phase(left, left * tokens, left * tokens * training_flops_per_token(route.target, seq_length))
+    return pruning, Phase(
+        left, left * tokens, left * tokens * (training_flops_per_token(route.target, seq_length) + teacher)
+    )
 
 
-def plan_plain(config: Config, architecture: Architecture) -> tuple[Phase, Phase]:
+def plan_plain(config: Config, architecture: Architecture, teacher: float = 0.0) -> tuple[Phase, Phase]:
     """(training, continued training) without removals; when the target is reached already, only the latter."""
-    per_token = training_flops_per_token(architecture, config.data.seq_length)
+    per_token = training_flops_per_token(architecture, config.data.seq_length) + teacher
     end = Progress(phase=CONTINUED if config.pruning.enabled else PRUNING).end(config)
     counts = (0, end) if config.pruning.enabled else (end, 0)
     training, continued = (

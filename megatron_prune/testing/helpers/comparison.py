@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_prune.testing.helpers.sharded import Outcome, RandomTokens
+from megatron_prune.testing.helpers.sharded import Outcome, RandomTokens, teacher_weights
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights
 from megatron_prune.testing.reference.oracle import DenseOracle, OracleRemoval, OracleSettings, StepResult
 from megatron_prune.testing.reference.oracle_scores import KINDS
@@ -66,7 +66,8 @@ def oracle_run(
     micro_batches: int = MICRO_BATCHES,
 ) -> tuple[DenseOracle, list[StepResult]]:
     """The oracle after `iterations`, and what each of them gave."""
-    oracle = DenseOracle(config, weights, settings)
+    teacher = DenseOracle(config, teacher_weights(weights)) if settings.distillation[0] else None
+    oracle = DenseOracle(config, weights, settings, teacher=None if teacher is None else teacher.logits)
     tokens = RandomTokens(config["vocab_size"], SEQUENCE, iterations * micro_batches * MICRO_BATCH)
     results = [oracle.train_step(tokens.micro_batches(i, micro_batches, MICRO_BATCH)) for i in range(iterations)]
     return oracle, results

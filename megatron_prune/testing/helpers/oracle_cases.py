@@ -52,31 +52,32 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     # A first step of Adam is the gradient's sign where that is far above eps: rounding turns whatever is near zero, and
     # with a first step in every iteration the turns add up. With this eps, a tenth of the usual element, they do not.
     "adam": {"carry": {}, "reset": {"optimizer_state": "reset", "eps": 1e-3}},
+    "loss": {"plain": {}, "distilled": {"distillation": (0.7, 2.0)}},
 }
 FACTORS = LAYOUTS_AND_MODELS | {name: tuple(values) for name, values in OPTIONS.items()}
 
-# tp pp dp sp do ov kinds model gqa schedule lr adam
+# tp pp dp sp do ov kinds model gqa schedule lr adam loss
 _ROWS = """
-1 1 1 -  do -- head mqa        uniform  cubic  whole_run carry
-2 1 2 sp -- ov stem gqa-untied cluster  ratio  constant  carry
-2 2 1 -- -- -- ffn  mha        kv_group linear constant  carry
-1 2 2 -- do ov all  gqa-tied   cluster  linear constant  reset
-3 1 1 sp do -- all  gqa-tied   kv_group linear constant  carry
-1 2 1 -- do -- stem gqa-untied uniform  cubic  whole_run reset
-2 1 2 sp -- ov ffn  mqa        uniform  cubic  whole_run carry
-2 1 2 sp do ov head mha        kv_group cubic  constant  carry
-3 1 1 -- -- -- head mha        cluster  linear whole_run carry
-2 2 1 sp -- -- all  gqa-tied   uniform  ratio  constant  reset
-1 1 2 -- do -- ffn  gqa-untied kv_group ratio  constant  reset
-1 1 1 -- -- -- stem mha        kv_group ratio  whole_run reset
-3 1 1 -- do -- stem mqa        uniform  linear constant  carry
-1 2 1 -- do -- all  mqa        cluster  ratio  whole_run reset
-3 1 1 sp -- -- ffn  gqa-tied   cluster  cubic  constant  carry
-1 2 1 -- -- -- head gqa-tied   cluster  ratio  whole_run carry
-3 1 1 -- do -- head gqa-untied cluster  ratio  constant  reset
-1 1 1 -- -- -- all  gqa-untied uniform  linear constant  reset
-1 1 1 -- do -- all  mha        cluster  cubic  constant  carry
-1 1 1 -- do -- stem gqa-tied   kv_group linear whole_run carry
+1 1 1 -  do -- head mqa        uniform  cubic  whole_run carry plain
+2 1 2 sp -- ov stem gqa-untied cluster  ratio  constant  carry plain
+2 2 1 -- -- -- ffn  mha        kv_group linear constant  carry distilled
+1 2 2 -- do ov all  gqa-tied   cluster  linear constant  reset plain
+3 1 1 sp do -- all  gqa-tied   kv_group linear constant  carry distilled
+1 2 1 -- do -- stem gqa-untied uniform  cubic  whole_run reset distilled
+2 1 2 sp -- ov ffn  mqa        uniform  cubic  whole_run carry distilled
+2 1 2 sp do ov head mha        kv_group cubic  constant  carry distilled
+3 1 1 -- -- -- head mha        cluster  linear whole_run carry plain
+2 2 1 sp -- -- all  gqa-tied   uniform  ratio  constant  reset plain
+1 1 2 -- do -- ffn  gqa-untied kv_group ratio  constant  reset distilled
+1 1 1 -- -- -- stem mha        kv_group ratio  whole_run reset plain
+3 1 1 -- do -- stem mqa        uniform  linear constant  carry distilled
+1 2 1 -- do -- all  mqa        cluster  ratio  whole_run reset distilled
+3 1 1 sp -- -- ffn  gqa-tied   cluster  cubic  constant  carry plain
+1 2 1 -- -- -- head gqa-tied   cluster  ratio  whole_run carry distilled
+3 1 1 -- do -- head gqa-untied cluster  ratio  constant  reset distilled
+1 1 1 -- -- -- all  gqa-untied uniform  linear constant  reset plain
+1 1 1 -- do -- all  mha        cluster  cubic  constant  carry plain
+1 1 1 -- do -- stem gqa-tied   kv_group linear whole_run carry distilled
 """
 
 
@@ -177,6 +178,11 @@ SPECIAL: dict[str, OracleCase] = {
         Case(pp=2, first_stage_layers=1, quanta=COARSE),
         MODELS["gqa-untied"],
         {"schedule": "linear", "curve": (0, 900), "gqa": "cluster", "lr": LinearDecay(3e-3, 60)},
+    ),
+    "distilled-scored-plainly": (
+        Case(tp=2, pp=2, sequence_parallel=True, quanta=COARSE),
+        MODELS["gqa-untied"],
+        {"distillation": (1.0, 1.0), "distilled_scores": "cross_entropy", "gqa": "cluster", "ratio": (1, 2)},
     ),
     "taylor-signed": (
         Case(tp=2, sequence_parallel=True, dp=2, distributed_optimizer=True, quanta=COARSE),

@@ -19,6 +19,7 @@ from megatron_prune.config import (
     Config,
     ContinuedConfig,
     Curve,
+    DistillationConfig,
     GroupConfig,
     GroupConfigs,
     ModelConfig,
@@ -29,18 +30,22 @@ from megatron_prune.config import (
     TrainingConfig,
 )
 from megatron_prune.huggingface.config import shape_from_config
-from megatron_prune.launch.assembly.assemble import fresh_model
+from megatron_prune.launch.assembly.assemble import fresh_model, model_options
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import VOCAB, find_kind
-from megatron_prune.model.layout import Quanta
+from megatron_prune.model.layout import Quanta, ShardLayout
+from megatron_prune.model.teacher import Teacher
 from megatron_prune.pruning.groups import known_groups
 from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.testing.reference.oracle_settings import LinearDecay
+from megatron_prune.training.distillation import Distillation
 from megatron_prune.training.metrics import IterationReport, Reporter
+from megatron_prune.training.objective import Objective
 from megatron_prune.training.state import RunState
+from megatron_prune.training.step import NEXT_TOKEN
 from megatron_prune.training.trainer import Datasets, Trainer
 
 
@@ -123,6 +128,11 @@ class Case:
 
 
 _ANY = 10**6  # groups of a kind by one iteration's scores: no limit
+
+
+def teacher_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A teacher with something to teach: as `weights`, but surer of itself."""
+    return {name: weight * 1.5 if weight.dim() > 1 else weight for name, weight in weights.items()}
 
 
 class RandomTokens:
@@ -210,6 +220,10 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             ),
             finish="exact" if settings.finish == "exact" else "first",
         ),
+        distillation=DistillationConfig(
+            *settings.distillation,
+            scores=settings.distilled_scores,  # type: ignore[arg-type]
+        ),
     )
 
 
@@ -254,7 +268,13 @@ def train_case(
     model = fresh_model(config, Architecture.full(shape_from_config(hf_config)), mesh, weights.__getitem__)
     tokens = RandomTokens(hf_config["vocab_size"], seq_length, iterations * micro_batches * micro_batch_size)
     recorder, state = _Recorder(config), RunState()
-    trainer = Trainer(config, model, Datasets(tokens, None), state, recorder)
+    objective: Objective = NEXT_TOKEN
+    if settings.distillation[0]:
+        read = teacher_weights(weights).__getitem__
+        layout = ShardLayout.pack(Architecture.full(model.architecture.shape), case.tp, case.quanta)
+        teacher = Teacher(layout, mesh, model_options(case.applied(config)), read)
+        objective = Distillation(teacher, *settings.distillation)
+    trainer = Trainer(config, model, Datasets(tokens, None), state, recorder, objective=objective)
     for _ in range(iterations):
         trainer.iterate()
     verify(model, thorough=True)

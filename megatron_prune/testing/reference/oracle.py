@@ -18,12 +18,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from megatron_prune.errors import UserError
 from megatron_prune.testing.reference import oracle_model, oracle_scores, oracle_second_order
@@ -90,6 +90,7 @@ class DenseOracle:
         settings: the run.
         dtype: torch.float32 or torch.float64, for weights, gradients, moments and scores alike.
         live: units that `weights` hold; default all of the source model's.
+        teacher: logits [B, S, vocab] of tokens [B, S], for `settings.distillation`.
 
     Attributes:
         weights, exp_avg, exp_avg_sq: {name: tensor}, physically small.
@@ -108,9 +109,10 @@ class DenseOracle:
         settings: OracleSettings | None = None,
         dtype: torch.dtype = torch.float32,
         live: LiveUnits | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.geometry = Geometry.from_hf(config)
-        self.settings = settings or OracleSettings()
+        self.settings, self.teacher = settings or OracleSettings(), teacher
         self.live = live or LiveUnits.full(self.geometry)
         expected = weight_shapes(self.geometry, self.live)
         given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -147,9 +149,17 @@ class DenseOracle:
         """Copies of the weights under their Hugging Face names (without a tied `lm_head.weight`)."""
         return {name: weight.clone() for name, weight in self.weights.items()}
 
-    def _loss(self, weights: Mapping[str, Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, weights: Mapping[str, Tensor], tokens: Tensor, labels: Tensor, distilled: bool = False) -> Tensor:
+        """Cross entropy; `distilled`: (1 - w) of it + w T^2 KL(teacher || student), both at temperature T."""
         logits = oracle_model.logits(tokens, weights, self.geometry, self.live)
-        return cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
+        w, temperature = self.settings.distillation
+        if not distilled or not w:
+            return loss
+        assert self.teacher is not None
+        log_p, log_q = (log_softmax(x / temperature, dim=-1) for x in (logits, self.teacher(tokens)))
+        divergence = (log_q.exp() * (log_q - log_p)).sum(dim=-1).mean()
+        return (1 - w) * loss + w * temperature**2 * divergence
 
     # One iteration ---------------------------------------------------------------------------------------------------
 
@@ -163,16 +173,20 @@ class DenseOracle:
         self.tokens += sum(tokens.numel() for tokens, _ in micro_batches)
         scheduled = self._is_scheduled()
         due = scheduled and (self._may_prune(self.credits + self._income()) or self.settings.score_idle)
-        loss, gradient, squares = self.gradients(micro_batches)
+        distilled = not (due and self.settings.distilled_scores == "cross_entropy")
+        loss, gradient, squares = self.gradients(micro_batches, distilled)
         scores = self._scores(micro_batches, gradient, squares) if due else None
         inputs = self.inputs(micro_batches) if due and self.settings.second_order else None
         grad_norm = self._optimizer_step(gradient)
         removed = self._prune(scores, inputs) if scheduled else []
         return StepResult(loss, grad_norm, removed)
 
-    def gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-        """Mean loss, its gradient, and the mean over micro-batches of the squares of their own gradients times the
-        Fisher scale (output projections only). The gradient of a micro-batch is that of its own mean loss."""
+    def gradients(
+        self, micro_batches: Sequence[MicroBatch], distilled: bool = True
+    ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+        """Mean loss (`distilled`, if the settings say so), its gradient, and the mean over micro-batches of the squares
+        of their own gradients times the Fisher scale (output projections only). The gradient of a micro-batch is that
+        of its own mean loss."""
         n = len(micro_batches)
         rows, columns = micro_batches[0][0].shape
         assert all(tokens.shape == (rows, columns) for tokens, _ in micro_batches), "micro-batches differ in shape"
@@ -182,7 +196,7 @@ class DenseOracle:
         squares = {name: torch.zeros_like(self.weights[name]) for name in output_projections(self.geometry)}
         for tokens, labels in micro_batches:
             leaves = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
-            loss = self._loss(leaves, tokens, labels)
+            loss = self._loss(leaves, tokens, labels, distilled)
             total_loss += loss.item() / n
             for name, own in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
                 gradient[name] += own / n

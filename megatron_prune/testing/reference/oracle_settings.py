@@ -18,6 +18,7 @@ _CHOICES = {
     "finish": ("exact", "any"),
     "schedule": ("ratio", "cubic", "linear"),
     "optimizer_state": ("carry", "reset"),
+    "distilled_scores": ("distilled", "cross_entropy"),
 }
 
 
@@ -62,6 +63,9 @@ class OracleSettings:
         first_prune_iter: iteration from which every g-th one is scheduled, itself included (0: g, 2 g, 3 g, ...).
         group_cost: pruning steps that a group of each kind uses up; default head_dim, 1, 1.
         target_params: pruning ends once parameters <= target; None never prunes.
+        distillation: (weight, temperature) of the teacher's distribution in the loss; weight 0: none.
+        distilled_scores: with distillation, scores are from the `distilled` loss, or iterations that score train on
+            `cross_entropy`.
         optimizer_state: after an iteration in which groups left, Adam's moments and step count are kept (`carry`) or
             begin anew (`reset`).
         finish: `exact` avoids groups that overshoot the target by more than 0.5 %; `any` does not care.
@@ -95,6 +99,8 @@ class OracleSettings:
     first_prune_iter: int = 0
     group_cost: Mapping[str, float] = field(default_factory=dict)
     target_params: int | None = None
+    distillation: tuple[float, float] = (0.0, 1.0)
+    distilled_scores: str = "distilled"
     optimizer_state: str = "carry"
     finish: str = "exact"
 
