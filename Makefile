@@ -127,7 +127,8 @@ test-transformers: $(TRANSFORMERS_ENVS)  ## exported models in several transform
 ENGINES ?= 0.16.1 0.17.1 0.18.2 0.19.2
 ENGINE_ENVS = $(patsubst %,build/engine-%/.installed,$(ENGINES))
 SMOKE = tests/model tests/optimizer tests/resharding tests/runtime/test_compat.py tests/checkpoint/test_megatron.py \
-    tests/checkpoint/test_to_megatron.py tests/checkpoint/test_layouts.py tests/checkpoint/test_state.py
+    tests/checkpoint/test_to_megatron.py tests/checkpoint/test_layouts.py \
+    tests/checkpoint/test_state.py tests/data/test_datasets.py tests/data/test_guarded.py
 ORACLE = tests/training/test_against_oracle.py
 
 build/engine-%/.installed:

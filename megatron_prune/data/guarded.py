@@ -112,17 +112,18 @@ def guarded(vocab_size: int) -> Guarded:
         def make_indices(self, build: Callable[[], Sequence[np.ndarray]]) -> Sequence[np.ndarray]:
             return kept(self.config.path_to_cache, _gpt_entries(self), _in_memory(self, build))
 
-        def read_sample(self, read: Callable[[], Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        def read_sample(self, read: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
             sized(
                 {
                     str(idx_path(self.dataset.path_prefix)): self.dataset.index.bin_buffer_mmap,
                     **_named(self.config.path_to_cache, self, _GPT_INDICES),
                 }
             )
-            text, documents = read()
+            sample = read()
+            text, documents = sample[:2]
             if len(text) != self.config.sequence_length + 1 or text.min() < 0 or text.max() >= vocab_size:
                 raise UserError(_unfit(self, text, documents, vocab_size))
-            return text, documents
+            return sample
 
     class BlendedDataset(hooked.blended):
         def make_indices(self, build: Callable[[], Sequence[np.ndarray]]) -> Sequence[np.ndarray]:

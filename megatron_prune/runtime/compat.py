@@ -57,7 +57,7 @@ def hooked_datasets() -> SimpleNamespace:
     """megatron-core's GPTDataset (`gpt`) and BlendedDataset (`blended`), to be derived from.
 
     A subclass has `make_indices(build)`, which gives the index arrays in place of `build()`, and, of GPTDataset,
-    `read_sample(read)`, which gives (token ids, document ids) in place of `read()`.
+    `read_sample(read)`, which gives (token ids, document ids, from 0.19 on tokens per document) in place of `read()`.
     """
     from megatron.core.datasets import blended_dataset, gpt_dataset
 
