@@ -2,8 +2,11 @@
 
 `UserError` is raised for every mistake a user can mend: a wrong option, file or layout. Its message is one line that
 names the field or file and says what to do; entry points print it on one rank, without a traceback, and exit with 2.
-Anything else that escapes is a defect and keeps its traceback.
+Anything else that escapes is a defect and keeps its traceback. Names from outside are shown escaped, in log lines, too
+(`log_lines`).
 """
+
+import logging
 
 
 def one_line(text: str) -> str:
@@ -16,6 +19,18 @@ def one_line(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """What another library's error says, in its first line; the error's name where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class _Escaped(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(one_line, super().format(record).split("\n")))
+
+
+def log_lines(level: int) -> None:
+    """Send log lines to stderr, unless they go somewhere already; what a terminal would obey is escaped."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Escaped("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=level)
 
 
 class UserError(ValueError):

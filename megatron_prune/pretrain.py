@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     from megatron_prune.config import Command, parse_command, validate
-    from megatron_prune.errors import UserError
+    from megatron_prune.errors import UserError, log_lines
     from megatron_prune.runtime.places import speaks
 
     is_speaker = speaks(os.environ)
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    log_lines(logging.ERROR)
     logging.getLogger("megatron_prune").setLevel(logging.INFO if is_speaker else logging.ERROR)
     command: Command | UserError
     try:

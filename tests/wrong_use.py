@@ -1,17 +1,20 @@
 """Wrong uses of the commands, drawn at random, and what must come of each: one line, status 2, nothing written.
 
 wrong_yaml, wrong_flags, unlikely_flags   ways to spoil a working configuration
+wrong_command   any other command, spoilt
 Shop         a tiny run's files, a finished run and its export, which the words name
 call         run a command in this process -> Outcome
 """
 
 import copy
+import importlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from megatron_prune.commands import COMMANDS
 from megatron_prune.config import Config, load_config
 from megatron_prune.config.options import all_options, options_of, sections_of
 from megatron_prune.errors import UserError
@@ -43,6 +46,8 @@ class Outcome:
         """What no use may come to."""
         if self.status not in may_be:
             yield f"status {self.status}"
+        if not self.output.translate({ord(mark): None for mark in "\n\t\r"}).isprintable():
+            yield "a terminal would obey this: " + repr(self.output[-1500:])
         if "Traceback" in self.output:
             yield "a traceback: ..." + self.output[-1500:]
         if self.status == 2 and (len(self.errors) != 1 or not self.errors[0].isprintable()):
@@ -67,7 +72,7 @@ class Shop:
 
     def __init__(self, folder):
         self.folder, self.tiny = folder, TinyRun(folder / "inputs")
-        self.run, self.hf = folder / "run", folder / "hf"
+        self.run, self.hf, self.text = folder / "run", folder / "hf", self.tiny.folder / "text_0.txt"
 
     def configuration(self, save):
         """A working one, as YAML's values."""
@@ -209,3 +214,47 @@ def folder_of(place):
     shutil.rmtree(place, ignore_errors=True)
     Path(place).mkdir(parents=True)
     return Path(place)
+
+
+COMMANDS_HERE = {
+    "convert-from-hf": lambda shop, room: ["--hf-model", shop.tiny.source, "--save", room / "o"],
+    "convert-from-megatron": lambda shop, room: ["--load", shop.run, "--save", room / "o"],
+    "convert-to-hf": lambda shop, room: ["--load", shop.run, "--save", room / "o"],
+    "convert-to-gguf": lambda shop, room: ["--hf-model", shop.hf, "--save", room / "o.gguf"],
+    "evaluate": lambda shop, room: [
+        *("--hf-model", shop.hf, "--data-path", shop.text, "--device", "cpu"),
+        *("--eval-samples", "1", "--seq-length", "32"),
+    ],
+    "inspect": lambda shop, room: ["--load", shop.run],
+    "score": lambda shop, room: [*shop.tiny.arguments(room / "o")[:-4], "--batches", "1"],
+    "prune-once": lambda shop, room: [*shop.tiny.arguments(room / "o")[:-2], "--batches", "1"],
+    "token-scaling": lambda shop, room: ["--runs", shop.run, "--output-dir", room / "o"],
+    "preprocess": lambda shop, room: [
+        *("--input", shop.text, "--output-prefix", room / "p"),
+        *("--tokenizer-model", shop.tiny.folder / "tokenizer.model"),
+    ],
+}
+"""Command -> words of a use that is right."""
+
+
+def wrong_command(random, shop, room):
+    """A command with one or two more options, mostly wrong ones; sometimes cut short or with a word too many."""
+    name = random.choice(list(COMMANDS_HERE))
+    words = [str(word) for word in COMMANDS_HERE[name](shop, room)]
+    for found in random.choices(_own_options(name), k=random.randint(1, 2)):
+        is_place = (found.metavar or "") in ("DIR", "FILE", "PATH", "P")
+        value = str(random.choice(shop.places())) if is_place and random.random() < 0.8 else random.choice(VALUES)
+        if found.name == "workers":  # as many processes
+            value = random.choice(["-1", "0", "1", "nan", ""])
+        words += [found.flag] if found.kind is bool else [f"{found.flag}={value}"]
+    if random.random() < 0.1:
+        words = words[: random.randrange(len(words) + 1)]
+    if random.random() < 0.05:
+        words.insert(random.randrange(len(words) + 1), random.choice(VALUES))
+    return [name, *words]
+
+
+def _own_options(name):
+    module = importlib.import_module(COMMANDS[name][0])
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    return options_of(next(kind for kind in own if kind.__name__.endswith("Options")), "own")

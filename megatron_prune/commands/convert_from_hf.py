@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_prune.commands.running import check_new_folder, run_command
+from megatron_prune.commands.running import check_new_folder, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
@@ -68,15 +68,15 @@ def convert(arguments: ImportOptions) -> int:
         architecture, read = resize(folder, architecture, weights)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else weights.dtype
     files = len({stored.file for stored in weights.stored.values()})
-    print(
+    say(
         f"{folder}: {len(weights.stored)} tensors in {files} file{'s' if files > 1 else ''}, "
         f"{_gib(weights.total_bytes)}, all accounted for; the largest has {_gib(weights.largest_bytes)}"
     )
-    print("\n".join(plan(architecture)))
+    say("\n".join(plan(architecture)))
     if arguments.dry_run:
         return 0
     tokenizer, remark = find_tokenizer(folder, architecture.shape)
-    print(remark)
+    say(remark)
     state: dict[str, Any] = {
         # A dtype that is asked for here is the one that exports have, too.
         "source": read_source(folder) | ({"dtype": arguments.dtype, "dtypes": {}} if arguments.dtype else {}),
@@ -85,7 +85,7 @@ def convert(arguments: ImportOptions) -> int:
         "history": [],
     }
     written = write(read, len(weights.stored), save, architecture, dtype, state)
-    print(f"{written}: {architecture.parameters:,} parameters in {dtype_name(dtype)}")
+    say(f"{written}: {architecture.parameters:,} parameters in {dtype_name(dtype)}")
     return 0
 
 
@@ -137,10 +137,10 @@ def resize(folder: Path, architecture: Architecture, read: Reader) -> tuple[Arch
     if tokenizer.base_size > have:
         check_rows(tokenizer, have, f"--hf-model {folder}")
     if want <= have:
-        print(f"rows: the model has {have:,}, its tokenizer {want:,} ids; none to add")
+        say(f"rows: the model has {have:,}, its tokenizer {want:,} ids; none to add")
         return architecture, read
     added = ", ".join(ascii(tokenizer.text_of(number)) for number in range(have, min(want, have + LISTED)))
-    print(f"rows: {want - have:,} added for {added}{' and more' if want > have + LISTED else ''}; {want:,} now")
+    say(f"rows: {want - have:,} added for {added}{' and more' if want > have + LISTED else ''}; {want:,} now")
     return resized(architecture, want), with_rows(read, architecture.table, want)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.commands.convert_from_hf import write
-from megatron_prune.commands.running import check_new_folder, run_command
+from megatron_prune.commands.running import check_new_folder, run_command, say
 from megatron_prune.config.options import option
 
 _STORED = "as the stored arguments say unless given"
@@ -49,7 +49,7 @@ def convert(arguments: MegatronImportOptions) -> int:
     architecture = Architecture.full(source.shape)
     names = list(architecture.table.parts)
     source.check(names)
-    print(
+    say(
         f"{source.path}: {len(source.stored)} tensors of the model, all accounted for; {source.skipped} others left out"
     )
     state: dict[str, Any] = {
@@ -59,7 +59,7 @@ def convert(arguments: MegatronImportOptions) -> int:
         "history": [],
     }
     written = write(source, len(names), save, architecture, source.dtype, state)
-    print(f"{written}: {architecture.parameters:,} parameters")
+    say(f"{written}: {architecture.parameters:,} parameters")
     return 0
 
 

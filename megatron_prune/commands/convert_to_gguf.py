@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ def write(arguments: GgufOptions) -> int:
 
     with tqdm(unit="tensor", desc="writing", disable=not sys.stderr.isatty()) as bar:
         done = convert(arguments.hf_model, arguments.save, arguments.dtype, lambda _: bar.update())
-    print(
+    say(
         f"{done.file}: {done.architecture}, {done.parameters:,} parameters in {done.tensors} tensors, "
         f"{done.file.stat().st_size:,} bytes"
     )
     if arguments.dtype == "q8_0":
-        print(quantized(done))
+        say(quantized(done))
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 
@@ -86,7 +86,7 @@ def convert(arguments: ExportOptions) -> int:
         from megatron_prune.huggingface.cluster import refresh_code
 
         changed = refresh_code(arguments.refresh_code)
-        print(f"{arguments.refresh_code}: {' and '.join(changed) or 'nothing'} brought up to date")
+        say(f"{arguments.refresh_code}: {' and '.join(changed) or 'nothing'} brought up to date")
         return 0
     for flag, value in (("--load", arguments.load), ("--save", arguments.save)):
         if value is None:
@@ -125,13 +125,13 @@ def convert(arguments: ExportOptions) -> int:
             overwrite=arguments.overwrite,
         )
     a = reader.architecture
-    print(
+    say(
         f"{done.folder}: {done.class_name}, iteration {reader.record.iteration}, {a.parameters:,} parameters "
         f"({a.described()}), {done.stored_parameters:,} stored in {dtype_name(done.dtype)} in {len(done.files)} "
         f"file{'s' if len(done.files) > 1 else ''}"
     )
-    print(f"KV heads: {kv_heads(done, a)}")
-    print(f"tokenizer: {tokenizer or 'none'}")
+    say(f"KV heads: {kv_heads(done, a)}")
+    say(f"tokenizer: {tokenizer or 'none'}")
     if not arguments.verify:
         return 0
     is_same = tokenizer is None or verify_tokenizer(arguments, done, tokenizer, tokenizer_type)
@@ -171,7 +171,7 @@ def choose_tokenizer(arguments: ExportOptions, reader: CheckpointReader) -> tupl
         return arguments.tokenizer_type, arguments.tokenizer_model
     recorded = tokenizer_of(reader.meta)
     if recorded is None:
-        print("no tokenizer is recorded in the checkpoint: exporting without; name one with --tokenizer-model")
+        say("no tokenizer is recorded in the checkpoint: exporting without; name one with --tokenizer-model")
         return None, None
     kind, path = recorded
     if not Path(path).exists():
@@ -192,9 +192,9 @@ def verify_tokenizer(arguments: ExportOptions, done: Exported, tokenizer: str, k
     try:
         chats = compare_tokenizers(find_tokenizer(tokenizer, kind), done.folder, texts)
     except UserError as error:
-        print(f"verify: the tokenizer is NOT the same: {error}")
+        say(f"verify: the tokenizer is NOT the same: {error}")
         return False
-    print(
+    say(
         f"verify: the tokenizer gives the same ids on {len(text):,} characters of text, has the same special tokens "
         f"and renders {len(chats)} chats alike"
     )
@@ -244,18 +244,18 @@ def verify(arguments: ExportOptions, reader: CheckpointReader, done: Exported, t
         f"{ROUNDINGS} times this model's own fp32 rounding ({exported.rounding:.1e})" if asked is None else f"{asked:g}"
     )
     close = difference <= limit  # False for NaN
-    print(
+    say(
         f"verify: {tokens.numel():,} {'tokens of text' if has_tokenizer else 'random ids'}; logits (up to "
         f"{trained.abs().max().item():.1f}) of transformers and of the training model differ by at most "
         f"{difference:.2e}, {'within' if close else 'NOT WITHIN'} {what}"
     )
     is_cached = exported.cached <= exported.tolerance
-    print(
+    say(
         f"verify: steps with a cache differ from those without by at most {exported.cached:.2e}, "
         f"{'within' if is_cached else 'NOT WITHIN'} {ROUNDINGS} times rounding; greedy generation with and without it "
         f"{'gives the same' if exported.generated_alike else 'DIFFERS'}"
     )
-    print(
+    say(
         "verify: "
         + (f"{wrong} is NOT what the checkpoint holds" if wrong else "every weight is bit for bit as in the checkpoint")
     )

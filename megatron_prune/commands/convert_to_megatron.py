@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 
@@ -107,13 +107,13 @@ def convert(arguments: MegatronExportOptions) -> int:
     finally:
         close_mesh()
     fits = [str(n) for n in range(1, MOST_RANKS + 1) if stock_misfit(shape, n) is None]
-    print(
+    say(
         f"{written}: GPTModel, {shape.num_layers} layers, hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, "
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} KV heads ({plan.policy}), {dtype}"
     )
     if padded > shape.vocab_size:
-        print(f"{padded - shape.vocab_size} rows of padding take part in Megatron's softmax, and do not here")
-    print(f"tensor-parallel sizes that share it out evenly: {', '.join(fits)}")
+        say(f"{padded - shape.vocab_size} rows of padding take part in Megatron's softmax, and do not here")
+    say(f"tensor-parallel sizes that share it out evenly: {', '.join(fits)}")
     return 0
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.data.documents import SEPARATORS
 from megatron_prune.errors import UserError
@@ -206,7 +206,7 @@ def judge(candidate: ModelFolder, plan: EvaluationPlan) -> Evaluated:
         )
 
         def begun(task: str) -> None:
-            print(f"{candidate.name}: task {next(numbers)} of {tasks}, {task}", file=stream, flush=True)
+            say(f"{candidate.name}: task {next(numbers)} of {tasks}, {task}", stream)
 
         scores = evaluate_tasks(
             candidate, plan.selection, options, plan.scratch, begun, lambda results: plan.keep(so_far(results))
@@ -268,13 +268,13 @@ def judge_all(arguments: EvaluationOptions) -> int:
         if arguments.output_dir:
             held.enter_context(sole_writer(Path(arguments.output_dir) / JSON_NAME, "--output-dir"))
         report = evaluate(arguments, Path(scratch))
-        print(report.to_markdown(), end="")
+        say(report.to_markdown().rstrip("\n"))
         if arguments.output_dir:
             for file in write_report(report, arguments.output_dir):
-                print(f"written: {file}", file=sys.stderr)
+                say(f"written: {file}", sys.stderr)
     failed = sum(len(entry.failures) for entry in report.models)
     if failed:
-        print(f"{failed} tasks could not be run, see the table", file=sys.stderr)
+        say(f"{failed} tasks could not be run, see the table", sys.stderr)
     return 1 if failed else 0
 
 

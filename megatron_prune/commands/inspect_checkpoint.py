@@ -229,7 +229,7 @@ def inspect(arguments: InspectOptions) -> int:
         facts["problems"] = list(problems(reader))
     print(json.dumps(facts, indent=1) if arguments.json else "\n".join(map(one_line, lines(facts))))
     for problem in facts.get("problems", ()):
-        print(f"error: {facts['path']}: {problem}", file=sys.stderr)
+        print(one_line(f"error: {facts['path']}: {problem}"), file=sys.stderr)
     if arguments.verify and not facts["problems"] and not arguments.json:
         print("verified     sums, shapes, values and counts agree")
     return 2 if facts.get("problems") else 0

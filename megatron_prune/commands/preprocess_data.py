@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.data.documents import AUTO, INPUT_FORMATS, SEPARATORS
 from megatron_prune.data.preprocess import EncodingProgress, Options, Summary, preprocess
@@ -73,10 +73,9 @@ class ProgressDisplay:
             self._last_line = time.monotonic()
             known = progress.total_bytes > 0  # of a pipe it is not
             share = f"{progress.disk_bytes / progress.total_bytes:4.0%} of the input, " if known else ""
-            print(
+            say(
                 f"{share}{progress.documents:,} documents, {progress.tokens:,} tokens, {rate:,.0f} tokens/s",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
     def close(self) -> None:
@@ -88,13 +87,13 @@ class ProgressDisplay:
 def report(summary: Summary, prefix: str) -> None:
     """Say what was written."""
     facts = summary.metadata
-    print(
+    say(
         f"{one_line(prefix)}.bin: {facts.documents:,} documents, {facts.tokens:,} tokens, {summary.bin_bytes:,} bytes "
         f"({facts.dtype}), {facts.text_bytes / facts.tokens:.2f} bytes of text per token, "
         f"{facts.tokens / max(summary.seconds, 1e-9):,.0f} tokens/s"
     )
     if facts.empty_documents:
-        print(f"{facts.empty_documents:,} empty documents were left out")
+        say(f"{facts.empty_documents:,} empty documents were left out")
 
 
 def encode(arguments: PreprocessOptions) -> int:

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_prune.commands import COMMANDS
 from megatron_prune.config import CommandLine, Given
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, log_lines, one_line
 from megatron_prune.runtime.places import speaks
 
 
@@ -88,7 +88,7 @@ def run_on_ranks(
     if given is None:
         sys.stdout.write(line.help_text() if speaks(os.environ) else "")
         return 0
-    logging.basicConfig(level=level, format="%(message)s")
+    log_lines(level)
     from megatron_prune.runtime.failures import exit_status
 
     return exit_status(lambda: work(given))
@@ -114,3 +114,8 @@ def check_plot(flag: str, value: str) -> None:
         raise UserError(f"{flag}: matplotlib is not installed; pip install 'megatron_prune[plot]'")
     if Path(value).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{flag} {value}: name a file that ends in .png, .svg or .pdf")
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print at once, to stdout unless told where; what a terminal would obey is escaped, line by line."""
+    print("\n".join(map(one_line, text.split("\n"))), file=stream, flush=True)

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from megatron_prune.checkpoint.files import replace_file
-from megatron_prune.commands.running import run_command
+from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
@@ -198,7 +198,7 @@ class ScalingOptions:
 
 def compare(arguments: ScalingOptions) -> int:
     """Print the table; the exit status. Raises UserError."""
-    print(collect([Path(run) for run in arguments.runs], Path(arguments.output_dir)))
+    say(collect([Path(run) for run in arguments.runs], Path(arguments.output_dir)))
     return 0
 
 

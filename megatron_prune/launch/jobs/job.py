@@ -28,7 +28,7 @@ from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.checkpoint.lease import acquire, live_owner
 from megatron_prune.checkpoint.record import FINISHED, PREEMPTED, STOPPED, Progress, clear_status, read_status
 from megatron_prune.config import Config, dump
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, log_lines
 from megatron_prune.launch.assembly.watch import Watch, announce, launchers
 from megatron_prune.launch.jobs import after, stages
 from megatron_prune.launch.jobs.request import LINE, Request
@@ -72,7 +72,7 @@ def main(argv: Sequence[str], train: Train) -> int:
     Returns:
         Exit status: 0 done, or told to leave and saved; 2 a mistake of the user; else a failure.
     """
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    log_lines(logging.ERROR)
     is_speaker = speaks(os.environ)
     logging.getLogger("megatron_prune").setLevel(logging.INFO if is_speaker else logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\..*")

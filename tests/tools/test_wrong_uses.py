@@ -1,0 +1,65 @@
+"""Every command with wrong flags, by the hundred: it works, or says one line and leaves nothing."""
+
+import os
+import random
+import shutil
+
+import pytest
+
+from megatron_prune.commands import main
+from megatron_prune.runtime.signals import StopSignals
+from megatron_prune.testing.helpers.tiny_runs import prepare
+from tests.wrong_use import Shop, call, files, folder_of, wrong_command
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    shop = Shop(tmp_path_factory.mktemp("shop"))
+    prepare(shop.tiny.folder)
+    words = shop.tiny.arguments(shop.run, "--save-interval", 10)
+    assert main(["pretrain", *map(str, words)]) == 0
+    assert main(["convert-to-hf", "--load", str(shop.run), "--save", str(shop.hf)]) == 0
+    return shop
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1000, 5000, 1000))])
+def test_wrong_uses_are_one_line_and_leave_nothing(shop, first, capfd, monkeypatch):
+    monkeypatch.setattr(StopSignals, "is_asked", lambda self: True)
+    found = {}
+    for seed in range(first, first + (250 if first else 40)):
+        room = folder_of(shop.folder / "room")
+        monkeypatch.chdir(room)
+        words = wrong_command(random.Random(seed), shop, room)
+        before = sorted(shop.folder.rglob("*")), files(shop.folder)
+        done = call(main, words, capfd)
+        problems = list(done.problems(may_be=(0, 1, 2)))
+        if done.status == 1 and done.errors:
+            problems.append("an error line with status 1")
+        if done.status == 2 and (sorted(shop.folder.rglob("*")), files(shop.folder)) != before:
+            problems.append("a refusal left something")
+        if problems:
+            found[seed] = problems, " ".join(word[:100] for word in words)
+    assert not found
+
+
+@pytest.mark.parametrize(("name", "status"), [(b"m\x1b[31m\x07 n\n", 0), (b"m\xff", 2)])
+def test_names_of_folders_do_not_reach_a_terminal_as_they_are(shop, name, status, capfd):
+    """Names that are no text are refused in one line."""
+    strange, statuses = shop.folder / os.fsdecode(name), []
+    shutil.copytree(shop.hf, strange / "hf")
+    text = ["--data-path", shop.text, "--device", "cpu", "--eval-samples", "1", "--seq-length", "32"]
+    for words in (
+        ["convert-from-hf", "--hf-model", strange / "hf", "--save", strange / "run"],
+        ["inspect", "--load", strange / "run", "--verify"],
+        ["convert-to-hf", "--load", strange / "run", "--save", strange / "out"],
+        ["convert-to-gguf", "--hf-model", strange / "hf", "--save", strange / "m.gguf"],
+        ["evaluate", "--hf-model", strange / "out", shop.hf, *text, "--output-dir", strange / "report"],
+        ["preprocess", "--input", shop.text, "--output-prefix", strange / "p", "--tokenizer-model", strange / "hf"],
+    ):
+        done = call(main, words, capfd)
+        assert not list(done.problems()), (words, done.output)
+        statuses.append(done.status)
+    assert statuses == [status] * 6
