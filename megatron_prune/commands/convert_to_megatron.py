@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command, say
+from megatron_prune.commands.running import check_new_folder, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 
@@ -73,8 +73,7 @@ def convert(arguments: MegatronExportOptions) -> int:
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
     save, tp = Path(arguments.save), arguments.tensor_model_parallel_size
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise UserError(f"--save {save}: is there already; name a folder that does not exist or is empty")
+    check_new_folder("--save", save)
     if arguments.kv_policy == CLUSTER:
         raise UserError(f"--kv-policy {CLUSTER}: stock Megatron has no such attention; use native or expand")
     reader = CheckpointReader(arguments.load, arguments.ckpt_step)
