@@ -140,11 +140,18 @@ build/engine-%/.installed:
 	    'megatron-core==$*' triton
 	@touch $@
 
-test-engines: $(ENGINE_ENVS)  ## smoke and oracle sets with several megatron-core (ENGINES="0.16.1 0.19.2"): docs/engines.md
+test-engines: $(ENGINE_ENVS)  ## several megatron-core (ENGINES="0.16.1 0.19.2") and runs handed from one to another: docs/engines.md
 	@for version in $(ENGINES); do \
 	    echo "test-engines: megatron-core $$version"; \
 	    OMP_NUM_THREADS=1 build/engine-$$version/bin/python -m pytest -q -m "not full" $(SMOKE) $(ORACLE) $(ARGS) \
 	        || failed="$$failed $$version"; \
+	done; \
+	rm -rf build/engine-runs; \
+	for way in "" --read; do \
+	    for version in $(ENGINES); do \
+	        OMP_NUM_THREADS=1 build/engine-$$version/bin/python -m tests.engine_pairs build/engine-runs $$way \
+	            || failed="$$failed $$version"; \
+	    done; \
 	done; test -z "$$failed" || { echo "test-engines: failed with$$failed" >&2; exit 1; }
 
 soak: install  ## kill runs at random moments, 200 times or for an hour; goes on where it stopped (ARGS="--minutes 10")

@@ -137,6 +137,9 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW and the learning rate until the target is reached (see `continued` for what follows)."""
 
+    optimizer: str = option(
+        "adam", "which one", refused="only adam is built: what others (muon, lion, sgd, ...) keep is not saved here"
+    )
     lr: float = option(3e-4, "peak learning rate", above=0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD", "inverse-square-root"] = option(

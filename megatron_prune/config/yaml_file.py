@@ -158,16 +158,25 @@ def yaml_value(value: Any) -> str:
         value = {name: dataclasses.asdict(part) for name, part in value.items()}
     elif isinstance(value, tuple):
         value = list(value)
-    escaped = isinstance(value, str) and not value.isprintable()
+    escaped = not all(text.isprintable() for text in _texts(value))
     text = yaml.safe_dump(
         value,
-        default_style='"' if escaped else None,
+        default_style='"' if escaped and isinstance(value, str) else None,
         default_flow_style=True,
         allow_unicode=not escaped,
         width=_NO_WRAP,
         sort_keys=False,
     )
     return str(text).removesuffix("...\n").rstrip("\n")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, its keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in [*value, *(value.values() if isinstance(value, dict) else ())]:
+            yield from _texts(part)
 
 
 def _comment(text: str, indent: str) -> list[str]:

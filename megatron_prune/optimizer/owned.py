@@ -60,8 +60,9 @@ class OwnedShard:
 
     @property
     def moments(self) -> dict[str, Tensor]:
-        """Flat Adam moments of the range; empty before the first step."""
-        return {name: self.state[name].view(-1) for name in MOMENTS if name in self.state}
+        """What the optimizer keeps for every element of the range, flat: Adam's moments, and of another optimizer
+        whatever it has in the weight's shape; empty before the first step."""
+        return {name: kept.view(-1) for name, kept in self.state.items() if _is_per_element(kept, self.key)}
 
     def blocks(self) -> Iterator[tuple[int, int, slice, slice]]:
         """(offset in the range, length, rows, columns) of the rectangles that this range is made of; see `blocks`."""
@@ -80,6 +81,10 @@ class OwnedShard:
                 for tensor in tensors:
                     block = tensor[offset : offset + length].view(rows.stop - rows.start, columns.stop - columns.start)
                     block.index_fill_(dim, index, 0)
+
+
+def _is_per_element(kept: object, key: Tensor) -> bool:
+    return isinstance(kept, Tensor) and kept.shape == key.shape and kept.dim() > 0
 
 
 def blocks(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[int, int, slice, slice]]:
