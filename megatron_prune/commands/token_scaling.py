@@ -26,9 +26,10 @@ from typing import Any
 import yaml
 
 from megatron_prune.checkpoint.files import replace_file
+from megatron_prune.checkpoint.record import STATE_FIELDS, check_fields
 from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, first_line
 from megatron_prune.model import first_format
 from megatron_prune.model.kinds import find_kind
 
@@ -64,7 +65,9 @@ def read_run(folder: Path) -> Run | str:
     if not summary.is_file():
         return "no summary.json: the run has not ended yet"
     try:
-        facts, stages = json.loads(summary.read_text()), json.loads(summary.read_text())["stages"]
+        facts = json.loads(summary.read_text())
+        stages = facts["stages"]
+        check_fields(facts, {"stages": STATE_FIELDS["stages"]}, summary, required=True)
         pruning = (yaml.safe_load(config.read_text()) or {}).get("pruning", {})
         ratio = str(pruning.get("ratio", "?"))
         if pruning.get("schedule") == "curve":
@@ -85,8 +88,12 @@ def read_run(folder: Path) -> Run | str:
             final=stages["final"],
             accuracy=_accuracy(folder / "evaluation" / "evaluation.json"),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{folder}: not what a run writes ({type(error).__name__}: {error})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{config}: no YAML ({first_line(error)})") from error
 
 
 def _accuracy(path: Path) -> float | None:

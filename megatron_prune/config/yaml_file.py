@@ -20,6 +20,7 @@ from megatron_prune.config.values import RawValue, convert, did_you_mean
 from megatron_prune.errors import UserError, one_line
 
 _DEEPEST = 4
+_LONGEST = 1 << 20  # characters; /dev/zero has no end
 _NO_WRAP = 10**9
 
 
@@ -27,11 +28,14 @@ def read_file(path: str | Path, unnamed: Config | None = None) -> Config:
     """The config in a YAML file; fields it does not name are those of `unnamed` (None: defaults). Raises UserError for
     any mistake."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8, expected a YAML configuration") from None
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    if len(text) > _LONGEST:
+        raise UserError(f"{path}: goes on after {_LONGEST:,} characters, expected a YAML configuration")
     return read_yaml(text, str(path), unnamed)
 
 

@@ -180,6 +180,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         (tmp_path / "absent.yaml", "cannot read the configuration file"),
         (tmp_path, "cannot read the configuration file"),
         (binary, "not a text file in UTF-8"),
+        ("/dev/zero", "goes on after"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             load_config(["--config", str(path)])
