@@ -1,9 +1,9 @@
 """What to prune, how fast and by which score (`pruning`), what is learnt from a teacher (`distillation`), and what
 comes after the target (`continued`).
 
-The defaults of `pruning` are what measured best on a small real model (whole KV heads as the unit, scores per removed
-parameter, smoothed over steps, one pruning step after each gradient step); the settings of the paper (EfficientLLM,
-arXiv 2502.06663) are in its recipes under `examples/configs/`.
+The defaults of `pruning` are what measured best on small real models (docs/method.md): whole KV heads as the unit,
+signed scores per removed parameter, smoothed over steps, kinds in balance, a cubic curve over the first fifth of the
+run. The settings of the paper (EfficientLLM, arXiv 2502.06663) are in its recipes under `examples/configs/`.
 
 Kinds of groups: `head` removes one query head (or, by `gqa`, a whole KV head) in every layer, `ffn` one channel of the
 FFN's intermediate activation in every layer, `stem` one channel of the residual stream (hidden size) everywhere.
@@ -139,10 +139,14 @@ class PruningConfig:
         at_least=1,
         count=True,
     )
-    schedule: Literal["ratio", "curve"] = option(
-        "ratio", "when groups leave: `ratio` of pruning steps to gradient steps, or the `curve` of sizes over tokens"
+    schedule: Literal["ratio", "curve"] | None = option(
+        None,
+        "when groups leave: by the `curve` of sizes over tokens, or `ratio` of pruning steps to gradient steps; null: "
+        "ratio where one is given, else curve",
     )
-    ratio: str = option("1:1", "with schedule: ratio, pruning steps : gradient steps, such as 4:1 or 1:9")
+    ratio: str | None = option(
+        None, "with schedule: ratio, pruning steps : gradient steps, such as 4:1 or 1:9; null: 1:1 there"
+    )
     first_prune_iter: int = option(
         0, "with schedule: ratio, iteration from which gradient steps count toward pruning steps", at_least=0
     )
@@ -158,7 +162,7 @@ class PruningConfig:
         ("head", "ffn", "stem"), "kinds of groups that may be removed, by name", metavar="NAME", unique=True
     )
     metric: str = option(
-        "taylor_mix",
+        "taylor_signed",
         "element-wise saliency criterion by its registered name: taylor_first, taylor_second, taylor_mix, "
         "taylor_signed, obd, obc, wanda, flap, minitron, magnitude, random",
     )
@@ -167,7 +171,7 @@ class PruningConfig:
         "source of squared gradients: each micro-batch's own gradient, Adam's second moment, or the reduced gradient",
     )
     fisher_unit: Literal["sequence", "token"] = option(
-        "sequence", "what one sample of the Fisher information is (with fisher: microbatch)"
+        "token", "what one sample of the Fisher information is (with fisher: microbatch)"
     )
     head_score: Literal["per_column", "sum"] = option(
         "sum", "score of a head: the plain sum, or (the paper's, with normalize: none) divided by the columns it owns"
@@ -202,8 +206,12 @@ class PruningConfig:
     spike_guard: SpikeGuardConfig = option(SpikeGuardConfig(), "pause after a jump of the loss until it is back")
     replay: str | None = option(
         None,
-        "a pruning_history.jsonl whose removals are repeated instead of scored",
-        refused="replaying a recorded history is not built yet",
+        "a pruning_history.jsonl whose removals are repeated, at the recorded tokens, instead of scored",
+    )
+    replay_end: str | None = option(
+        None,
+        "with replay, where the last group leaves, and the others in proportion: tokens (5B) or a share of "
+        "training.train_iters (20%)",
     )
 
     @property
@@ -214,7 +222,12 @@ class PruningConfig:
     @property
     def ratio_steps(self) -> tuple[int, int]:
         """(pruning steps, gradient steps) of one cycle; see `parse_ratio`."""
-        return parse_ratio(self.ratio)
+        return parse_ratio(self.ratio or "1:1")
+
+    @property
+    def follows_curve(self) -> bool:
+        """Whether groups leave by the curve, not by a ratio."""
+        return self.schedule == "curve" or (self.schedule is None and self.ratio is None)
 
 
 @dataclass(frozen=True)

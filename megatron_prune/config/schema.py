@@ -21,6 +21,11 @@ class ModelConfig:
     init: Literal["source", "random"] = option(
         "source", "source: the weights in hf_model; random: only its config.json is read and weights are drawn"
     )
+    architecture: str | None = option(
+        None,
+        "an architecture.json, as checkpoints have it: begin with its units of hf_model alone (with init: random, its "
+        "shape from scratch); null: with all of them",
+    )
     make_vocab_size_divisible_by: int = option(
         128, "the stored vocabulary is padded to a multiple of this times the tensor-parallel size", at_least=1
     )
@@ -145,10 +150,11 @@ class OptimizerConfig:
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD", "inverse-square-root"] = option(
         "cosine", "shape of the learning rate after the warm-up"
     )
-    lr_schedule: Literal["phases", "whole_run"] = option(
-        "phases",
+    lr_schedule: Literal["phases", "whole_run"] | None = option(
+        None,
         "phases: this one until the target is reached, then `continued`'s; whole_run: this one over "
-        "training.train_iters, which then is the length of the whole run",
+        "training.train_iters, which then is the length of the whole run; null: whole_run where pruning follows a "
+        "curve and continue_tokens is 0",
     )
     lr_warmup_iters: int = option(0, "iterations of linear warm-up", at_least=0)
     lr_decay_iters: int | None = option(None, "iteration at which min_lr is reached; null: train_iters", at_least=1)
@@ -249,7 +255,15 @@ class Config:
     @property
     def is_one_schedule(self) -> bool:
         """Whether training.train_iters is the length of the whole run, not of its first phase at most."""
-        return self.optimizer.lr_schedule == "whole_run"
+        if self.optimizer.lr_schedule is not None:
+            return self.optimizer.lr_schedule == "whole_run"
+        return self.pruning.enabled and self.pruning.follows_curve and not self.continued.continue_tokens
+
+    @property
+    def replay_tokens(self) -> int | None:
+        """pruning.replay_end in tokens. Raises UserError if it is not spelled so."""
+        end, run_tokens = self.pruning.replay_end, self.training.train_iters * self.tokens_per_iteration
+        return None if end is None else parse_span(end, "pruning.replay_end (--prune-replay-end)", run_tokens)
 
     @property
     def curve_tokens(self) -> tuple[int, int]:

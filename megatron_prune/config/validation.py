@@ -34,7 +34,8 @@ def check_fields(config: Config) -> None:
     for option in all_options(Config):
         check_option(option, getattr(getattr(config, option.section), option.name), f"{option.key} ({option.flag})")
     _check_split(config.data.split)
-    parse_ratio(config.pruning.ratio)
+    if config.pruning.ratio is not None:
+        parse_ratio(config.pruning.ratio)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -215,14 +216,23 @@ def _check_curve(config: Config) -> None:
         )
     if pruning.first_prune_iter:
         raise UserError("pruning.first_prune_iter belongs to schedule: ratio; a curve begins at pruning.curve: start")
+    if pruning.ratio is not None:
+        raise UserError(f"pruning.ratio {pruning.ratio} belongs to schedule: ratio, and schedule says curve; drop one")
 
 
 def _check_pruning(config: Config) -> None:
     pruning = config.pruning
     if config.checkpoint.load is None:  # a run that began so may go on so, which is seen when it is opened
         check_head_score(config)
-    if pruning.enabled and pruning.schedule == "curve":
+    if pruning.enabled and pruning.follows_curve and not pruning.replay:
         _check_curve(config)
+    if config.replay_tokens is not None and not pruning.replay:
+        raise UserError("pruning.replay_end belongs to pruning.replay, which is not set")
+    if pruning.replay is not None and (not pruning.enabled or not pruning.follows_curve):
+        raise UserError(
+            "pruning.replay needs pruning.target_params, the size at which it ends, and no ratio: its removals have "
+            "their own times"
+        )
     if pruning.enabled and pruning.optimizer_state == "reset" and pruning.fisher == "adam":
         raise UserError(
             "pruning.fisher: adam reads the second moments that pruning.optimizer_state: reset throws away; use "

@@ -130,7 +130,10 @@ class Scored:
         decision = None
         if self._model.mesh.rank == 0:
             architecture, step = self._model.architecture, len(state.history)
-            decision = choose(state.smoothed, architecture, rules or settings.rules, step, resting)
+            if settings.replay is not None:
+                decision = settings.replay.next(architecture)
+            else:
+                decision = choose(state.smoothed, architecture, rules or settings.rules, step, resting)
         decision = self._coordinator.prepare(decision)
         if decision is None:
             if resting:

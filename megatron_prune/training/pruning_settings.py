@@ -15,10 +15,13 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.balance import balanced_widths
 from megatron_prune.pruning.groups import Rules, find_group, known_groups
+from megatron_prune.pruning.replay import Replay, ReplaySchedule
 from megatron_prune.pruning.schedule import CurveSchedule, RatioSchedule, Schedule
 from megatron_prune.pruning.spike_guard import SpikeGuard
 from megatron_prune.saliency.collector import CollectorSettings
 from megatron_prune.saliency.criteria import Criterion, find_criterion
+
+_NO_STATISTICS = "magnitude"  # a criterion that needs none, where nothing is decided by scores
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class PruningSettings:
         round_to: by name of kind, multiples to which live widths are brought at the target.
         limits: by name of kind of group, how many may leave by one batch's scores; absent: any number.
         guard: when pruning pauses, or None.
+        replay: removals that are repeated, whatever the scores are, or None.
         resets_adam: whether Adam begins anew after an iteration in which groups left.
     """
 
@@ -48,6 +52,7 @@ class PruningSettings:
     round_to: Mapping[str, int] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
     guard: SpikeGuard | None = None
+    replay: Replay | None = None
     resets_adam: bool = False
 
 
@@ -85,12 +90,23 @@ def pruning_schedule(config: Config, source: Architecture) -> Schedule:
     """The schedule's part of the configuration, for a run that starts from `source`."""
     pruning = config.pruning
     assert pruning.target_params is not None
-    if pruning.schedule == "curve":
+    replay = recorded(config, source)
+    if replay is not None:
+        return ReplaySchedule(replay, config.replay_tokens, source.parameters, pruning.target_params)
+    if pruning.follows_curve:
         start, end = config.curve_tokens
         return CurveSchedule(pruning.curve.shape, start, end, source.parameters, pruning.target_params)
     steps, gradients = pruning.ratio_steps
     costs = group_costs(config, source.shape)
     return RatioSchedule(steps, gradients, pruning.first_prune_iter, costs, pruning.target_params)
+
+
+def recorded(config: Config, source: Architecture) -> Replay | None:
+    """What this run repeats from `source` on, or None. Raises UserError if it does not fit."""
+    pruning = config.pruning
+    if pruning.replay is None or pruning.target_params is None:
+        return None
+    return Replay.read(pruning.replay, source, pruning.target_params)
 
 
 def collector_settings(config: Config, dp_size: int) -> CollectorSettings:
@@ -115,7 +131,7 @@ def pruning_settings(config: Config, dp_size: int, source: Architecture) -> Prun
     is_shared = any(find_group(name).kind.is_shared for name in pruning.types)
     return PruningSettings(
         rules=rules,
-        criterion=find_criterion(pruning.metric),
+        criterion=find_criterion(_NO_STATISTICS if pruning.replay else pruning.metric),
         collector=collector_settings(config, dp_size),
         momentum=pruning.saliency_momentum,
         updates=second_order.enabled,
@@ -124,5 +140,6 @@ def pruning_settings(config: Config, dp_size: int, source: Architecture) -> Prun
         round_to={name: group.round_to for name, group in pruning.groups.items()},
         limits=group_limits(config),
         guard=None if guard.factor is None else SpikeGuard(guard.factor, guard.window),
+        replay=recorded(config, source),
         resets_adam=pruning.optimizer_state == "reset",
     )

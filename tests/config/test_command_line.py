@@ -115,7 +115,6 @@ def test_general_flags_go_into_the_command():
         ("--virtual-pipeline-model-parallel-size 2", "(virtual) pipeline stages are not built; leave it at null"),
         ("--num-experts 8", "mixture-of-experts models are not built; leave it at null"),
         ("--use-precision-aware-optimizer", "precision-aware optimizers are not built; leave it at false"),
-        ("--prune-replay h.jsonl", "--prune-replay): replaying a recorded history is not built yet; leave it at null"),
         ("--world-size 4", "--world-size only goes with --dry-run"),
         ("--dry-run --world-size 0", "--world-size must be at least 1, got 0"),
         ("--dry-run=yes", '--dry-run is a switch and takes no value, got "yes"'),

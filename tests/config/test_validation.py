@@ -67,7 +67,11 @@ def test_good_configurations_pass(flags, world_size):
         ("--train-iters 10 --lr-warmup-iters 10", 1, "optimizer.lr_warmup_iters 10 must be below 10"),
         ("--lr-decay-style WSD", 1, "WSD needs lr_wsd_decay_iters between 1 and 1000, got null"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 2000", 1, "between 1 and 1000, got 2000"),
-        ("--prune-target-params 1M --train-iters 5 --prune-first-prune-iter 5", 1, "first_prune_iter 5 must be below"),
+        (
+            "--prune-target-params 1M --prune-ratio 1:1 --train-iters 5 --prune-first-prune-iter 5",
+            1,
+            "first_prune_iter 5 must be below",
+        ),
         (
             "--prune-target-params 1M --prune-fisher adam --prune-optimizer-state reset",
             1,

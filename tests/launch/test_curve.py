@@ -20,7 +20,16 @@ def tiny(tmp_path_factory):
 
 
 def arguments(tiny, save, *more):
-    curve = ("--prune-schedule", "curve", "--prune-curve", "end=50%", "--lr-schedule", "whole_run")
+    curve = (
+        "--prune-ratio",
+        "null",
+        "--prune-schedule",
+        "curve",
+        "--prune-curve",
+        "end=50%",
+        "--lr-schedule",
+        "whole_run",
+    )
     no_tail = ("--continue-tokens", 0, "--continue-lr-warmup-iters", 0)
     whole = ("--train-iters", ITERS, "--lr-decay-style", "linear", "--lr-warmup-iters", 0)
     return tiny.arguments(save, *curve, *no_tail, *whole, *more)

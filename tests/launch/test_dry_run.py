@@ -143,7 +143,7 @@ def test_data_of_another_vocabulary_is_refused(workshop, tmp_path, capfd):
 
 
 def test_too_few_iterations_are_noted(workshop, capfd):
-    assert main(flags(workshop, train_iters=12)) == 0
+    assert main(flags(workshop, train_iters=12, prune_ratio="1:1")) == 0
     assert "note: training.train_iters 12 ends the pruning phase before the target" in capfd.readouterr().out
 
 

@@ -32,7 +32,7 @@ def test_smoothed_scores_follow_their_units_through_a_checkpoint(workshop, tmp_p
         "--data-path", workshop / "data", "--tokenizer-model", workshop / "tokenizer.model", "--seq-length", 32,
         "--split", "1,0,0", "--train-iters", ITERATIONS, "--lr", "1e-4", "--lr-decay-style", "constant",
         "--prune-target-params", 12000, "--prune-groups", "head.cost=1", "ffn.floor=44",
-        "--prune-saliency-momentum", 0.9,
+        "--prune-saliency-momentum", 0.9, "--prune-ratio", "1:1", "--prune-metric", "taylor_mix",
     ]  # fmt: skip
     source, two, one = ["--hf-model", workshop / "source"], tmp_path / "two", tmp_path / "one"
     assert run_ranks(train, 1, [*base, *source, "--save", one]) == [0]

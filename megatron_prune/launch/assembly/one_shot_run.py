@@ -20,6 +20,7 @@ from megatron_prune.config import (
     CheckpointConfig,
     Config,
     ContinuedConfig,
+    DistillationConfig,
     LoggingConfig,
     OptimizerConfig,
     validate,
@@ -70,6 +71,7 @@ def one_shot_config(config: Config, batches: int | None) -> Config:
         config,
         training=dataclasses.replace(training, global_batch_size=batch, train_iters=2, exit_interval=None),
         optimizer=OptimizerConfig(),
+        distillation=DistillationConfig(),
         pruning=dataclasses.replace(pruning, schedule="ratio", first_prune_iter=1, optimizer_state="carry"),
         continued=ContinuedConfig(),
         checkpoint=CheckpointConfig(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from megatron_prune.checkpoint import RunRecord
@@ -23,6 +24,7 @@ from megatron_prune.checkpoint.files import holds_checkpoint, refuse_step
 from megatron_prune.checkpoint.record import CONFIG_FILE
 from megatron_prune.config import Config, PruningConfig, check_head_score, read_file, yaml_value
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
+from megatron_prune.data.hub_files import read_json
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.cluster import read_architecture
@@ -36,7 +38,7 @@ from megatron_prune.model.sources import RandomWeights
 from megatron_prune.pruning.groups import find_group
 from megatron_prune.pruning.selector import least_parameters
 from megatron_prune.saliency.criteria import find_criterion
-from megatron_prune.training.pruning_settings import selector_rules
+from megatron_prune.training.pruning_settings import recorded, selector_rules
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +82,14 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
         architecture, facts = record.architecture, source_of(record.state)
     else:
         assert config.model.hf_model is not None
-        architecture, facts = read_architecture(config.model.hf_model), read_source(config.model.hf_model)
+        whole, facts = read_architecture(config.model.hf_model), read_source(config.model.hf_model)
+        architecture = first_architecture(config, whole)
         if config.model.init == "random":
-            read = RandomWeights(architecture.shape, config.training.seed)
+            read = RandomWeights(whole.shape, config.training.seed)
         else:
             weights = FolderWeights(config.model.hf_model)
-            weights.check(architecture)
-            read = source_view(weights, architecture)
+            weights.check(whole)
+            read = source_view(weights, whole)
     tokenizer = build_tokenizer(*tokenizer_place(config, record))
     vocab_size = architecture.shape.vocab_size
     assert config.data.data_path is not None
@@ -101,6 +104,8 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
         check_vocabulary(tokenizer, blend, vocab_size)
     check_context(config, architecture)
     check_target(config, architecture)
+    if record is None:
+        recorded(config, architecture)
     resumes = record is not None and _resumes(config, record)
     teacher = open_teacher(config, architecture, tokenizer)
     if record is not None and resumes:
@@ -111,6 +116,29 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
     if writes:
         check_output(config)
     return Inputs(architecture, record, resumes, read, tokenizer, train, valid, facts, shuffle, teacher)
+
+
+def first_architecture(config: Config, source: Architecture) -> Architecture:
+    """The units of `source` that a run begins with: all of them, or those of `model.architecture`.
+
+    Raises:
+        UserError: that file cannot be read, or is of another model.
+    """
+    if config.model.architecture is None:
+        return source
+    path, field = Path(config.model.architecture), "model.architecture (--architecture)"
+    try:
+        found = Architecture.from_json(read_json(path))
+    except UserError as error:
+        raise UserError(f"{field}: {path}: {str(error).removeprefix('architecture.json: ')}") from error
+    alive = found.shape == source.shape and all(
+        np.isin(ids, source.ids(kind, site)).all() for kind in found.live for site, ids in enumerate(found.sites(kind))
+    )
+    if not alive:
+        raise UserError(
+            f"{field}: {path} is of another model than {config.model.hf_model}; name the one it was pruned from"
+        )
+    return found
 
 
 def _resumes(config: Config, record: RunRecord) -> bool:
@@ -139,16 +167,28 @@ def _record(config: Config) -> RunRecord | None:
 
 
 # What pruned before there was an option for it: such a run's configuration does not name it.
-_UNNAMED = Config(pruning=PruningConfig(balance=0.0))
+_UNNAMED = Config(pruning=PruningConfig(schedule="ratio", balance=0.0))
 
 
 def _tell_changes(config: Config, record: RunRecord) -> None:
-    """Log what is pruned by other options than in the checkpoint's run, also where it is a default that has changed."""
+    """Log what is pruned by other options than in the checkpoint's run, also where it is a default that has changed.
+
+    Raises:
+        UserError: a run that prunes by a ratio would go on by the curve, though nobody asks for it.
+    """
     try:
         before = read_file(record.path / CONFIG_FILE, _UNNAMED).pruning
     except UserError as error:
         logger.warning("what the run was pruned by so far is not known: %s", error)
         return
+    now_by_curve = config.pruning.enabled and config.pruning.follows_curve
+    goes_over = before.enabled and not before.follows_curve and now_by_curve and config.pruning.schedule is None
+    if goes_over and record.iteration:
+        ratio = before.ratio or "1:1"
+        raise UserError(
+            f"pruning.schedule: the run in {record.path.parent} prunes by the ratio {ratio}, and this command names "
+            f"none, which means a curve; give --prune-ratio {ratio} to go on, or --prune-schedule curve"
+        )
     for field in dataclasses.fields(before):
         then, now = getattr(before, field.name), getattr(config.pruning, field.name)
         if then != now:

@@ -152,6 +152,8 @@ def _source(config: Config, findings: list[Finding]) -> tuple[RunRecord | None, 
             "model.hf_model (--hf-model) too"
         )
     architecture = read_architecture(folder)
+    if config.model.architecture is not None:
+        findings.append(Finding(config.model.architecture, "the units to begin with"))
     findings.append(Finding(f"{folder}/config.json", f"{architecture.shape.model_type}, {_shape(architecture)}"))
     if config.model.init == "random":
         findings.append(Finding("weights", "drawn at random (model.init)"))
@@ -161,7 +163,7 @@ def _source(config: Config, findings: list[Finding]) -> tuple[RunRecord | None, 
         findings.append(Finding(f"weights in {folder}", f"complete, {weights.total_bytes / 1e9:,.3f} GB"))
     else:
         findings.append(Finding(f"weights in {folder}", NOT_HERE))
-    return None, architecture
+    return None, opening.first_architecture(config, architecture)
 
 
 def _shape(architecture: Architecture) -> str:

@@ -153,14 +153,16 @@ def _time(config: Config, estimate: Estimate) -> list[str]:
 def _pace(config: Config, shape: LlamaShape, groups: Counter[str]) -> str:
     """When groups leave, in a sentence."""
     pruning = config.pruning
-    if pruning.schedule == "curve":
+    if pruning.replay:
+        return f"pruning: {groups.total():,} groups as {pruning.replay} has them"
+    if pruning.follows_curve:
         start, end = map(_count, config.curve_tokens)
         return f"pruning: {groups.total():,} groups along a {pruning.curve.shape} curve from {start} to {end} tokens"
     cost = group_costs(config, shape)
     counted = ", ".join(f"{groups[kind]:,} {kind} x {cost[kind]}" for kind in group_names() if groups[kind])
-    steps = sum(groups[kind] * cost[kind] for kind in group_names())
+    steps, ratio = sum(groups[kind] * cost[kind] for kind in group_names()), pruning.ratio or "1:1"
     return (
-        f"pruning steps: {counted} = {steps:,} at {pruning.ratio} (pruning : gradient steps), from iteration "
+        f"pruning steps: {counted} = {steps:,} at {ratio} (pruning : gradient steps), from iteration "
         f"{pruning.first_prune_iter} on"
     )
 

@@ -27,7 +27,7 @@ from megatron_prune.pruning.groups import GroupKind, Rules, find_group
 from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.pruning.selector import OVERSHOOT
 from megatron_prune.training.flops import training_flops_per_token
-from megatron_prune.training.pruning_settings import selector_rules
+from megatron_prune.training.pruning_settings import recorded, selector_rules
 
 _SAMPLES = 33  # architectures between source and target at which parameters and FLOPs per token are computed
 
@@ -104,6 +104,10 @@ def plan_route(config: Config, architecture: Architecture) -> Route:
     """The route from `architecture` to `pruning.target_params`, which is below it and can be reached."""
     pruning, target, rules = config.pruning, config.pruning.target_params, selector_rules(config, architecture)
     assert target is not None and target < architecture.parameters
+    replay = recorded(config, architecture)
+    if replay is not None:
+        repeated = tuple(removal.kind for removal in replay.removals)
+        return Route(architecture, rules, repeated, (), f"as recorded in {replay.path}")
     known = _published(architecture, target)
 
     def shrunk(kinds: Sequence[str]) -> Architecture:

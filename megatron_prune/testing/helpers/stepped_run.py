@@ -61,7 +61,11 @@ class Setup:
             training=TrainingConfig(self.micro_batch_size, batch, train_iters=10**6),
             optimizer=OptimizerConfig(lr_decay_style="constant"),
             pruning=PruningConfig(
-                target_params=1, ratio="1:1", groups=GroupConfigs({name: self._group(name) for name in group_names()})
+                target_params=1,
+                ratio="1:1",
+                metric="taylor_mix",
+                fisher_unit="sequence",
+                groups=GroupConfigs({name: self._group(name) for name in group_names()}),
             ),
         )
         return self.case.applied(config)
