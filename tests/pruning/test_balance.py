@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_prune.config import PruningConfig
 from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import HEAD
@@ -81,3 +82,30 @@ def test_a_cheap_kind_is_spared_by_default_and_goes_alone_without():
             architecture = architecture.without(decision.group)
         widths[balance] = architecture.width(HEAD)
     assert widths == {0.75: 6, 0.0: 2}
+
+
+@pytest.mark.parametrize("share", [0.83, 0.67])
+def test_of_a_135m_shape_no_kind_is_ruined_by_scores_on_scales_of_their_own(share):
+    """Scores as they were seen on such a model: one kind looks 192 times cheaper than the others, whichever it is."""
+    config = tiny_config(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9, num_key_value_heads=3
+    )
+    source = Architecture.full(shape_from_config(config | {"head_dim": 64, "vocab_size": 2048}))
+    rules = Rules(target_params=int(share * source.parameters))
+    rules = dataclasses.replace(rules, widths=balanced_widths(source, rules, PruningConfig().balance))
+    alike = proportional_share(source, known_groups(), rules.target_params)
+    for cheap in known_groups():
+        architecture, generator = source, np.random.default_rng(0)
+        draws = generator.random(score_length(source)) + 0.5
+        scores = UnitScores.from_vector(source, draws)
+        values = {
+            kind: tuple(site / (192 if kind is cheap.kind else 1) for site in sites)
+            for kind, sites in scores.values.items()
+        }
+        scores = dataclasses.replace(scores, values=values)
+        while architecture.parameters > rules.target_params:
+            decision = choose(scores, architecture, rules)
+            architecture = architecture.without(decision.group)
+            scores = scores.restricted(architecture)
+        left = {kind.name: architecture.width(kind.kind) / source.width(kind.kind) for kind in known_groups()}
+        assert min(left.values()) >= 0.6 * alike and left[cheap.name] < 1, (cheap.name, left)
