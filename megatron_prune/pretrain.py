@@ -97,6 +97,8 @@ def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], starte
     from megatron_prune.runtime.failures import agreed, lost_contact
 
     insist_shared(mesh, config.checkpoint.save)
+    if not _taught(config, mesh, signalled, started):
+        return
     inputs = agreed(mesh, lambda: open_inputs(config))
     insist_alike(mesh, config, inputs)
     agreed(mesh, lambda: outputs.check_places(config) if mesh.rank == 0 else None)
@@ -117,6 +119,31 @@ def _fit_alone(config: Config, mesh: Mesh, signalled: Callable[[], bool], starte
         where = f"iteration {trainer.state.iteration + 1}: {trainer.where_to_resume()}"
         raise PeerLostError(f"another rank died or hung ({reason}) in {where}") from error
     _close(trainer, directory, status)
+
+
+def _taught(config: Config, mesh: Mesh, signalled: Callable[[], bool], started: float) -> bool:
+    """Train the teacher first, where that is asked for and not done; False: told to leave before it was."""
+    from megatron_prune.checkpoint.record import FINISHED, write_status
+    from megatron_prune.launch.assembly import outputs
+    from megatron_prune.launch.assembly.assemble import build_trainer
+    from megatron_prune.launch.assembly.opening import open_inputs
+    from megatron_prune.launch.assembly.teaching import lesson
+    from megatron_prune.runtime.failures import agreed
+
+    first = agreed(mesh, lambda: lesson(config))
+    if first is None:
+        return True
+    agreed(mesh, lambda: open_inputs(config, writes=False))  # what is wrong with the run is told before, not after
+    inputs = agreed(mesh, lambda: open_inputs(first))
+    logging.getLogger(__name__).info("the source is trained first, for %d iterations", first.training.train_iters)
+    trainer = build_trainer(first, inputs, mesh, signalled, started)
+    directory = trainer.history.path.parent if trainer.history is not None else None
+    agreed(mesh, lambda: outputs.write_config(first, directory) if directory is not None else None)
+    status = trainer.fit()
+    _close(trainer, directory, status)
+    if status != FINISHED and directory is not None:
+        write_status(directory.parent, status, 0)
+    return status == FINISHED
 
 
 def _begin(config: Config, directory: Path | None) -> None:

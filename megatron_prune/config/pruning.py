@@ -246,6 +246,13 @@ class DistillationConfig:
     teacher: str = option(
         "source", "`source`: the model in model.hf_model; or a Hugging Face folder, or a run's folder of checkpoints"
     )
+    teacher_tokens: int = option(
+        0,
+        "with teacher: source, tokens that it is trained on first, in SAVE/teacher, so that it knows the corpus; 0: it "
+        "teaches as it is",
+        at_least=0,
+        count=True,
+    )
     scores: Literal["distilled", "cross_entropy"] = option(
         "distilled",
         "gradients that groups are scored by: those of the distilled loss; or iterations that score train on cross "

@@ -226,6 +226,13 @@ def _check_pruning(config: Config) -> None:
         check_head_score(config)
     if pruning.enabled and pruning.follows_curve and not pruning.replay:
         _check_curve(config)
+    if config.distillation.teacher_tokens:
+        if config.distillation.teacher != "source" or not config.distillation.weight:
+            raise UserError(
+                "distillation.teacher_tokens trains the source, and needs a weight above 0 and teacher: source"
+            )
+        if config.checkpoint.save is None:
+            raise UserError("distillation.teacher_tokens needs checkpoint.save (--save), where the teacher is kept")
     if config.replay_tokens is not None and not pruning.replay:
         raise UserError("pruning.replay_end belongs to pruning.replay, which is not set")
     if pruning.replay is not None and (not pruning.enabled or not pruning.follows_curve):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.pretrain import main
 from megatron_prune.testing.benchmarks.kills import Traces, victim
 from megatron_prune.testing.helpers.ranks import watch_ranks
@@ -91,3 +92,19 @@ def test_the_dry_run_counts_the_teacher(tiny, tmp_path):
     taught = run(tiny.arguments(tmp_path / "run", *DISTILLED, "--dry-run"))
     assert "teacher and its logits" in taught and "teacher" not in plain
     assert all(1.2 < with_it / without < 1.9 for with_it, without in zip(flops(taught), flops(plain), strict=True))
+
+
+def test_the_source_is_trained_first_and_once(tiny, tmp_path):
+    """Half of it, the rest, then the run; what is done is not done again."""
+    words = tiny.arguments(tmp_path / "run", *DISTILLED, "--distill-teacher-tokens", 6 * 64)
+    output = run([*words, "--exit-interval", 4])
+    assert "the source is trained first, for 6 iterations" in output and "digest" not in output
+    assert CheckpointReader(tmp_path / "run/teacher").record.iteration == 4
+    output = run(words)
+    assert "digest" in output and CheckpointReader(tmp_path / "run/teacher").record.iteration == 6
+    assert values("divergence", output)[0] > 1e-4
+    once = run(tiny.arguments(tmp_path / "once", *DISTILLED, "--distill-teacher-tokens", 6 * 64))
+    assert values("divergence", output) == values("divergence", once)
+    assert "trained first" not in run([*words, "--continue-tokens", 8 * 64])
+    refused = tiny.arguments(tmp_path / "other", "--distill-teacher-tokens", 64)
+    assert "needs a weight above 0" in run(refused, exit_code=2)

@@ -4,6 +4,7 @@ TeacherInputs   what it is made of
 teacher_place   its folder
 open_teacher    configuration -> TeacherInputs, checked; None without distillation
 check_same      a resumed run goes on with the same one
+lesson          what trains the source first (`teacher_tokens`)
 build_objective what a run minimises
 """
 
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from megatron_prune.checkpoint import CheckpointReader, RunRecord
 from megatron_prune.checkpoint.files import holds_checkpoint
-from megatron_prune.config import Config
+from megatron_prune.checkpoint.record import Progress
+from megatron_prune.config import Config, ContinuedConfig, DistillationConfig, PruningConfig
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.data.tokenizer_files import holds_tokenizer
 from megatron_prune.errors import UserError
@@ -64,7 +66,9 @@ class TeacherInputs:
 
 def teacher_place(config: Config) -> Path:
     """Its folder. Raises UserError if the source is meant and none is named."""
-    name = config.distillation.teacher
+    name, taught = config.distillation.teacher, taught_place(config)
+    if taught is not None and holds_checkpoint(taught):
+        return taught
     if name == SOURCE and config.model.hf_model is None:
         raise UserError(f"{FIELD}: source means model.hf_model, which is not set; name the source with --hf-model")
     return Path(str(config.model.hf_model) if name == SOURCE else name)
@@ -104,6 +108,33 @@ def check_same(teacher: TeacherInputs | None, record: RunRecord) -> None:
             f"{FIELD}: {teacher.place} (digest {teacher.digest}) is not the teacher that the checkpoint's run learns "
             f"from, {known['place']} ({known['digest']}); name that one, or begin a new run with --finetune"
         )
+
+
+def lesson(config: Config) -> Config | None:
+    """The run that makes the teacher out of the source, in SAVE/teacher, resumed where it is half done; None: there is
+    nothing to train."""
+    tokens, save = config.distillation.teacher_tokens, taught_place(config)
+    if save is None:
+        return None
+    warmup = min(config.optimizer.lr_warmup_iters, -(-tokens // config.tokens_per_iteration) - 1)
+    plain = replace(
+        config,
+        training=replace(config.training, train_iters=-(-tokens // config.tokens_per_iteration), exit_at_target=False),
+        optimizer=replace(config.optimizer, lr_schedule="phases", lr_decay_iters=None, lr_warmup_iters=max(warmup, 0)),
+        pruning=PruningConfig(),
+        distillation=DistillationConfig(),
+        continued=ContinuedConfig(),
+        checkpoint=replace(config.checkpoint, save=str(save), load=str(save), ckpt_step=None, finetune=False),
+    )
+    return None if Progress.read(save).is_finished(plain) else plain
+
+
+def taught_place(config: Config) -> Path | None:
+    """Where a teacher that is trained first is kept; None: none is."""
+    if not config.distillation.teacher_tokens or not config.distillation.weight:
+        return None
+    assert config.checkpoint.save is not None
+    return Path(config.checkpoint.save) / "teacher"
 
 
 def _of_folder(place: Path) -> TeacherInputs:

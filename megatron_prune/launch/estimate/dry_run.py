@@ -33,7 +33,7 @@ from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.launch.assembly import opening, outputs
 from megatron_prune.launch.assembly.assemble import model_options, quanta
 from megatron_prune.launch.assembly.data_order import check_order, splits_read
-from megatron_prune.launch.assembly.teaching import open_teacher, teacher_place
+from megatron_prune.launch.assembly.teaching import lesson, open_teacher, teacher_place
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank
 from megatron_prune.launch.estimate.report import Estimate, Finding, render
@@ -115,7 +115,9 @@ def _teacher(
     if tokenizer is not None and (holds_checkpoint(place) or any(next(place.glob(p), None) for p in _WEIGHTS)):
         found = open_teacher(config, student, tokenizer)
         assert found is not None
-        findings.append(Finding(f"teacher in {place}", f"{found.architecture.parameters:,} parameters"))
+        first = lesson(config)
+        trained = "" if first is None else f", trained for {first.training.train_iters:,} iterations first"
+        findings.append(Finding(f"teacher in {place}", f"{found.architecture.parameters:,} parameters{trained}"))
         return found.architecture
     findings.append(Finding(f"teacher in {place}", f"{NOT_HERE}, counted like the source"))
     return student
