@@ -261,7 +261,7 @@ def test_failure_in_the_middle_leaves_nothing(weights: dict[str, Tensor], tmp_pa
 
     with pytest.raises(UserError, match="damaged"):
         export(read, FULL, tmp_path / "deep" / "out")
-    assert not (tmp_path / "deep" / "out").exists() and not any((tmp_path / "deep").iterdir())
+    assert not (tmp_path / "deep").exists()
 
 
 def test_wrong_options_are_refused(weights: dict[str, Tensor], tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_wandb_gets_the_same_run_again_after_a_requeue(tmp_path, monkeypatch, cl
     """Against a stand-in with wandb's interface: a project, a stable id, one record per iteration."""
     begun, records = [], []
     run = SimpleNamespace(log=records.append, finish=lambda: records.append("finished"))
-    standin = SimpleNamespace(init=lambda **given: begun.append(given) or run, Error=RuntimeError)
+    standin = SimpleNamespace(init=lambda **given: begun.append(given) or run, Error=RuntimeError, __spec__="there")
     monkeypatch.setitem(sys.modules, "wandb", standin)
     wanted = config(log_interval=1, wandb_project="pruning")
     saves = dataclasses.replace(wanted.checkpoint, save=str(tmp_path / "run"))
@@ -161,7 +161,7 @@ def test_wandb_that_does_not_start_is_said_in_one_line(monkeypatch):
     def init(**_given):
         raise RuntimeError("no key\nand more")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, __spec__="there"))
     with pytest.raises(UserError, match=r"^logging.wandb_project \(--wandb-project\): no key.*WANDB_MODE=offline.*$"):
         Reporter(config(wandb_project="pruning"), 1, None, is_active=True)
 
