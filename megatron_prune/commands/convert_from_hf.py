@@ -1,11 +1,12 @@
 """Turn a Hugging Face folder into a checkpoint that training loads in any layout.
 
     megatron-prune convert-from-hf --hf-model SmolLM-360M --save checkpoints/source
+    megatron-prune convert-from-hf --gguf SmolLM2-135M.Q4_1.gguf --hf-model SmolLM2-135M
 
 Llama 1 to 3, SmolLM, TinyLlama, Mistral, Qwen2 and Qwen3, from safetensors or legacy .bin files. What was exported with
 `--kv-policy cluster` comes back as the pruned model it is, to be pruned further. Every weight is accounted for before
 anything is written, and one tensor is in memory at a time. `pretrain` can also be pointed at the Hugging Face folder
-itself.
+itself. A GGUF file is first written as such a folder, quantized weights as plain ones.
 """
 
 from __future__ import annotations
@@ -39,8 +40,13 @@ TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 class ImportOptions:
     """The command's options."""
 
-    hf_model: str = option(None, "folder with config.json and weights", metavar="DIR", required=True)
-    save: str = option(None, "the checkpoint's folder; must not hold anything", metavar="DIR", required=True)
+    hf_model: str = option(
+        None, "folder with config.json and weights; with --gguf the folder to write", metavar="DIR", required=True
+    )
+    save: str | None = option(
+        None, "the checkpoint's folder; must not hold anything; needed but with --gguf", metavar="DIR"
+    )
+    gguf: str | None = option(None, "a GGUF file to be written as the folder --hf-model first", metavar="FILE")
     dtype: str | None = option(None, "float32, bfloat16 or float16; as stored in DIR unless given", metavar="T")
     resize_vocab: bool = option(
         False, "give the model rows for tokens that its tokenizer adds to the vocabulary (each the mean of the others)"
@@ -50,10 +56,41 @@ class ImportOptions:
 
 def convert(arguments: ImportOptions) -> int:
     """Check, print the plan, write; the exit status. Raises UserError."""
+    if arguments.gguf is not None:
+        unpack_gguf(Path(arguments.gguf), Path(arguments.hf_model), arguments)
+    if arguments.save is not None:
+        return convert_folder(arguments, Path(arguments.save))
+    if arguments.gguf is None:
+        raise UserError("--save is missing: name the checkpoint's folder")
+    return 0
+
+
+def unpack_gguf(file: Path, folder: Path, arguments: ImportOptions) -> None:
+    """Write a GGUF file as a Hugging Face folder; with --dry-run say what it holds. Raises UserError."""
+    from megatron_prune.huggingface.gguf_import import GgufModel, write_folder
+    from megatron_prune.huggingface.shards import DTYPES, dtype_name
+
+    if arguments.dtype is not None and arguments.dtype not in DTYPES:
+        raise UserError(f"--dtype {arguments.dtype}: unknown; use {', '.join(DTYPES)}")
+    if arguments.dry_run and arguments.save is not None:
+        raise UserError("--dry-run: with --gguf leave out --save; the checkpoint is made from the folder")
+    check_new_folder("--hf-model", folder)
+    model = GgufModel(file)
+    full = Architecture.full(model.shape)
+    say(f"{file}: {full.parameters:,} parameters, most of them as {model.quantization}; all accounted for")
+    if arguments.dry_run:
+        say("\n".join(plan(full)))
+        return
+    written = write_folder(model, folder, arguments.dtype)
+    say(f"{folder}: {model.shape.model_type} in {dtype_name(written)}, with its tokenizer")
+
+
+def convert_folder(arguments: ImportOptions, save: Path) -> int:
+    """From the folder to a checkpoint; the exit status. Raises UserError."""
     from megatron_prune.huggingface.cluster import read_architecture
     from megatron_prune.huggingface.source_facts import read_source
 
-    folder, save = Path(arguments.hf_model), Path(arguments.save)
+    folder = Path(arguments.hf_model)
     architecture = read_architecture(folder)  # before the slow imports
     from megatron_prune.huggingface.shards import DTYPES, dtype_name
     from megatron_prune.huggingface.weights import FolderWeights

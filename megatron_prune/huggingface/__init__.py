@@ -10,6 +10,7 @@
     model_card       README.md;  provenance  what a checkpoint tells about the run, for it
     tokenizer_export tokenizer files that give the ids trained with (from SentencePiece: sentencepiece_*)
     gguf_file        a folder as one GGUF file for llama.cpp, its tokenizer by gguf_tokenizer
+    gguf_import      a GGUF file as a folder, its tokenizer by gguf_vocabulary
     verify_export    logits of the export and of the training model
 
 Whatever is written here loads with plain `transformers`, with no code of its own unless that is asked for, and gives

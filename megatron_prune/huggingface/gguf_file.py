@@ -99,7 +99,7 @@ def convert(
         UserError: an option is wrong, the gguf package is missing, the file is in the way, or the model or its
             tokenizer does not map to GGUF exactly. Nothing is left behind.
     """
-    gguf = _package()
+    gguf = gguf_package()
     folder, target = Path(folder), Path(save)
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; use {', '.join(DTYPES)}")
@@ -109,7 +109,7 @@ def convert(
     weights = FolderWeights(folder)
     weights.check(shape)
     vocabulary = read_vocabulary(folder, shape.vocab_size)
-    entries = list(_entries(weights, shape, DTYPES[dtype], gguf))
+    entries = list(_entries(weights, shape, DTYPES[dtype]))
     architecture = _ARCHITECTURES[shape.model_type]
     writer = gguf.GGUFWriter(None, architecture)
     _write_metadata(writer, gguf, shape, folder, dtype)
@@ -147,11 +147,12 @@ def _rounding(shape: LlamaShape) -> str:
     return " ".join(found)
 
 
-def _package() -> Any:
+def gguf_package() -> Any:
+    """The package gguf. Raises UserError where there is none."""
     try:
         import gguf
     except ImportError as error:
-        raise UserError("writing GGUF needs the package gguf: install megatron-prune[gguf]") from error
+        raise UserError("GGUF files need the package gguf: install megatron-prune[gguf]") from error
     return gguf
 
 
@@ -172,28 +173,40 @@ def _shape(folder: Path) -> LlamaShape:
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
-def _entries(weights: FolderWeights, shape: LlamaShape, kind: str, gguf: Any) -> Iterator[_Entry]:
+def _entries(weights: FolderWeights, shape: LlamaShape, kind: str) -> Iterator[_Entry]:
     """Every tensor of the file, in order. Matrices in `kind`, where their rows allow it."""
     if (shape.rope_scaling or {}).get("rope_type") == "llama3":
         factors = rope_factors(shape)
         yield _Entry(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: factors)
-    table = ParamTable.build(shape)
-    turned = _turned(table) if _ARCHITECTURES[shape.model_type] == "llama" else {}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_ARCHITECTURES[shape.model_type].upper()], shape.num_layers)
-    for name, size in table.hf_shapes(Architecture.full(shape)).items():
+    names, turned = tensor_names(shape), turned_heads(shape)
+    for name, size in ParamTable.build(shape).hf_shapes(Architecture.full(shape)).items():
         stored = "F32" if len(size) == 1 else kind
         if stored == "Q8_0" and size[-1] % BLOCK:
             stored = "F16"
-        # llama.cpp's name, by the gguf package's table: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight.
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None, name
-        yield _Entry(theirs, size, stored, _fetcher(weights, name, turned.get(name)))
+        yield _Entry(names[name], size, stored, _fetcher(weights, name, turned.get(name)))
 
 
-def _turned(table: ParamTable) -> dict[str, int]:
-    """Names of what rotary embedding turns, the rows of q and k, and how many heads each has."""
-    stacked = (part for row in table.rows if row.role in (QKV, BIAS) for part in row.parts[:2])
-    return {part.hf_name: part.dims[0].kind.size(table.shape) for part in stacked}
+def tensor_names(shape: LlamaShape) -> dict[str, str]:
+    """Hugging Face's name of every tensor -> llama.cpp's, by the gguf package's table.
+
+    `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`.
+    """
+    gguf = gguf_package()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_ARCHITECTURES[shape.model_type].upper()], shape.num_layers)
+    found = {
+        name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+        for name in ParamTable.build(shape).hf_shapes(Architecture.full(shape))
+    }
+    assert None not in found.values(), found
+    return found
+
+
+def turned_heads(shape: LlamaShape) -> dict[str, int]:
+    """Names of what llama.cpp has in another order, the rows of q and k, and how many heads each has; mostly none."""
+    if _ARCHITECTURES[shape.model_type] != "llama":
+        return {}
+    stacked = (part for row in ParamTable.build(shape).rows if row.role in (QKV, BIAS) for part in row.parts[:2])
+    return {part.hf_name: part.dims[0].kind.size(shape) for part in stacked}
 
 
 def _fetcher(weights: FolderWeights, name: str, heads: int | None) -> Callable[[], Tensor]:
@@ -204,9 +217,13 @@ def _fetcher(weights: FolderWeights, name: str, heads: int | None) -> Callable[[
     return fetch
 
 
-def interleave(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of q or k [heads * head_dim, ...]: channel i of a head's first half, then i of its second, and so on."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+def interleave(tensor: Tensor, heads: int, undo: bool = False) -> Tensor:
+    """Rows of q or k [heads * head_dim, ...]: channel i of a head's first half, then i of its second, and so on.
+
+    With `undo` back again.
+    """
+    sizes = (heads, -1, 2) if undo else (heads, 2, -1)
+    return tensor.unflatten(0, sizes).transpose(1, 2).flatten(0, 2)
 
 
 def rope_factors(shape: LlamaShape) -> Tensor:

@@ -47,7 +47,7 @@ _KNOWN_ENDS = {
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # The pattern that a tokenizer.json splits by -> llama.cpp's name of the pre-tokenizer.
-_SPLITS = {
+SPLITS = {
     _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
 }
@@ -299,7 +299,7 @@ def _pre_tokenizer(content: Mapping[str, Any], file: Path) -> str:
         if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and uses_regex:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and not uses_regex and parts[0].get("behavior") == "Isolated":
-            name = _SPLITS.get((parts[0].get("pattern") or {}).get("Regex", ""))
+            name = SPLITS.get((parts[0].get("pattern") or {}).get("Regex", ""))
             if name:
                 return name
     raise UserError(
