@@ -12,7 +12,7 @@ TORCH = torch==2.13.0
 TORCH_PIP_ARGS ?=
 ENGINE = megatron-core==0.16.1
 CONSTRAINTS = constraints.txt
-EXTRAS = dev,hf,plot,gguf
+EXTRAS = dev,hf,plot,report,gguf
 ARGS ?=
 
 VENV = .venv
@@ -54,7 +54,7 @@ $(STAMP): setup.py $(CONSTRAINTS)
 # uv resolves for all Pythons at once (pip: for the one it runs in), and to the lowest versions.
 UV = build/uv/bin/uv
 RESOLVE = $(UV) pip compile -q --upgrade --no-header --no-annotate --no-python-downloads setup.py - --extra dev --extra hf \
-    --extra plot --extra gguf --extra eval
+    --extra plot --extra report --extra gguf --extra eval
 # No CUDA package and no local version (+cpu): which build of torch there is, is the machine's own affair.
 NEUTRAL = sed -E '/^(nvidia|cuda|triton)/d; s/\+[a-z0-9.]+//'
 

@@ -50,6 +50,7 @@ EXTRAS = {
     ],  # the zero-shot tasks; pulls some 50 packages
     "gguf": ["gguf>=0.17"],  # writing GGUF files; llama-cpp-python, which reads them, is compiled by `make test-gguf`
     "plot": ["matplotlib>=3.8"],
+    "report": ["plotly>=6"],  # the JavaScript that draws a run's report.html
     "gpu": ["transformer-engine[pytorch]>=2.9"],
     "dev": [
         "hypothesis>=6.100",
@@ -80,6 +81,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
+    package_data={"megatron_prune.report": ["page.*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-prune = megatron_prune.commands:start"]},

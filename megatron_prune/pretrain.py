@@ -159,7 +159,8 @@ def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
     from megatron_prune.checkpoint.record import write_status
     from megatron_prune.launch.assembly import outputs
 
-    trainer.reporter.close()
+    trainer.reporter.flush()
+    report = None
     if trainer.history is not None and directory is not None:
         trainer.history.close()
         try:
@@ -167,6 +168,8 @@ def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
             write_status(directory, status, trainer.state.iteration)
         except OSError as error:
             logging.getLogger(__name__).error("%s: %s", error.filename or directory, error.strerror)
+        report = outputs.write_report(trainer.config, directory)
+    trainer.reporter.close(report)
 
 
 if __name__ == "__main__":

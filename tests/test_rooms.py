@@ -33,6 +33,7 @@ ROOMS = (
     "training",
     "huggingface",
     "evaluation",
+    "report",
     "launch",
     "testing",
     "pretrain",

@@ -4,6 +4,7 @@ The only reader and writer of run state. Launchers import it, and read `Progress
 
     Progress       how far the newest checkpoint is; how long its run is, and whether it is finished
     RunRecord      all of a checkpoint except its tensors; `read` verifies it, no torch.distributed needed
+    read_brief     a line about a checkpoint, for tables
     record_files   what `RunRecord.read` reads, as bytes
     STATE_FIELDS   the run's state, field by field
     write_status, read_status, clear_status    run_status.json: how the last process of the run ended
@@ -43,8 +44,9 @@ from megatron_prune.checkpoint.files import (
     refuse_damaged,
     replace_file,
     resolve,
+    step_folder,
 )
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from megatron_prune.config import Config
@@ -359,6 +361,27 @@ def record_files(
     if isinstance(state.get("config"), str):
         files[CONFIG_FILE] = state["config"].encode()
     return files
+
+
+def read_brief(save: Path, iteration: int) -> dict[str, Any]:
+    """A line about one checkpoint of a run: its iteration, tokens, parameters, bytes, dtype and mesh, or its `damage`;
+    no tensors are read.
+    """
+    folder = step_folder(save, iteration)
+    try:
+        run, shape = _run_file(folder, iteration), _load_json(folder / "architecture.json")
+        check_fields(run, {**_FACTS, "state": TABLE}, folder / RUN_FILE, required=True)
+        size = sum(digest.size for digest in read_manifest(folder).values())
+    except (OSError, ValueError) as error:
+        return {"iteration": iteration, "damage": first_line(error)}
+    return {
+        "iteration": iteration,
+        "tokens": run["state"].get("consumed_tokens"),
+        "parameters": shape.get("parameters"),
+        "bytes": size,
+        "dtype": run["dtype"],
+        "mesh": [run[name] for name in ("tensor", "pipeline", "data")],
+    }
 
 
 def _run_file(folder: Path, iteration: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ COMMANDS = {
     "convert-to-hf": ("megatron_prune.commands.convert_to_hf", "checkpoint -> folder that transformers loads"),
     "convert-to-gguf": ("megatron_prune.commands.convert_to_gguf", "Hugging Face folder -> GGUF file for llama.cpp"),
     "evaluate": ("megatron_prune.commands.evaluate", "judge models side by side: perplexity, zero-shot tasks"),
+    "report": ("megatron_prune.commands.write_report", "show runs on a page: curves, shape over time, comparison"),
     "inspect": ("megatron_prune.commands.inspect_checkpoint", "say, verify and draw what is in a checkpoint"),
     "score": ("megatron_prune.commands.score_model", "score a model's units once, by any criteria"),
     "prune-once": ("megatron_prune.commands.prune_once", "prune to a target without training, as a baseline"),

@@ -2,6 +2,7 @@
 
 run_command    a command of one process
 run_on_ranks   a command that may be one of many ranks
+named_first    words before the first flag, as what a flag names
 check_file, check_plot, check_new_folder   what will be written, tried before anything is computed
 """
 
@@ -92,6 +93,11 @@ def run_on_ranks(
     from megatron_prune.runtime.failures import exit_status
 
     return exit_status(lambda: work(given))
+
+
+def named_first(flag: str, argv: Sequence[str] | None) -> Sequence[str] | None:
+    """The command line, its words before the first flag standing after `flag`."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def check_file(flag: str, value: str) -> None:

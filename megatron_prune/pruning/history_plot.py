@@ -23,15 +23,12 @@ def plot_history(history: Sequence[Removal], architecture: Architecture, directo
     """
     from matplotlib.figure import Figure
 
-    tokens = [removal.tokens for removal in history]
-    is_counted = tokens != sorted(tokens) or (len(tokens) > 1 and tokens[0] == tokens[-1])
-    times = list(range(1, len(history) + 1)) if is_counted else tokens
-    xlabel = "removed groups" if is_counted else "training tokens"
+    at, xlabel = positions(history)
     saliencies, widths = Figure(figsize=(7, 4.2), layout="constrained"), Figure(figsize=(7, 4.2), layout="constrained")
     axes = saliencies.add_subplot(xlabel=xlabel, ylabel="saliency of the least group")
-    _draw_saliencies(axes, times, history, xlabel)
+    _draw_saliencies(axes, at, history, xlabel)
     axes = widths.add_subplot(xlabel=xlabel, ylabel="width, relative to the source")
-    _draw_widths(axes, times, history, before(architecture, history))
+    _draw_widths(axes, at, history, before(architecture, history))
 
     paths = [directory / "pruning_saliencies.png", directory / "pruning_widths.png"]
     for figure, path in zip((saliencies, widths), paths, strict=True):
@@ -39,6 +36,15 @@ def plot_history(history: Sequence[Removal], architecture: Architecture, directo
         figure.savefig(temporary, dpi=120, format="png")
         temporary.replace(path)
     return paths
+
+
+def positions(history: Sequence[Removal]) -> tuple[list[int], str]:
+    """Where removals stand on an axis, and what that counts: tokens, or removals where tokens do not
+    tell their order."""
+    tokens = [removal.tokens for removal in history]
+    if tokens != sorted(tokens) or (len(tokens) > 1 and tokens[0] == tokens[-1]):
+        return list(range(1, len(history) + 1)), "removed groups"
+    return tokens, "training tokens"
 
 
 def _draw_saliencies(axes: Any, times: Sequence[int], history: Sequence[Removal], unit: str) -> None:

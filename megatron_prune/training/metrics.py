@@ -186,14 +186,19 @@ class Reporter:
             f"peak memory {memory / MIB:,.0f} MiB"
         )
 
-    def close(self) -> None:
-        """Flush and close what is open."""
-        if self._dashboard is not None:
-            self._dashboard.close()
-        if self._bar is not None:
-            self._bar.close()
+    def flush(self) -> None:
+        """Take the progress display down and write what was recorded to where others read it."""
+        for display in filter(None, (self._dashboard, self._bar)):
+            display.close()
+        self._dashboard = self._bar = None
         if self.is_active:
-            self._sinks.close()
+            self._sinks.flush()
+
+    def close(self, report: Path | None = None) -> None:
+        """Hand on the run's `report`, if there is one, and close what is open."""
+        self.flush()
+        if self.is_active:
+            self._sinks.close(report)
 
     def _rates(self, window: Window) -> Rates:
         elapsed = max(time.perf_counter() - window.started, 1e-9) / max(window.iterations, 1)

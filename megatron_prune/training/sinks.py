@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,26 @@ class Sinks:
         if self._wandb is not None:
             self._wandb.log({**scalars, "iteration": iteration})
 
-    def close(self) -> None:
-        """Flush and close what is open."""
+    def flush(self) -> None:
+        """Write to TensorBoard's files what is not in them yet."""
+        self._end(lambda board: board.flush())
+
+    def close(self, report: Path | None = None) -> None:
+        """Flush and close what is open; Weights & Biases keeps the `report` as an artifact of the run."""
+        self._end(lambda board: board.close())
+        if self._wandb is None:
+            return
+        if report is not None:
+            self._wandb.log_artifact(str(report), name=f"report-{self._wandb.id}", type="report")
+        self._wandb.finish()
+
+    def _end(self, write: Callable[[Any], None]) -> None:
         if self._board is not None:
             try:
-                self._board.close()
+                write(self._board)
             except OSError as error:
+                self._board = None
                 logger.warning("TensorBoard's last scalars are not written: %s", error.strerror)
-        if self._wandb is not None:
-            self._wandb.finish()
 
 
 def check_wandb(config: Config) -> None:

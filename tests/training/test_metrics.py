@@ -135,20 +135,23 @@ def test_tensorboard_holds_the_scalars(tmp_path, clock):
 def test_wandb_gets_the_same_run_again_after_a_requeue(tmp_path, monkeypatch, clock):
     """Against a stand-in with wandb's interface: a project, a stable id, one record per iteration."""
     begun, records = [], []
-    run = SimpleNamespace(log=records.append, finish=lambda: records.append("finished"))
+    run = SimpleNamespace(id="abc", log=records.append, finish=lambda: records.append("finished"))
+    run.log_artifact = lambda path, name, type: records.append((path, name, type))
     standin = SimpleNamespace(init=lambda **given: begun.append(given) or run, Error=RuntimeError, __spec__="there")
     monkeypatch.setitem(sys.modules, "wandb", standin)
     wanted = config(log_interval=1, wandb_project="pruning")
     saves = dataclasses.replace(wanted.checkpoint, save=str(tmp_path / "run"))
-    for _ in range(2):
+    for page in (None, tmp_path / "report.html"):
         reporter = Reporter(dataclasses.replace(wanted, checkpoint=saves), 1, None, is_active=True)
         reporter.iteration(report(1), ARCHITECTURE)
-        reporter.close()
+        reporter.flush()
+        reporter.close(page)
     assert [given["project"] for given in begun] == ["pruning"] * 2
     assert begun[0]["id"] == begun[1]["id"] and begun[0]["resume"] == "allow" and begun[0]["name"] == "run"
     assert begun[0]["dir"] == str(tmp_path / "run") and (tmp_path / "run").is_dir()
     assert begun[0]["config"]["logging"]["wandb_project"] == "pruning"
     assert records[0]["lm loss"] == 2.5 and records[0]["iteration"] == 1 and records[1] == "finished"
+    assert records[3:] == [(str(tmp_path / "report.html"), "report-abc", "report"), "finished"]
 
 
 def test_wandb_that_is_not_installed_is_said(monkeypatch):

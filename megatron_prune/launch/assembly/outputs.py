@@ -1,4 +1,4 @@
-"""What a run leaves in its folder besides checkpoints: config.yaml, summary.json, figures.
+"""What a run leaves in its folder besides checkpoints: config.yaml, summary.json, figures, report.html.
 
 One rank writes. How the run ended is `checkpoint.record.write_status`'s.
 """
@@ -10,9 +10,12 @@ import json
 import logging
 from pathlib import Path
 
+from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.config import Config, dump
+from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history_plot import plot_history
+from megatron_prune.report.html_page import FILE_NAME, is_installed, write_page
 from megatron_prune.runtime.folders import probe_folder
 from megatron_prune.training.sinks import check_wandb
 from megatron_prune.training.state import RunState
@@ -66,3 +69,19 @@ def write_summary(config: Config, state: RunState, architecture: Architecture, d
         return
     for path in plot_history(state.history, architecture, directory):
         logger.info("figure written: %s", path)
+
+
+def write_report(config: Config, directory: Path) -> Path | None:
+    """report.html, where it is wanted, plotly is installed and something is saved; a failure is a warning."""
+    if not config.logging.report or not holds_checkpoint(directory):
+        return None
+    if not is_installed():
+        logger.info("plotly is not installed (megatron-prune[report]): no %s", FILE_NAME)
+        return None
+    try:
+        write_page([directory], directory / FILE_NAME)
+    except (UserError, OSError) as error:
+        logger.warning("%s could not be written: %s", FILE_NAME, error)
+        return None
+    logger.info("report written: %s", directory / FILE_NAME)
+    return directory / FILE_NAME

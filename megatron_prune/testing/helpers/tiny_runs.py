@@ -45,7 +45,7 @@ class TinyRun:
             *("--lr", "2e-3", "--lr-warmup-iters", 3, "--continue-lr-warmup-iters", 2, "--device", "cpu"),
             *("--make-vocab-size-divisible-by", 8, "--prune-target-params", 11_400, "--prune-ratio", "2:1"),
             *("--prune-gqa", "cluster", "--prune-groups", "head.cost=2", "head.floor=2", "ffn.floor=38"),
-            *("--eval-interval", 1000, "--eval-iters", 1, "--log-interval", 1, "--progress", "lines"),
+            *("--eval-interval", 1000, "--eval-iters", 1, "--log-interval", 1, "--progress", "lines", "--no-report"),
             *("--save", save, "--load", save),
         )
         return [str(word) for word in (*words, *more)]
