@@ -14,6 +14,7 @@ from megatron_prune.commands.token_scaling import ScalingOptions
 from tests.commands import ROOT
 
 RUN = "import sys; from megatron_prune.commands import main; status = main()"
+NEVER_TOOLS = {"pretrain", "launch", "report", "recipe", "doctor"}
 TOOLS = {"preprocess": "preprocess_data", "inspect": "inspect_checkpoint", "score": "score_model"}
 
 
@@ -86,9 +87,7 @@ def test_each_command_shows_its_flags(name, capsys):
 
 def test_tools_are_the_commands_by_their_older_names():
     scripts = {path.stem: path.read_text() for path in (ROOT / "tools").glob("*.py")}
-    expected = {
-        TOOLS.get(name, name.replace("-", "_")): name for name in COMMANDS if name not in ("pretrain", "launch")
-    }
+    expected = {TOOLS.get(name, name.replace("-", "_")): name for name in COMMANDS if name not in NEVER_TOOLS}
     assert set(scripts) == set(expected)
     for tool, name in expected.items():
         assert f'start(["{name}", *sys.argv[1:]])' in scripts[tool]
