@@ -14,6 +14,7 @@ The rooms, in the order in which data flows (none imports a later one):
     training     the loop
     huggingface  Hugging Face folders in and out
     evaluation   perplexity, zero-shot tasks
+    report       a run, or several side by side, as one HTML page
     launch       a configuration becomes a running job
     testing      gloo ranks on CPU and the dense oracle
     commands     what `megatron-prune COMMAND` runs
