@@ -2,7 +2,8 @@
 
     RMSNorm                divides by the live width, not the stored one
     CoreAttention          scaled_dot_product_attention; grouped when clusters are uniform, else K and V gathered per
-    query PrunableSelfAttention  [q | k | v] projection, RoPE, core attention with a live mask, output projection
+                           query; `set_slots` tells it which
+    PrunableSelfAttention  [q | k | v] projection, RoPE, core attention with a live mask, output projection
 
 Tensor names: S sequence, B batch, N query slots, K KV slots, D kv_channels, H stored stem.
 """
@@ -61,19 +62,6 @@ class CoreAttention(torch.nn.Module):
         self.register_buffer("kv_index", None, persistent=False)
         self.register_buffer("live_mask", None, persistent=False)
 
-    def set_slots(self, heads: np.ndarray, kv_heads: np.ndarray, kv_index: np.ndarray, device: torch.device) -> None:
-        """Set what the slots of this rank and layer hold: int32 ids of query heads [N] and KV heads [K], -1 if empty,
-        and for each query slot the KV slot that serves it [N]."""
-        queries, keys = len(heads), len(kv_heads)
-        live = heads != EMPTY
-        grouped = np.arange(queries) // max(queries // keys, 1)
-        is_uniform = queries % keys == 0 and np.array_equal(kv_index[live], grouped[live])
-        self.kv_index = None if is_uniform else torch.from_numpy(kv_index.astype(np.int64)).to(device)
-        # An empty query attends uniformly over live values: its W_o columns, though zero, would get a gradient and
-        # grow.
-        needs_mask = bool(np.any(~live & (kv_heads[kv_index] != EMPTY)))
-        self.live_mask = torch.from_numpy(live.astype(np.float32)).to(device) if needs_mask else None
-
     def forward(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
         """Attention output [S, B, N * D]."""
         if self.kv_index is not None:
@@ -84,6 +72,37 @@ class CoreAttention(torch.nn.Module):
         if self.live_mask is not None:
             out_BNSD = out_BNSD * self.live_mask.to(out_BNSD.dtype)[:, None, None]
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+
+def set_slots(
+    modules: list[CoreAttention], slots: list[tuple[np.ndarray, np.ndarray, np.ndarray]], device: torch.device
+) -> None:
+    """Tell each of `modules` what the slots of this rank hold; two copies to `device` at most, however many they are.
+
+    Args:
+        slots: per module int32 ids of query heads [N] and of KV heads [K], -1 if empty, and for each query slot the KV
+            slot that serves it, int64 [N].
+    """
+    indices: list[np.ndarray | None] = []
+    masks: list[np.ndarray | None] = []
+    for heads, kv_heads, kv_index in slots:
+        queries, keys, live = len(heads), len(kv_heads), heads != EMPTY
+        grouped = np.arange(queries) // max(queries // keys, 1)
+        is_uniform = queries % keys == 0 and np.array_equal(kv_index[live], grouped[live])
+        indices.append(None if is_uniform else kv_index)
+        # An empty query attends uniformly over live values: its W_o columns, though zero, would get a gradient and
+        # grow.
+        needs_mask = bool(np.any(~live & (kv_heads[kv_index] != EMPTY)))
+        masks.append(live.astype(np.float32) if needs_mask else None)
+    for module, index, mask in zip(modules, _uploaded(indices, device), _uploaded(masks, device), strict=True):
+        module.kv_index, module.live_mask = index, mask
+
+
+def _uploaded(arrays: list[np.ndarray | None], device: torch.device) -> list[Tensor | None]:
+    """Equally long `arrays` on `device`, copied as one."""
+    given = [array for array in arrays if array is not None]
+    found = iter(torch.from_numpy(np.stack(given)).to(device).unbind() if given else ())
+    return [None if array is None else next(found) for array in arrays]
 
 
 class PrunableSelfAttention(MegatronModule):

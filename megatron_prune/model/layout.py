@@ -6,6 +6,7 @@ megatron-core's regular layers keep working:
 
     StoredWidths  what comes of it on one rank
     ShardLayout   int32 id arrays per kind; `pack` (pure function of live ids, TP and quanta), `without`, `is_due`
+    GroupSlots    which slots hold the units of a group
 
 After `pack` each rank holds a contiguous range of a layer's live units in original-id order. A kind that another one
 follows is packed in whole clusters (a KV head with its live query heads), so that a KV head always stays with its
@@ -30,7 +31,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import FIXED, Kind, find_kind
-from megatron_prune.model.table import ATTENTION_OUTPUT, EMBEDDING, EMPTY, FFN_DOWN, QKV, holds
+from megatron_prune.model.table import ATTENTION_OUTPUT, EMBEDDING, EMPTY, FFN_DOWN, QKV, Runs, holds, runs
 
 Quanta = Mapping[Kind, int]  # stored widths are multiples of these, per rank; kinds not named have their own default
 
@@ -145,6 +146,10 @@ class ShardLayout:
         index[live] = order[np.searchsorted(slots, wanted, sorter=order)]
         return index
 
+    def group_slots(self, group: Group, rank: int) -> GroupSlots:
+        """Which slots of tensor-parallel `rank` hold the units of `group`."""
+        return GroupSlots(self, group, rank)
+
     def width(self, kind: Kind) -> int:
         """Stored slots per rank."""
         return int(self.placed[kind].shape[-1])
@@ -190,6 +195,12 @@ class ShardLayout:
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def lineage(self) -> str:
+        """Hex digest of the first layout's fingerprint and of the groups that have left since; ranks that agree on it
+        have equal layouts. Unlike a fingerprint it costs next to nothing after a removal."""
+        return self.fingerprint()
+
     # Changing ------------------------------------------------------------------------------------------------------
 
     def without(self, group: Group) -> ShardLayout:
@@ -204,7 +215,9 @@ class ShardLayout:
                 gone = self.architecture.leaving(group, kind, site) if units else units
                 emptied[site][holds(emptied[site], np.asarray(gone))] = EMPTY
             placed[kind] = emptied
-        return dataclasses.replace(self, architecture=after, placed=placed)
+        result = dataclasses.replace(self, architecture=after, placed=placed)
+        vars(result)["lineage"] = hashlib.sha256(f"{self.lineage} without {group!r}".encode()).hexdigest()[:16]
+        return result
 
     def compacted(self) -> ShardLayout:
         """The layout after a compaction: a pure function of the live ids, TP and quanta."""
@@ -244,6 +257,38 @@ class ShardLayout:
 
 
 _ONE = np.zeros(1, dtype=np.int32)
+
+
+class GroupSlots:
+    """Which slots of one rank hold the units of a group, looked up once for all parameters that count them.
+
+    Args:
+        layout: the one before the removal.
+        rank: tensor-parallel.
+
+    Attributes:
+        kinds: those of which units leave.
+    """
+
+    def __init__(self, layout: ShardLayout, group: Group, rank: int) -> None:
+        self._layout, self._group, self._rank = layout, group, rank
+        self.kinds = {kind for kind in layout.placed if kind in group.gone or kind.follows in group.gone}
+        self._runs: dict[tuple[Kind, int], Runs] = {}
+
+    def runs(self, kind: Kind, layer: int) -> Runs:
+        """(first, past-last) slots of units of `kind` that leave `layer`, those that only served the group's too."""
+        if kind not in self.kinds:
+            return ()
+        site = kind, kind.site(layer)
+        if site not in self._runs:
+            gone = self._layout.architecture.leaving(self._group, kind, layer)
+            slots = self._layout.slots(kind, layer, self._rank)
+            self._runs[site] = runs(np.flatnonzero(holds(slots, gone))) if len(gone) else ()
+        return self._runs[site]
+
+    def width(self, kind: Kind) -> int:
+        """Slots of `kind` per rank; a `fixed` dim is one."""
+        return 1 if kind is FIXED else self._layout.width(kind)
 
 
 def named_quanta(architecture: Architecture, quanta: Quanta) -> dict[str, int]:

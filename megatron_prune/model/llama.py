@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.model.classes import AUTO, PrunableLlama, construct, engine_of
 from megatron_prune.model.kinds import VOCAB
-from megatron_prune.model.layers import PrunableSelfAttention, RMSNorm
+from megatron_prune.model.layers import CoreAttention, PrunableSelfAttention, RMSNorm, set_slots
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.table import EMPTY, LINEARS, NORM, QKV, Param, ParamTable
@@ -174,12 +174,16 @@ def inner_model(model: torch.nn.Module) -> PrunableLlama:
     return model
 
 
-def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh) -> None:
-    """Make the model compute with `layout`: live norm widths, head masks, KV maps, and the config's stored sizes."""
+def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh, before: ShardLayout | None = None) -> None:
+    """Make the model compute with `layout`: live norm widths, head masks, KV maps, and the config's stored sizes.
+
+    Args:
+        before: the layout that it computed with; what that has in common is left alone.
+    """
     llama = inner_model(model)
     for name, value in stored_sizes(layout).items():
         setattr(llama.config, name, value)
-    rank = mesh.tp_rank
+    modules, slots = list[CoreAttention](), list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
     for module in llama.decoder.layers:
         index = llama.layer_of(module)
         for norm in (module.input_layernorm, module.pre_mlp_layernorm):
@@ -187,12 +191,11 @@ def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh) -> None
                 norm.live_width = _live_width(layout, index)
         if isinstance(module.self_attention, PrunableSelfAttention):
             queries, keys = (part.dims[0].kind for part in layout.architecture.table.find(QKV, index).parts[:2])
-            module.self_attention.core_attention.set_slots(
-                layout.slots(queries, index, rank),
-                layout.slots(keys, index, rank),
-                layout.serving(keys, index, rank),
-                mesh.device.device,
-            )
+            if before is None or layout.placed[queries] is not before.placed[queries]:
+                modules.append(module.self_attention.core_attention)
+                heads, kv_heads = (layout.slots(kind, index, mesh.tp_rank) for kind in (queries, keys))
+                slots.append((heads, kv_heads, layout.serving(keys, index, mesh.tp_rank)))
+    set_slots(modules, slots, mesh.device.device)
     if llama.decoder.final_layernorm is not None:
         llama.decoder.final_layernorm.live_width = _live_width(layout, None)
     if llama.post_process:  # megatron-core checks a tied weight against it

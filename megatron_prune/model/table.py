@@ -32,8 +32,9 @@ from megatron_prune.model.shape import LlamaShape
 
 if TYPE_CHECKING:
     from megatron_prune.model.architecture import Architecture, Group
-    from megatron_prune.model.layout import ShardLayout
+    from megatron_prune.model.layout import GroupSlots, ShardLayout
 
+Runs = tuple[tuple[int, int], ...]  # (first, past-last) of stretches of neighbours
 EMPTY = -1  # the id in a slot that holds no unit
 
 # Roles: what a parameter is for, whatever it is called.
@@ -128,26 +129,31 @@ class Param:
             ]
         )
 
-    def group_positions(self, group: Group, layout: ShardLayout, rank: int) -> tuple[np.ndarray, ...]:
-        """Per dim of the local parameter, the element positions that hold a unit of `group`.
+    def group_runs(self, gone: GroupSlots) -> tuple[Runs, ...]:
+        """Per dim of the local parameter, the (first, past-last) element positions of what holds a unit of the group.
 
-        `layout` is the one before the removal. Units that only served units of the group are included.
+        Units that only served units of the group are included.
         """
-        found: list[np.ndarray] = []
-        gone: dict[Kind, np.ndarray] = {}
-        for dim in range(len(self.dims)):
-            hits = [np.zeros(0, dtype=np.int64)]
-            start = 0
-            for part in self._along(dim):
-                kind, size = part.dims[dim].kind, part.dims[dim].size
-                if kind not in gone:
-                    gone[kind] = layout.architecture.leaving(group, kind, self.site)
-                slots = layout.slots(kind, self.site, rank)
-                if len(gone[kind]):
-                    hits.append(start + positions(np.flatnonzero(holds(slots, gone[kind])), size))
-                start += len(slots) * size
-            found.append(np.concatenate(hits))
+        found = []
+        for dims in self._stacked:
+            runs: list[tuple[int, int]] = []
+            if any(dim.kind in gone.kinds for dim in dims):
+                start = 0
+                for dim in dims:
+                    runs += [(start + a * dim.size, start + b * dim.size) for a, b in gone.runs(dim.kind, self.site)]
+                    start += gone.width(dim.kind) * dim.size
+            found.append(tuple(runs))
         return tuple(found)
+
+    def group_positions(self, group: Group, layout: ShardLayout, rank: int) -> tuple[np.ndarray, ...]:
+        """`group_runs` as int64 positions; `layout` is the one before the removal."""
+        runs = self.group_runs(layout.group_slots(group, rank))
+        return tuple(np.concatenate([np.zeros(0, np.int64), *(np.arange(a, b) for a, b in dim)]) for dim in runs)
+
+    @cached_property
+    def _stacked(self) -> tuple[tuple[Dim, ...], ...]:
+        """Per dim, those of the parts that follow one another along it."""
+        return tuple(tuple(part.dims[dim] for part in self._along(dim)) for dim in range(len(self.dims)))
 
     def _along(self, dim: int) -> tuple[Part, ...]:
         """The parts that follow one another along `dim`."""
@@ -178,7 +184,11 @@ class ParamTable:
 
     def find(self, role: str, layer: int | None = None) -> Param:
         """The one row of `role` in `layer`."""
-        return next(row for row in self.rows if row.role == role and row.layer == layer)
+        return self._by_role[role, layer]
+
+    @cached_property
+    def _by_role(self) -> dict[tuple[str, int | None], Param]:
+        return {(row.role, row.layer): row for row in reversed(self.rows)}  # the first of equals
 
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:
@@ -314,6 +324,14 @@ def holds(slots: np.ndarray, units: np.ndarray) -> np.ndarray:
     for unit in units:
         found |= slots == unit
     return found
+
+
+def runs(at: np.ndarray) -> Runs:
+    """Stretches of neighbours among ascending numbers: [1, 2, 5] -> (1, 3), (5, 6)."""
+    if len(at) <= 1:
+        return ((int(at[0]), int(at[0]) + 1),) if len(at) else ()
+    first = np.flatnonzero(np.diff(at, prepend=at[0] - 2) != 1)
+    return tuple((int(at[a]), int(at[b - 1]) + 1) for a, b in zip(first, [*first[1:], len(at)], strict=True))
 
 
 def positions(units: np.ndarray, size: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     OwnedShard      a flat range of one local parameter with its main weight, gradient and Adam moments
     owned_shards    all of them
-    blocks          a flat range of a matrix as up to three rectangles
+    blocks          a flat range of a matrix as up to three rectangles; `rectangles`: some of its rows and columns
     steps_taken     Adam's count, for bias correction
     forget          Adam as before its first step
 
@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_prune.model.llama import NamedRow
-from megatron_prune.model.table import Param
+from megatron_prune.model.table import Param, Runs
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -35,7 +34,6 @@ class OwnedShard:
         name: Megatron's parameter name (see `named_rows`).
         parameter: the whole local model weight.
         row: its row of the table.
-        main: flat main weight of the range; a view of `parameter` where there is no separate fp32 copy.
         key: the optimizer's own tensor, under which its state is kept.
     """
 
@@ -44,9 +42,13 @@ class OwnedShard:
     row: Param
     start: int
     end: int
-    main: Tensor
     key: Tensor
     state: dict[str, Tensor]
+
+    @property
+    def main(self) -> Tensor:
+        """Flat main weight of the range; a view of `parameter` where there is no separate fp32 copy."""
+        return self.key.data.view(-1)
 
     @property
     def has_separate_main(self) -> bool:
@@ -68,19 +70,15 @@ class OwnedShard:
         """(offset in the range, length, rows, columns) of the rectangles that this range is made of; see `blocks`."""
         return blocks(self.start, self.end, tuple(self.parameter.shape))
 
-    def zero(self, tensors: list[Tensor], gone: tuple[np.ndarray, ...]) -> None:
-        """Zero, in flat `tensors` over this range, the element positions `gone` (per dim of the parameter)."""
-        if not tensors or not any(len(positions) for positions in gone):
-            return
-        for offset, length, rows, columns in self.blocks():
-            for dim, span in enumerate((rows, columns)[: len(gone)]):
-                hits = gone[dim][(gone[dim] >= span.start) & (gone[dim] < span.stop)] - span.start
-                if not len(hits):
-                    continue
-                index = torch.from_numpy(hits).to(self.key.device)
-                for tensor in tensors:
-                    block = tensor[offset : offset + length].view(rows.stop - rows.start, columns.stop - columns.start)
-                    block.index_fill_(dim, index, 0)
+    def views(self, gone: tuple[Runs, ...]) -> list[Tensor]:
+        """What the optimizer keeps for the element positions `gone` (per dim of the parameter): views of the moments
+        and of a separate main weight."""
+        if not any(gone):
+            return []
+        tensors = [kept for kept in self.state.values() if _is_per_element(kept, self.key)]
+        tensors += [self.key] if self.has_separate_main else []
+        found = list(rectangles(self.start, self.end, tuple(self.parameter.shape), gone))
+        return [t.as_strided(size, stride, t.storage_offset() + at) for at, size, stride in found for t in tensors]
 
 
 def _is_per_element(kept: object, key: Tensor) -> bool:
@@ -109,6 +107,24 @@ def blocks(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[int, 
         position = stop
 
 
+def rectangles(
+    start: int, end: int, shape: tuple[int, ...], gone: tuple[Runs, ...]
+) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
+    """Where the positions `gone` (per dim) of a row-major matrix of `shape` lie inside its flat range [start, end).
+
+    Yields:
+        (offset in the range, size, stride) of a rectangle; those of rows and of columns overlap.
+    """
+    for offset, _, rows, columns in blocks(start, end, shape):
+        width = columns.stop - columns.start
+        for dim, (span, across) in enumerate(((rows, columns), (columns, rows))[: len(gone)]):
+            for first, last in gone[dim]:
+                a, b = max(first, span.start) - span.start, min(last, span.stop) - span.start
+                if a < b:
+                    size = (b - a, across.stop - across.start)
+                    yield offset + (a if dim else a * width), (size if dim == 0 else size[::-1]), (width, 1)
+
+
 def owned_shards(rows: Iterable[NamedRow], optimizer: MegatronOptimizer) -> Iterator[OwnedShard]:
     """What this rank's `optimizer` steps, in the order of `rows`; a parameter of which it owns nothing is left out."""
     (inner,) = optimizer.chained_optimizers
@@ -125,7 +141,7 @@ def owned_shards(rows: Iterable[NamedRow], optimizer: MegatronOptimizer) -> Iter
         else:
             key = getattr(parameter, "main_param", None)
             key = parameter if key is None else key
-        yield OwnedShard(name, parameter, row, start, end, key.data.view(-1), key, inner.optimizer.state[key])
+        yield OwnedShard(name, parameter, row, start, end, key, inner.optimizer.state[key])
 
 
 def steps_taken(optimizer: MegatronOptimizer) -> int:

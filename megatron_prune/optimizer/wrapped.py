@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 
-from megatron_prune.model.llama import NamedRow, PrunableLlama, named_linears, named_rows
+from megatron_prune.model.llama import NamedRow, PrunableLlama, named_linears, named_rows, replace_parameters
 from megatron_prune.model.table import Param, ParamTable
 from megatron_prune.optimizer.build import OptimizerOptions, wrap
 from megatron_prune.optimizer.owned import OwnedShard, forget, owned_shards, set_steps, steps_taken
@@ -41,14 +42,20 @@ class WrappedModel:
         self.table, self.mesh, self.options, self.dtype = table, mesh, options, dtype
         self.ddp, self.optimizer = wrap(self.module, options, dtype)
         self._is_in_step = True
+        self._rows = list(named_rows(self.module, table))
 
     def rows(self) -> Iterator[NamedRow]:
         """(name, parameter, row) of each local parameter, in model order (see `llama.named_rows`)."""
-        return named_rows(self.module, self.table)
+        return iter(self._rows)
 
     def linears(self) -> Iterator[tuple[str, torch.nn.Module, Param]]:
         """(name of its weight, module, row) of each local linear layer, in model order (see `llama.named_linears`)."""
         return named_linears(self.module, self.table)
+
+    def replace_parameters(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """New parameters in the place of the old ones (see `llama.replace_parameters`); `rewrap` afterwards."""
+        replace_parameters(self.module, self.table, change)
+        self._rows = list(named_rows(self.module, self.table))
 
     def owned(self) -> Iterator[OwnedShard]:
         """What this rank's optimizer steps, in model order."""

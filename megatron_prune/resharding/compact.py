@@ -23,7 +23,6 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.llama import replace_parameters
 from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, set_moments
 from megatron_prune.optimizer.wrapped import WrappedModel
 from megatron_prune.resharding.plan import TransferPlan, plan_transfer
@@ -63,7 +62,7 @@ class Compaction:
             moved = move(data, self.plans[name], model.mesh)
             return moved.clone() if moved is data else moved  # the old memory goes with the old parameter
 
-        replace_parameters(model.module, model.table, resized)
+        model.replace_parameters(resized)
         _free_parameter_buffers(model)
 
     def move_optimizer(self) -> None:

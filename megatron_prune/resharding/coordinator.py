@@ -21,7 +21,7 @@ from megatron_prune.errors import DisagreementError
 from megatron_prune.model.architecture import Group
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.resharding.verify import verify
-from megatron_prune.runtime.mesh import agree, broadcast_object
+from megatron_prune.runtime.mesh import agree, broadcast_object, is_common
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,17 @@ class Coordinator:
             DisagreementError: ranks hold different layouts or received different decisions.
         """
         agreed = broadcast_object(self.model.mesh, decision)
-        text = f"{agreed!r} on layout {self.model.layout.fingerprint()}"
-        marks = agree(self.model.mesh, hashlib.sha256(text.encode()).hexdigest()[:16])
-        (common, _), *others = Counter(marks).most_common()
-        if others:
-            different = [rank for rank, mark in enumerate(marks) if mark != common]
-            raise DisagreementError(
-                f"ranks {different} disagree with the other {len(marks) - len(different)} on what to remove or on the "
-                "layout; no weight was touched: resume from the last checkpoint and report this"
-            )
-        return agreed
+        text = f"{agreed!r} on layout {self.model.layout.lineage}"
+        mark = int(hashlib.sha256(text.encode()).hexdigest()[:15], base=16)
+        if is_common(self.model.mesh, mark):
+            return agreed
+        marks = agree(self.model.mesh, mark)
+        ((common, _),) = Counter(marks).most_common(1)
+        different = [rank for rank, mark in enumerate(marks) if mark != common]
+        raise DisagreementError(
+            f"ranks {different} disagree with the other {len(marks) - len(different)} on what to remove or on the "
+            "layout; no weight was touched: resume from the last checkpoint and report this"
+        )
 
     def commit(self, group: Group) -> None:
         """Retire `group` everywhere."""

@@ -100,5 +100,5 @@ class LiveModel(WrappedModel):
         return True
 
     def _bind(self, layout: ShardLayout) -> None:
+        bind_layout(self.module, layout, self.mesh, before=self._layout)
         self._layout = layout
-        bind_layout(self.module, layout, self.mesh)

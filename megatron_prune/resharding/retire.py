@@ -7,11 +7,12 @@ still get a gradient the attention masks its output), so training with empty slo
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_prune.model.architecture import Group
 from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.table import Runs
 from megatron_prune.optimizer.wrapped import WrappedModel
 
 
@@ -19,12 +20,12 @@ from megatron_prune.optimizer.wrapped import WrappedModel
 def zero_units(model: WrappedModel, group: Group, layout: ShardLayout) -> None:
     """Zero the units of `group` in weights, main weights and moments of `model`, which are in `layout` and in step on
     all ranks. No communication."""
-    rank, gone = model.mesh.tp_rank, dict[str, tuple[np.ndarray, ...]]()
+    slots, gone = layout.group_slots(group, model.mesh.tp_rank), dict[str, tuple[Runs, ...]]()
+    weights = list[Tensor]()
     for name, parameter, row in model.rows():
-        gone[name] = row.group_positions(group, layout, rank)
-        for dim, positions in enumerate(gone[name]):
-            if len(positions):
-                parameter.data.index_fill_(dim, torch.from_numpy(positions).to(parameter.device), 0)
-    for shard in model.owned():
-        tensors = [*shard.moments.values(), *([shard.main] if shard.has_separate_main else [])]
-        shard.zero(tensors, gone[shard.name])
+        gone[name] = row.group_runs(slots)
+        for dim, runs in enumerate(gone[name]):
+            weights += [parameter.narrow(dim, first, last - first) for first, last in runs]
+    states = [view for shard in model.owned() for view in shard.views(gone[shard.name])]
+    for views in filter(None, (weights, states)):
+        torch._foreach_zero_(views)

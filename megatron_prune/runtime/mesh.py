@@ -192,13 +192,27 @@ def close_mesh() -> None:
 
 def agree(mesh: Mesh, value: Any) -> list[Any]:
     """All ranks' `value`s (small picklable objects), in rank order."""
+    if mesh.world_size == 1:
+        return [value]
     gathered: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(gathered, value, group=mesh.over("world").group)
     return gathered
 
 
+def is_common(mesh: Mesh, mark: int) -> bool:
+    """Whether all ranks have the same `mark` (of less than 63 bits); two numbers travel."""
+    if mesh.world_size == 1:
+        return True
+    ends = torch.tensor([mark, -mark], device=mesh.device.device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=mesh.over("world").group)
+    largest, smallest = ends.tolist()
+    return bool(largest == -smallest)
+
+
 def broadcast_object(mesh: Mesh, value: Any, source: int = 0) -> Any:
     """`value` of rank `source` (a small picklable object), on every rank."""
+    if mesh.world_size == 1:
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=source, group=mesh.over("world").group, device=mesh.device.device)
     return box[0]

@@ -20,7 +20,7 @@ PACKAGE = Path(megatron_prune.__file__).parent
 DOOR = "runtime/compat.py"
 # Exported folders bring this file along; it builds on transformers as transformers' own models do, and on nothing else.
 ELSEWHERE = {("huggingface/remote/modeling_cluster_llama.py", "_attn_implementation")}
-DOCUMENTED = {"_exit"}  # of os
+DOCUMENTED = {"_exit", "_foreach_zero_"}  # of os, of torch
 
 
 @pytest.mark.parametrize("name", PRIVATE)

@@ -36,7 +36,7 @@ def score_by_a_users_criterion(_rank, _world_size):
     forward_backward(trainer.model, trainer.batches, trainer.num_microbatches, MICRO_BATCH, SEQUENCE)
     scored = scoring.finish()
     sums = scored.unit_scores()
-    pieces = {shard.name: values for shard, values in scored._scores.pieces}
+    pieces = {piece.row.name: piece.by_column for piece in scored._scores.pieces}
     return pieces, np.stack(sums.values[HEAD]), np.stack(sums.values[FFN]), sums.of(STEM)
 
 
