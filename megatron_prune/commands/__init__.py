@@ -32,6 +32,7 @@ COMMANDS = {
     "convert-to-gguf": ("megatron_prune.commands.convert_to_gguf", "Hugging Face folder -> GGUF file for llama.cpp"),
     "evaluate": ("megatron_prune.commands.evaluate", "judge models side by side: perplexity, zero-shot tasks"),
     "report": ("megatron_prune.commands.write_report", "show runs on a page: curves, shape over time, comparison"),
+    "recipe": ("megatron_prune.commands.share_recipe", "share how a run pruned, without weights, to be repeated"),
     "inspect": ("megatron_prune.commands.inspect_checkpoint", "say, verify and draw what is in a checkpoint"),
     "score": ("megatron_prune.commands.score_model", "score a model's units once, by any criteria"),
     "prune-once": ("megatron_prune.commands.prune_once", "prune to a target without training, as a baseline"),

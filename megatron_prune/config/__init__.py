@@ -7,6 +7,7 @@
     values.py        strict conversion of a YAML value or of flag words into an option's type
     yaml_file.py     YAML -> `Config`, `Config` -> YAML (plain, or documented with a comment above each field)
     flags.py         the one way of reading command lines: `CommandLine`, for every command
+    recipe.py        how a run pruned, as a file to share, and the `Config` that repeats it
     command_line.py  argv of a run -> `Command` (the config and the few flags that are not part of it)
     validation.py    limits of single fields, refused features, and what fields must say about each other
 

@@ -1,4 +1,5 @@
-"""The command line of a run: `--config FILE`, then flags that override single fields, then a few about the run itself.
+"""The command line of a run: `--config FILE` (under it `--recipe FILE`, of another run), then flags that override
+single fields, then a few about the run itself.
 
 Every field of `Config` has one flag, a switch has two; flags win over the file. flags.py says how they are spelled.
 """
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_prune.config.flags import CommandLine, Given
 from megatron_prune.config.options import option, sections_of
+from megatron_prune.config.recipe import recipe_config
 from megatron_prune.config.schema import Config
 from megatron_prune.config.validation import check_fields
 from megatron_prune.config.yaml_file import dump, read_file
@@ -19,6 +21,9 @@ class GeneralOptions:
     """Flags that say what to do with a configuration; no YAML file holds them."""
 
     config: str | None = option(None, "YAML file of the run")
+    recipe: str | None = option(
+        None, "repeat the run whose `megatron-prune recipe` this is, on a source of the same shape", metavar="FILE"
+    )
     dry_run: bool = option(False, "check everything, report sizes and costs, train nothing")
     world_size: int | None = option(None, "with --dry-run: the number of processes to plan for", at_least=1)
     print_default_config: bool = option(False, "print a documented configuration with every default, and leave")
@@ -67,12 +72,18 @@ def parse_command(argv: list[str]) -> Command:
     general: GeneralOptions = given.own()
     if general.world_size is not None and not general.dry_run:
         raise UserError("--world-size only goes with --dry-run; a real run learns it from its launcher")
-    return Command(configured(given, general.config), general.config, general.dry_run, general.world_size)
+    config = configured(given, general.config, general.recipe)
+    return Command(config, general.config, general.dry_run, general.world_size)
 
 
-def configured(given: Given, file: str | None) -> Config:
-    """The configuration in `file`, if any, with what the flags say; each field is checked alone. Raises UserError."""
-    config = Config() if file is None else read_file(file)
+def configured(given: Given, file: str | None, recipe: str | None = None) -> Config:
+    """The configuration of `recipe`, over it that in `file`, with what the flags say; each field is checked alone.
+
+    Raises:
+        UserError: a file cannot be read, or a field is wrong.
+    """
+    config = Config() if recipe is None else recipe_config(recipe)
+    config = config if file is None else read_file(file, config)
     filled = {name: given.fill(name, getattr(config, name)) for name in sections_of(Config)}
     config = dataclasses.replace(config, **filled)
     check_fields(config)

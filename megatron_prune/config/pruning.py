@@ -206,7 +206,8 @@ class PruningConfig:
     spike_guard: SpikeGuardConfig = option(SpikeGuardConfig(), "pause after a jump of the loss until it is back")
     replay: str | None = option(
         None,
-        "a pruning_history.jsonl whose removals are repeated, at the recorded tokens, instead of scored",
+        "a pruning_history.jsonl, or a recipe's .json, whose removals are repeated, at the recorded tokens, instead of "
+        "scored",
     )
     replay_end: str | None = option(
         None,

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_prune.config.recipe import read_recipe
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group
-from megatron_prune.pruning.history import Removal, read_history
+from megatron_prune.pruning.history import Removal, read_history, read_removals
 from megatron_prune.pruning.selector import Decision
 
 FIELD = "pruning.replay (--prune-replay)"
+_OF_SHAPE = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Replay:
             UserError: a line cannot be read, does not fit the source, or the target is not reached.
         """
         path, architecture, kept = Path(path), source, list[Removal]()
-        for number, removal in enumerate(read_history(path), start=1):
+        for number, removal in enumerate(_recorded(path, source), start=1):
             if architecture.parameters <= target_params:
                 break
             if not _lives(removal.group, architecture):
@@ -77,6 +79,17 @@ class Replay:
         if len(tokens) and tokens[-1] > tokens[0] >= 0 and np.all(np.diff(tokens) >= 0):
             return tokens / tokens[-1]
         return np.arange(1, len(tokens) + 1) / max(len(tokens), 1)
+
+
+def _recorded(path: Path, source: Architecture) -> list[Removal]:
+    """The removals in a history, or in a recipe, which says the shape as well. Raises UserError."""
+    if path.suffix != ".json":
+        return read_history(path)
+    recipe, own = read_recipe(path), source.shape.to_json()
+    for name, value in recipe["shape"].items():
+        if name in _OF_SHAPE and own.get(name) != value:
+            raise UserError(f"{FIELD}: {path} is for a source with {name} {value}, this one has {own.get(name)}")
+    return read_removals(recipe["history"], f"{path}: history")
 
 
 def _lives(group: Group, architecture: Architecture) -> bool:

@@ -1,10 +1,14 @@
 """A recorded sequence of removals is repeated: on other layouts, other data, at other speeds; what does not fit is
 refused."""
 
+import dataclasses
 import json
 
 import pytest
 
+from megatron_prune.commands import main as command
+from megatron_prune.config import read_file
+from megatron_prune.config.recipe import write_recipe
 from megatron_prune.pretrain import main
 from megatron_prune.testing.benchmarks.kills import Traces, victim
 from megatron_prune.testing.helpers.ranks import watch_ranks
@@ -87,6 +91,75 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny, recorded,
         for more in ((), ("--dry-run",)):
             assert complaint in run(arguments(tiny, tmp_path / "run", *words, *more), exit_code=2), words
             assert not (tmp_path / "run").exists()
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe(recorded, tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    assert command(["recipe", str(recorded), "--output", str(path)]) == 0
+    return path
+
+
+def places(tiny, save):
+    """What a recipe does not say: source, data, where to save."""
+    own = ("--hf-model", tiny.source, "--tokenizer-model", tiny.folder / "tokenizer.model", "--data-path", tiny.data(0))
+    own += ("--make-vocab-size-divisible-by", 8, "--split", "80,20,0", "--device", "cpu", "--save", save)
+    return [*own, "--log-interval", 1, "--progress", "lines", "--no-report"]
+
+
+def test_a_recipe_repeats_the_run_on_ones_own_data(tiny, recorded, recipe, tmp_path):
+    run(["--recipe", recipe, *places(tiny, tmp_path / "again")])
+    mine, theirs = lines(tmp_path / "again"), lines(recorded)
+    assert [(line["gone"], line["parameters"], line["tokens"]) for line in mine] == [
+        (line["gone"], line["parameters"], line["tokens"]) for line in theirs
+    ]
+    first, second = (read_file(folder / "config.yaml") for folder in (recorded, tmp_path / "again"))
+    assert second.optimizer == dataclasses.replace(first.optimizer, lr_schedule="whole_run")
+    assert (second.training, second.continued) == (first.training, first.continued)
+    run(["--recipe", recipe, *places(tiny, tmp_path / "slower"), "--train-iters", 30])
+    assert read_file(tmp_path / "slower" / "config.yaml").training.train_iters == 30, "flags win"
+
+
+def test_a_recipe_holds_no_places_and_reads_well(tiny, recorded, recipe):
+    text = recipe.read_text()
+    assert str(tiny.folder) not in text and str(recorded) not in text
+    held = json.loads(text)
+    assert held["history"] == lines(recorded)
+    assert held["result"]["parameters"] == lines(recorded)[-1]["parameters"]
+    assert held["source"]["name"] == "source" and held["shape"]["num_layers"] == 2
+    assert [one["name"] for one in held["data"]["sets"]] == ["data_0", "data_1"]
+    assert len(text.splitlines()) == len(held["history"]) + 11, "a removal a line"
+
+
+def test_recipes_that_do_not_fit_are_one_line(tiny, recorded, recipe, tmp_path):
+    held = json.loads(recipe.read_text())
+    wider = tiny_config(vocab_size=64, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=52)
+    other = write_hf_folder(tmp_path / "other", wider, random_llama_weights(wider))
+
+    def spoilt(name, **changes):
+        path = tmp_path / f"{name}.json"
+        whole = {key: value for key, value in (held | changes).items() if key not in ("format", "digest")}
+        path.write_text(write_recipe(whole))
+        return path
+
+    edited = tmp_path / "edited.json"
+    edited.write_text(recipe.read_text().replace('"parameters": ', '"parameters": 1', 1))
+    cases = (
+        (edited, (), "contradicts its digest"),
+        (recorded / "summary.json", (), "no recipe"),
+        (tmp_path / "nowhere.json", (), "cannot read the recipe"),
+        (recipe, ("--hf-model", other), "is for a source with ffn_hidden_size 48, this one has 52"),
+        (spoilt("places", settings={"checkpoint": {"save": "x"}}), (), "checkpoint.save is not a recipe's to say"),
+        (spoilt("sly", settings={"training": {"seed": "1\nlogging: {wandb_project: x}"}}), (), "settings"),
+        (spoilt("unknown", settings={"training": {"sede": "1"}}), (), "sede"),
+    )
+    for path, words, complaint in cases:
+        told = run(["--recipe", path, *places(tiny, tmp_path / "run"), *words], exit_code=2)
+        assert complaint in told and "Traceback" not in told, told
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_dry_run_says_so(tiny, recorded, tmp_path):
