@@ -40,6 +40,7 @@ COMMANDS = {
     "bench": ("megatron_prune.commands.bench", "measure what pruning costs, as fractions of a step"),
     "bench-save": ("megatron_prune.commands.bench_save", "measure what checkpoints cost"),
     "soak": ("megatron_prune.commands.soak_runs", "kill runs at random moments and compare what is left"),
+    "doctor": ("megatron_prune.commands.examine", "say what this machine has, and what is missing for which feature"),
     "gpu-check": ("megatron_prune.commands.check_gpu", "check a machine with a GPU: numbers, speed, memory"),
 }
 

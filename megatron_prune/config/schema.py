@@ -203,6 +203,11 @@ class LoggingConfig:
 
     log_interval: int = option(10, "iterations between log lines and scalars", at_least=1)
     tensorboard_dir: str | None = option(None, "folder for TensorBoard; null: `tensorboard` in save")
+    prometheus_file: str | None = option(
+        None,
+        "file in Prometheus' text format (NAME.prom in node-exporter's textfile folder), replaced at every log line; "
+        "null: `metrics.prom` in save",
+    )
     wandb_project: str | None = option(None, "Weights & Biases project; null: not used")
     report: bool = option(True, "write `report.html` into save when the run ends, where plotly is installed")
     log_throughput: bool = option(True, "report tokens per second, TFLOP/s per device and MFU")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_prune.config import Config
@@ -26,6 +27,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.groups import group_names
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.history_plot import plot_history
+from megatron_prune.saliency.scores import UnitScores
 from megatron_prune.training.clock import PARTS
 from megatron_prune.training.dashboard import Dashboard, Snapshot
 from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token
@@ -41,6 +43,7 @@ class IterationReport:
 
     Args:
         parts: of the loss, by name, where it is a sum of several.
+        scores: the last ones of all units, smoothed, where there are any.
         seconds: time by part since the last call (see `clock`); called once per log line.
         memory: peak bytes of this rank's device (see `DeviceRuntime`).
     """
@@ -55,6 +58,7 @@ class IterationReport:
     skipped_iterations: int
     removed: tuple[Removal, ...]
     parts: Mapping[str, float] = field(default_factory=dict)
+    scores: UnitScores | None = None
     seconds: Callable[[], dict[str, float]] = dict
     memory: Callable[[], int] = int
 
@@ -254,6 +258,9 @@ class Reporter:
             **{f"seconds/{part}": seconds for part, seconds in self._seconds.items()},
         }
         self._sinks.record(scalars, report.iteration)
+        scored = report.scores if self.window.removed else None
+        values = {} if scored is None else {k.name: np.concatenate(sites) for k, sites in scored.values.items()}
+        self._sinks.publish(report.iteration, values)
 
     def _draw(self, dashboard: Dashboard, report: IterationReport, architecture: Architecture) -> None:
         dashboard.losses.append(report.loss)

@@ -1,4 +1,5 @@
-"""Where numbers go besides the log: TensorBoard, and Weights & Biases when it is asked for and installed.
+"""Where numbers go besides the log: TensorBoard, a file for Prometheus, and Weights & Biases when it is asked for and
+installed.
 
 Sinks        everything that is open; `record` hands a set of numbers of one iteration to each
 start_wandb  a run that a requeued job goes on with, told by the folder it saves to
@@ -8,13 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import textwrap
+import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
+from megatron_prune.training.prometheus import FILE_NAME, write_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +36,10 @@ class Sinks:
     def __init__(self, config: Config, directory: Path | None, iteration: int = 0) -> None:
         self._board: Any = None
         self._wandb: Any = None
+        metrics = config.logging.prometheus_file
+        self._metrics = Path(metrics) if metrics else directory and directory / FILE_NAME
+        self._run = directory.resolve().name if directory else "run"
+        self._last = dict[str, float]()
         board = config.logging.tensorboard_dir or (directory / "tensorboard" if directory else None)
         if board is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -42,11 +52,27 @@ class Sinks:
                 raise UserError(
                     f"logging.tensorboard_dir (--tensorboard-dir): {board} cannot be written: {error.strerror}"
                 ) from error
+            self._board.add_text("configuration", textwrap.indent(dump(config), "    "), iteration)
         if config.logging.wandb_project:
             self._wandb = start_wandb(config)
 
+    def publish(self, iteration: int, scores: Mapping[str, np.ndarray]) -> None:
+        """The last numbers for Prometheus; `scores` of units by kind, of which TensorBoard draws histograms."""
+        if self._board is not None:
+            for name, values in scores.items():
+                if np.isfinite(values).all():
+                    self._board.add_histogram(f"scores/{name}", values, iteration)
+        if self._metrics is None:
+            return
+        try:
+            write_metrics({"iteration": iteration, "time seconds": time.time(), **self._last}, self._run, self._metrics)
+        except OSError as error:
+            logger.warning("no more %s: %s", self._metrics, error.strerror)
+            self._metrics = None
+
     def record(self, scalars: Mapping[str, float], iteration: int) -> None:
         """Numbers by name, of one iteration."""
+        self._last |= scalars
         if self._board is not None:
             try:
                 for name, value in scalars.items():

@@ -291,6 +291,7 @@ class Trainer:
             consumed_tokens=state.consumed_tokens,
             loss=loss,
             parts=parts,
+            scores=state.smoothed,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             skipped_iterations=state.skipped_iterations,

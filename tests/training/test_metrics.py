@@ -3,9 +3,11 @@
 import dataclasses
 import logging
 import os
+import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_prune.config import Config
@@ -13,6 +15,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.history import Removal
+from megatron_prune.saliency.scores import UnitScores
 from megatron_prune.training import metrics
 from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token
 from megatron_prune.training.metrics import IterationReport, Reporter
@@ -130,6 +133,63 @@ def test_tensorboard_holds_the_scalars(tmp_path, clock):
     assert {"lm loss", "MFU", "peak memory (MiB)", "seconds/compact", "seconds/other", "width/ffn"} <= names
     assert {"saliency/head", "saliency/ffn", "saliency/stem", "validation loss", "tokens per second"} <= names
     assert board.Scalars("seconds/compact")[0].value == 0.25
+
+
+def test_tensorboard_holds_the_configuration_and_histograms_of_the_scores(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reporter = Reporter(config(log_interval=1), 1, tmp_path, is_active=True)
+    kinds = ARCHITECTURE.table.scored
+    scores = UnitScores(
+        ARCHITECTURE, {kind: tuple(np.arange(1.0, len(ids) + 1) for ids in ARCHITECTURE.sites(kind)) for kind in kinds}
+    )
+    reporter.begin(ARCHITECTURE)
+    reporter.iteration(report(1, [removal(1, 0)], scores=scores), ARCHITECTURE)
+    reporter.iteration(report(2, scores=scores), ARCHITECTURE)  # nothing left since: the scores are old
+    reporter.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0, "tensors": 0})
+    board.Reload()
+    assert set(board.Tags()["histograms"]) == {f"scores/{kind}" for kind in kinds}
+    for kind in kinds:
+        (found,) = board.Histograms(f"scores/{kind}")
+        assert found.histogram_value.num == sum(map(len, scores.values[kind]))
+        assert found.histogram_value.sum == sum(values.sum() for values in scores.values[kind])
+    (text,) = board.Tensors("configuration/text_summary")
+    assert "log_interval: 1" in text.tensor_proto.string_val[0].decode()
+
+
+def test_prometheus_reads_the_last_numbers(tmp_path, clock):
+    reporter = Reporter(config(log_interval=1), 1, tmp_path / 'a "b', is_active=True)
+    reporter.begin(ARCHITECTURE)
+    clock.value += 1
+    reporter.iteration(report(1, [removal(1, 0)], seconds=lambda: {"compact": 0.25}), ARCHITECTURE)
+    first = (tmp_path / 'a "b' / "metrics.prom").read_text()
+    reporter.evaluation(1, float("nan"))
+    reporter.iteration(report(2), ARCHITECTURE)
+    second = (tmp_path / 'a "b' / "metrics.prom").read_text()
+    reporter.close()
+    run = r'run="a \"b"'
+    assert f"# TYPE megatron_prune_lm_loss gauge\nmegatron_prune_lm_loss{{{run}}} 2.5\n" in first
+    assert f'megatron_prune_seconds{{{run},part="compact"}} 0.25\n' in first
+    assert f"megatron_prune_iteration{{{run}}} 1.0\n" in first and f"megatron_prune_iteration{{{run}}} 2.0\n" in second
+    assert f"megatron_prune_validation_loss{{{run}}} NaN\n" in second
+    line = re.compile(r'[a-z_]+\{run="a \\"b"(,part="[^"]+")?\} (-?[0-9.]+(e[-+]?[0-9]+)?|NaN)')
+    for text in (first, second):
+        kinds = [row.split()[2] for row in text.splitlines() if row.startswith("# TYPE")]
+        assert len(kinds) == len(set(kinds)), "a metric's lines stand together"
+        assert all(row.startswith("# TYPE") or line.fullmatch(row) for row in text.splitlines()), text
+    assert {path.name for path in (tmp_path / 'a "b').glob("metrics*")} == {"metrics.prom"}
+
+
+def test_a_named_prometheus_file_is_written_and_a_failure_is_a_warning(tmp_path, caplog):
+    reporter = Reporter(config(log_interval=1, prometheus_file=str(tmp_path / "x" / "m.prom")), 1, None, is_active=True)
+    reporter.begin(ARCHITECTURE)
+    with caplog.at_level(logging.WARNING):
+        reporter.iteration(report(1), ARCHITECTURE)
+        (tmp_path / "x").mkdir()
+        reporter.iteration(report(2), ARCHITECTURE)
+    assert "no more" in caplog.text and not (tmp_path / "x" / "m.prom").exists(), "said once, then left alone"
+    reporter.close()
 
 
 def test_wandb_gets_the_same_run_again_after_a_requeue(tmp_path, monkeypatch, clock):

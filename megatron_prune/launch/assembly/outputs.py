@@ -37,10 +37,12 @@ def check_places(config: Config) -> None:
 
 def places(config: Config) -> dict[str, str]:
     """Field -> folder that the run writes into."""
+    metrics = config.logging.prometheus_file
     given = {
         "checkpoint.save (--save)": config.checkpoint.save,
         "logging.tensorboard_dir (--tensorboard-dir)": config.logging.tensorboard_dir,
         "data.data_cache_path (--data-cache-path)": config.data.data_cache_path,
+        "logging.prometheus_file (--prometheus-file)": metrics and str(Path(metrics).parent),
     }
     return {field: place for field, place in given.items() if place is not None}
 
