@@ -28,7 +28,7 @@ TABLE
 }
 
 fail() {
-    echo "error: $*" >&2
+    printf 'error: %s\n' "${*//[[:cntrl:]]/?}" >&2 # a terminal would obey them
     exit 2
 }
 tokenizer="" corpora=$(table | awk '{print $1}') output=data raw="" workers=8 share=1 dry="" download=yes

@@ -16,7 +16,7 @@ if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.v
 PYTHON=${PYTHON:-python3}
 
 fail() {
-    echo "error: $*" >&2
+    printf 'error: %s\n' "${*//[[:cntrl:]]/?}" >&2 # a terminal would obey them
     exit 2
 }
 # One word, for a line of ARRAY_FLAGS and for sh: in single quotes, and '"'"' for one of those.
@@ -24,6 +24,8 @@ quoted() { printf "'%s'" "${1//\'/\'\"\'\"\'}"; }
 config=${1:-} out=${2:-}
 [ -n "$config" ] && [ -n "$out" ] || fail "usage: token_scaling.sh CONFIG OUT [--ratios LIST] [--slurm OPTIONS | --collect] [-- flags]"
 [ -f "$config" ] || fail "$config: no such file"
+[[ $config != -* ]] || config=./$config
+[[ $out != -* ]] || out=./$out
 shift 2
 ratios="4:1 2:1 1:1 1:9" stages=prune,continue slurm="" collect=""
 while [ $# -gt 0 ]; do

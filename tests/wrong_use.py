@@ -2,13 +2,21 @@
 
 wrong_yaml, wrong_flags, unlikely_flags   ways to spoil a working configuration
 wrong_command   any other command, spoilt
+strange_file    a right use of a command, one of whose files is something else
 Shop         a tiny run's files, a finished run and its export, which the words name
-call         run a command in this process -> Outcome
+call, forked  run a command in this process, in a process of its own -> Outcome
+at_most      while entered, a limit of time
 """
 
+import contextlib
 import copy
 import importlib
+import os
 import shutil
+import signal
+import sys
+import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +67,36 @@ def call(main, words, capfd):
     capfd.readouterr()
     status = main([str(word) for word in words])
     return Outcome(status, "".join(capfd.readouterr()))
+
+
+def forked(main, words, output, limit=120.0):
+    """Run `main(words)` in a child of this process, which need not import anything again; its output goes to a file.
+
+    Status 124: it was ended after `limit` seconds.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setsid()
+            file = os.open(output, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), file, file)):
+                os.dup2(descriptor, number)
+            status = main([str(word) for word in words])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(status)
+    end = time.monotonic() + limit
+    while not (waited := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return Outcome(124, output.read_text(errors="replace"))
+        time.sleep(0.01)
+    return Outcome(os.waitstatus_to_exitcode(waited[1]), output.read_text(errors="replace"))
 
 
 def files(folder):
@@ -229,6 +267,7 @@ COMMANDS_HERE = {
     "score": lambda shop, room: [*shop.tiny.arguments(room / "o")[:-4], "--batches", "1"],
     "prune-once": lambda shop, room: [*shop.tiny.arguments(room / "o")[:-2], "--batches", "1"],
     "token-scaling": lambda shop, room: ["--runs", shop.run, "--output-dir", room / "o"],
+    "convert-to-megatron": lambda shop, room: ["--load", shop.run, "--save", room / "o"],
     "preprocess": lambda shop, room: [
         *("--input", shop.text, "--output-prefix", room / "p"),
         *("--tokenizer-model", shop.tiny.folder / "tokenizer.model"),
@@ -258,3 +297,90 @@ def _own_options(name):
     module = importlib.import_module(COMMANDS[name][0])
     own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
     return options_of(next(kind for kind in own if kind.__name__.endswith("Options")), "own")
+
+
+# Files that are something else ----------------------------------------------------------------------------------------
+
+
+class TookTooLongError(BaseException):
+    """A command waits, or reads without an end."""
+
+
+@contextlib.contextmanager
+def at_most(seconds):
+    """What is entered longer is ended by TookTooLongError."""
+
+    def end(*_):
+        raise TookTooLongError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _sparse(path):
+    with path.open("wb") as file:
+        file.truncate(1 << 42)
+
+
+def _mutated(random, path, content):
+    content = bytearray(content)
+    for _ in range(random.randint(1, 4)):
+        at = random.randrange(len(content) + 1)
+        content[at : at + random.choice([0, 1, 1, 1, 8])] = random.randbytes(random.choice([0, 1, 1, 1, 8]))
+    path.write_bytes(content)
+
+
+STRANGE = {
+    "pipe": lambda path: os.mkfifo(path),
+    "endless": lambda path: path.symlink_to("/dev/zero"),
+    "loop": lambda path: path.symlink_to(path.name),
+    "nowhere": lambda path: path.symlink_to("../blobs/0123abcd"),
+    "folder": lambda path: path.mkdir(),
+    "empty": lambda path: path.touch(),
+    "sparse": _sparse,
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "deep object": lambda path: path.write_text('{"a":' * 100_000),
+    "null": lambda path: path.write_text("null"),
+    "many digits": lambda path: path.write_text('{"a": ' + "9" * 6000 + "}"),
+    "other values": lambda path: path.write_text('{"a": NaN, "\\u001b[31m": "\\u001b[2J"}'),
+    "no text": lambda path: path.write_bytes(b'{"a": "\xff\xfe"}'),
+    "mark first": lambda path: path.write_bytes(b'\xef\xbb\xbf{"a": 1}'),
+    "noise": lambda path: path.write_bytes(bytes(range(256))),
+}
+_SPARE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "merges.txt")
+_SPARE += ("chat_template.json", "generation_config.json", "additional_chat_templates/a.jinja", "README.md")
+_SPARE += ("model.safetensors.index.json", "pytorch_model.bin", "vocab.json", "writer.lease-3", "launch_status.json")
+
+
+def strange_file(random, shop, room):
+    """A command's words, and what was put in the place of one of the files that they name, in words."""
+    name = random.choice([*COMMANDS_HERE, "pretrain"])
+    words = COMMANDS_HERE[name](shop, room) if name != "pretrain" else shop.tiny.arguments(room / "o")
+    words = [str(word) for word in words]
+    named = [n for n, word in enumerate(words) if word.startswith(f"{shop.folder}/") and not word.startswith(str(room))]
+    number = random.choice([n for n in named if not words[n].endswith("/cache")])
+    given, place = Path(words[number]), room / "given"
+    place.mkdir()
+    if given.is_dir():
+        shutil.copytree(given, place / given.name)
+    else:
+        for file in given.parent.glob(f"{given.name}*"):
+            shutil.copyfile(file, place / file.name)
+    words[number] = str(place / given.name)
+    present = sorted(path for path in place.rglob("*") if path.is_file() and "tfevents" not in path.name)
+    absent = [place / given.name / spare for spare in _SPARE] if given.is_dir() else []
+    file = random.choice(present if random.random() < 0.7 or not absent else absent)
+    content = file.read_bytes() if file.exists() else b"{}"
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    how = random.choice([*STRANGE, *["changed"] * 4])
+    if how == "changed":
+        _mutated(random, file, content)
+    else:
+        STRANGE[how](file)
+    return [name, *words], f"{file.relative_to(place)}: {how}"

@@ -36,6 +36,7 @@ from pathlib import Path
 from megatron_prune.checkpoint.crc import crc32
 from megatron_prune.checkpoint.lease import FolderBusyError, refuse_others
 from megatron_prune.errors import UserError
+from megatron_prune.reading import open_file, read_content
 
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "checksums.json"
@@ -160,7 +161,7 @@ def latest_number(directory: Path) -> int | None:
         ValueError: it is neither (a path, a number beyond all iterations, ...).
         OSError: it cannot be read.
     """
-    with (directory / LATEST).open("rb") as file:
+    with open_file(directory / LATEST) as file:
         text = file.read(_LONGEST + 3)
     if text.strip() == b"release":
         return None
@@ -197,7 +198,7 @@ class Digest:
 def digest(path: Path) -> Digest:
     """Size and CRC-32 of the file at `path`, which is read once."""
     size, crc = 0, 0
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(_CHUNK):
             size, crc = size + len(chunk), crc32(chunk, crc)
     return Digest(size, crc)
@@ -237,7 +238,7 @@ def _manifest_text(files: dict[str, list[int]]) -> bytes:
 
 def read_manifest(folder: Path) -> dict[str, Digest]:
     """Inverse of `write_manifest`. Raises ValueError when it is damaged, FileNotFoundError when it is not there."""
-    text = (folder / MANIFEST).read_bytes()
+    text = read_content(folder / MANIFEST)
     try:
         files = json.loads(text)["files (bytes, CRC-32)"]
         is_sound = _manifest_text(files) == text

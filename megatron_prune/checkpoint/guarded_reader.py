@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from megatron_prune.errors import UserError, first_line, one_line
+from megatron_prune.reading import open_file, read_content
 from megatron_prune.runtime.compat import storage_info
 
 # What torch 2.1 and later and megatron-core's savers put into .metadata. Each is a plain record, an enumeration, a
@@ -60,6 +61,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "builtins": ("dict", "frozenset", "list", "set", "tuple"),
 }
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a `class` statement
+_LARGEST_METADATA = 4 << 30  # bytes; thousands of ranks write hundreds of MB
 _MOVED = {"pathlib._local": "pathlib"}  # Python 3.13's name
 
 
@@ -101,7 +103,7 @@ def read_metadata(folder: Path) -> Metadata:
     before = {one: dict(vars(one)) for one in _records()}
     try:
         with _plainly(path):
-            found = _Unpickler(io.BytesIO(path.read_bytes()), path).load()
+            found = _Unpickler(io.BytesIO(read_content(path, _LARGEST_METADATA)), path).load()
     finally:
         changed = [one for one in before if dict(vars(one)) != before[one]]
         for one in changed:  # a pickle may set attributes of the classes it names
@@ -210,7 +212,7 @@ class GuardedReader(FileSystemReader):
                 raise UserError(f"{one_line(str(self._folder))}: holds no tensor {item.storage_index.fqn!r}")
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in files.items():
-            with _plainly(self._folder / name):
+            with _plainly(self._folder / name), open_file(self._folder / name):
                 super().read_data(dataclasses.replace(plan, items=items), planner)
         done.set_result(None)
         return done
@@ -243,7 +245,7 @@ def load_plain(path: Path, classes: Sequence[Callable[..., Any]] = (), **argumen
     Raises:
         UserError: the file cannot be read, is damaged, or holds something else, named by its class.
     """
-    with _plainly(path), _besides(classes):
+    with _plainly(path), _besides(classes), open_file(path):
         return torch.load(path, map_location="cpu", weights_only=True, **arguments)
 
 
@@ -260,7 +262,7 @@ def load_object(folder: Path, metadata: Metadata, key: str, classes: Sequence[Ca
     if place is None or not isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata):
         raise UserError(f"{one_line(str(folder))}: holds no object {key!r}")
     path = folder / place.relative_path
-    with _plainly(path), _besides(classes), path.open("rb") as file:
+    with _plainly(path), _besides(classes), open_file(path) as file:
         held = path.stat().st_size
         file.seek(min(place.offset, held))
         content = io.BytesIO(file.read(min(place.length, held)))

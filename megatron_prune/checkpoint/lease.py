@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.errors import UserError
+from megatron_prune.reading import open_file
 
 PREFIX = "writer.lease-"
 EXPIRY = 120.0  # seconds; building an index may hold up a heartbeat for a while
@@ -205,7 +206,7 @@ def _leases(directory: Path) -> dict[int, Path]:
 
 def _read(path: Path, now: float) -> tuple[Owner | None, float]:
     """(owner, seconds since its heartbeat). Raises FileNotFoundError when it has just been removed."""
-    with path.open("rb") as file:  # opened: a network file system then asks its server
+    with open_file(path) as file:  # opened: a network file system then asks its server
         text, age = file.read(1 << 16), now - os.fstat(file.fileno()).st_mtime
     try:
         return Owner.from_json(text), age

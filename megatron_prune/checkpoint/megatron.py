@@ -283,7 +283,7 @@ def _stored_arguments(folder: Path, metadata: Metadata, options: ShapeOptions) -
     classes = [argparse.Namespace, *enumerations]
     path, common = folder / "common.pt", None
     try:
-        if path.is_file():
+        if path.exists() or path.is_symlink():
             common = load_plain(path, classes)
         elif _ARGUMENTS in metadata.state_dict_metadata:
             found = load_object(folder, metadata, _ARGUMENTS, classes)

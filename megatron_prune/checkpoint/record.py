@@ -47,6 +47,7 @@ from megatron_prune.checkpoint.files import (
     step_folder,
 )
 from megatron_prune.errors import UserError, first_line
+from megatron_prune.reading import read_content
 
 if TYPE_CHECKING:
     from megatron_prune.config import Config
@@ -403,7 +404,7 @@ def _json(value: Any) -> bytes:
 
 def _load_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_content(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
@@ -427,7 +428,7 @@ def write_status(save: Path, status: str, iteration: int) -> None:
 def read_status(save: Path) -> str | None:
     """The status that the training process left behind, or None."""
     try:
-        return str(json.loads((save / STATUS_FILE).read_text())["status"])
+        return str(json.loads(read_content(save / STATUS_FILE))["status"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

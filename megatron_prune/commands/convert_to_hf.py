@@ -23,6 +23,7 @@ from tqdm import tqdm
 from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
+from megatron_prune.reading import read_words
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint import CheckpointReader
@@ -269,7 +270,7 @@ def read_text(file: str | None) -> str:
 
         return "\n".join(topics.values())
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return read_words(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--verify-text {file}: cannot be read: {error}") from error
 

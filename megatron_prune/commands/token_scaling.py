@@ -32,6 +32,7 @@ from megatron_prune.config.options import option
 from megatron_prune.errors import UserError, first_line
 from megatron_prune.model import first_format
 from megatron_prune.model.kinds import find_kind
+from megatron_prune.reading import read_words
 
 FIRST, LAST = ("ratio", "pruning tokens", "all tokens", "parameters"), ("loss at the target", "final loss")
 
@@ -65,10 +66,10 @@ def read_run(folder: Path) -> Run | str:
     if not summary.is_file():
         return "no summary.json: the run has not ended yet"
     try:
-        facts = json.loads(summary.read_text())
+        facts = json.loads(read_words(summary))
         stages = facts["stages"]
         check_fields(facts, {"stages": STATE_FIELDS["stages"]}, summary, required=True)
-        pruning = (yaml.safe_load(config.read_text()) or {}).get("pruning", {})
+        pruning = (yaml.safe_load(read_words(config)) or {}).get("pruning", {})
         ratio = str(pruning.get("ratio", "?"))
         if pruning.get("schedule") == "curve":
             ratio = f"{pruning['curve']['shape']} to {pruning['curve']['end']}"
@@ -100,7 +101,7 @@ def _accuracy(path: Path) -> float | None:
     """Zero-shot average of the last model in the report: the pruned one."""
     if not path.is_file():
         return None
-    average = json.loads(path.read_text())["models"][-1]["average"]
+    average = json.loads(read_words(path))["models"][-1]["average"]
     return None if average is None else float(average["value"])
 
 

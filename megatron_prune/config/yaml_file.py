@@ -6,6 +6,7 @@ sections and keys, keys given twice and values of a wrong type are errors that n
 """
 
 import dataclasses
+import io
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_prune.config.options import NamedParts, Option, all_options, optio
 from megatron_prune.config.schema import Config
 from megatron_prune.config.values import RawValue, convert, did_you_mean
 from megatron_prune.errors import UserError, one_line
+from megatron_prune.reading import open_stream
 
 _DEEPEST = 4
 _LONGEST = 1 << 20  # characters; /dev/zero has no end
@@ -28,7 +30,7 @@ def read_file(path: str | Path, unnamed: Config | None = None) -> Config:
     """The config in a YAML file; fields it does not name are those of `unnamed` (None: defaults). Raises UserError for
     any mistake."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with io.TextIOWrapper(io.BufferedReader(open_stream(path)), encoding="utf-8") as file:
             text = file.read(_LONGEST + 1)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8, expected a YAML configuration") from None

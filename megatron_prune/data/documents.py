@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_prune.errors import UserError, one_line
+from megatron_prune.reading import open_stream
 
 SEPARATORS = ("blank-line", "file", "line")
 AUTO, TEXT, JSON_LINES = "auto", "text", "jsonl"
@@ -114,7 +115,7 @@ def read_documents(
     for path in paths:
         packing = None
         try:
-            with open(path, "rb", buffering=0) as stream:
+            with open_stream(path) as stream:
                 source = _Filling(stream)
                 content = io.BufferedReader(source, _LOOKED_AT)
                 packing = next((name for magic, name in _PACKED.items() if content.peek().startswith(magic)), None)

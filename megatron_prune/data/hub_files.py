@@ -1,6 +1,7 @@
 """Small files of a Hugging Face folder, and what a folder is where it holds no model.
 
 read_json       a file -> its JSON object
+present         whether a file is there; something else in its place is refused
 is_lfs_pointer  a clone without Git LFS
 what_else       what such a folder may be instead, as a hint for people
 hub_id          the model's id, where the folder is a hub's cache
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import UserError
+from megatron_prune.reading import is_there, open_file, read_words
 
 LFS_HINT = "is a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
 
@@ -25,7 +27,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: there is no such file, or it is no JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_words(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -39,9 +41,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def present(file: Path) -> bool:
+    """Whether `file` is there. Raises UserError where something else is (a link that leads nowhere, a pipe, a folder):
+    left out in silence, its content would be missed later."""
+    try:
+        return is_there(file)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+
+
 def is_lfs_pointer(file: Path) -> bool:
     """Whether a clone without Git LFS left a few lines of text in the place of `file`."""
-    with file.open("rb") as content:
+    with open_file(file) as content:
         return content.read(23) == b"version https://git-lfs"
 
 

@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from megatron_prune.errors import UserError
+from megatron_prune.reading import read_words
 
 METADATA_FORMAT = "megatron_prune data 1"
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -127,7 +129,7 @@ def _has_type(value: Any, annotation: Any) -> bool:
 
 def _metadata_content(prefix: str) -> dict[str, Any] | None:
     try:
-        content = json.loads(metadata_path(prefix).read_text(encoding="utf-8"))
+        content = json.loads(read_words(metadata_path(prefix)))
     except (OSError, ValueError, RecursionError):  # absent, or a JSON-lines corpus of the same name
         return None
     if not isinstance(content, dict) or content.pop("format", None) != METADATA_FORMAT:
@@ -200,7 +202,8 @@ def inspect(prefix: str) -> IndexedData:
             raise UserError(f"{prefix}: give the prefix without {suffix}")
     for path in (idx_path(prefix), bin_path(prefix)):
         if not _is_file(path):
-            raise UserError(f"{path}: does not exist; make it with megatron-prune preprocess --output-prefix {prefix}")
+            what = "is no file" if os.path.lexists(path) else "does not exist"
+            raise UserError(f"{path}: {what}; make it with megatron-prune preprocess --output-prefix {quote(prefix)}")
     index = idx_path(prefix)
     try:
         with open(index, "rb") as stream:

@@ -39,6 +39,7 @@ from megatron_prune.data.tokenizer_library import (
     unlike_its_file,
 )
 from megatron_prune.errors import UserError
+from megatron_prune.reading import read_content
 
 __all__ = [
     "HUGGING_FACE",
@@ -235,6 +236,6 @@ def check_rows(tokenizer: Tokenizer, vocab_size: int, field: str = FIELD) -> Non
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_content(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error

@@ -12,11 +12,12 @@ tokens and chat templates are theirs, and transformers reads it all (tokenizer_l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.data.hub_files import read_json
+from megatron_prune.data.hub_files import present, read_json
 from megatron_prune.errors import UserError
 
 SENTENCEPIECE = "SentencePieceTokenizer"
@@ -28,9 +29,12 @@ TOKENIZER_MODEL = "tokenizer.model"
 VOCABULARY_FILES = (TOKENIZER_JSON, TOKENIZER_MODEL, "vocab.json")
 """In the order in which they win."""
 
-CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", CHAT_TEMPLATE_FOLDER)
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *CHAT_TEMPLATE_FILES)
 """What says more of a tokenizer than its vocabulary file; the last name is a folder."""
+
+_LARGEST = 512 << 20  # bytes; the largest vocabularies take some tens of MB
 
 FIELD = "data.tokenizer_model (--tokenizer-model)"
 
@@ -80,12 +84,14 @@ def find_tokenizer(path: str | Path, kind: str | None = None) -> TokenizerPlace:
             _refuse_to_lose(place)
         return TokenizerPlace(kind or seen, str(path), place)
     if kind == SENTENCEPIECE:
-        if not (place / TOKENIZER_MODEL).is_file():
+        if not present(place / TOKENIZER_MODEL):
             raise UserError(f"{FIELD}: {place / TOKENIZER_MODEL} does not exist")
+        _insist_readable(place, (TOKENIZER_MODEL,))
         return TokenizerPlace(kind, str(path), place / TOKENIZER_MODEL)
-    name = next((name for name in VOCABULARY_FILES if (place / name).is_file()), None)
+    name = next((name for name in VOCABULARY_FILES if present(place / name)), None)
     if name is None:
         raise UserError(f"{FIELD}: {path} holds neither tokenizer.json nor tokenizer.model")
+    _insist_readable(place, (name, "config.json", *SIDE_FILES))
     bare = name == TOKENIZER_MODEL and not any((place / side).exists() for side in SIDE_FILES)
     if bare and kind == HUGGING_FACE:
         raise UserError(
@@ -96,8 +102,21 @@ def find_tokenizer(path: str | Path, kind: str | None = None) -> TokenizerPlace:
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a vocabulary file."""
-    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+    """Whether a folder holds a vocabulary file. Raises UserError as `present` does."""
+    return any(present(folder / name) for name in VOCABULARY_FILES)
+
+
+def _insist_readable(folder: Path, names: Iterable[str]) -> None:
+    """transformers leaves out what is no file, and reads as much as there is.
+
+    Raises:
+        UserError: something else stands in the place of one of these files, or it is larger than any of its kind.
+    """
+    templates = folder / CHAT_TEMPLATE_FOLDER
+    more = sorted(templates.glob("*.jinja")) if templates.is_dir() else []
+    for file in [*(folder / name for name in names if name != CHAT_TEMPLATE_FOLDER), *more]:
+        if present(file) and file.stat().st_size > _LARGEST:
+            raise UserError(f"{file}: is larger than {_LARGEST:,} bytes, which no tokenizer is")
 
 
 def _refuse_to_lose(file: Path) -> None:
@@ -130,4 +149,4 @@ def _refuse_to_lose(file: Path) -> None:
 
 def settings_in(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is no such file. Raises UserError as `read_json` does."""
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if present(file) else {}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.data.hub_files import read_json
+from megatron_prune.data.hub_files import present, read_json
 from megatron_prune.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, build_tokenizer
 from megatron_prune.data.tokenizer_files import VOCABULARY_FILES, find_tokenizer, holds_tokenizer
 from megatron_prune.data.tokenizer_library import adds_bos
@@ -91,7 +91,7 @@ def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model
     """
     folder = Path(folder)
     config_file = folder / "config.json"
-    if not config_file.is_file():
+    if not present(config_file):
         raise UserError(f"{config_file}: does not exist; name the folder of a Hugging Face model")
     config = read_json(config_file)
     weights = FolderWeights(folder)

@@ -34,6 +34,7 @@ import yaml
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.installed import lacking
 from megatron_prune.evaluation.models import ModelFolder
+from megatron_prune.reading import open_file
 
 ALL = "all"
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -190,7 +191,7 @@ def _check_schema(selected: Selected) -> None:
         return
     number = 1
     try:
-        with file.open(encoding="utf-8") as lines:
+        with io.TextIOWrapper(open_file(file), encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     _check_line(json.loads(line), f"{file}: line {number}", task)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.data.hub_files import read_json, what_else
+from megatron_prune.data.hub_files import present, read_json, what_else
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import MOST_UNITS, SCALING_NUMBERS, LlamaShape
@@ -105,7 +105,7 @@ def read_shape(folder: str | Path) -> LlamaShape:
         UserError: no such file, a field is missing or senseless, or the model is of a kind not computed here.
     """
     file = Path(folder) / "config.json"
-    if not file.is_file():
+    if not present(file):
         hint = what_else(Path(folder)) or "; name the folder of a Hugging Face model"
         raise UserError(f"{file}: does not exist{hint}")
     return shape_from_config(read_json(file), str(file))

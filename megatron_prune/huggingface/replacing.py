@@ -17,12 +17,14 @@ import glob
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import UserError
+from megatron_prune.reading import read_words
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def check_replaceable(target: Path) -> None:
         )
     for name, facts in _read(target).items():
         file = target / name
-        if file.is_symlink() or (file.is_file() and _facts(file) != facts):
+        if os.path.lexists(file) and (file.is_symlink() or not file.is_file() or _facts(file) != facts):
             raise UserError(f"--save {target}: {name!a} was changed after the export; {_INSTEAD}")
 
 
@@ -118,7 +120,7 @@ def _empty(old: Path, target: Path) -> None:
         logger.info("%s: %s kept, which this tool did not write", target, ", ".join(kept))
     listed = _read(old) if (old / LIST).is_file() else {}
     for name in _files(old):
-        if name in listed and _facts(old / name) == listed[name]:
+        if name in listed and (old / name).is_file() and _facts(old / name) == listed[name]:
             (old / name).unlink()
     (old / LIST).unlink(missing_ok=True)
     for folder in sorted((path for path in old.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
@@ -159,7 +161,7 @@ def _write(folder: Path, files: dict[str, Any]) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     """The list's entries. Raises UserError: it is damaged, or names what lies outside the folder."""
     try:
-        files = json.loads((folder / LIST).read_text(encoding="utf-8"))["files"]
+        files = json.loads(read_words(folder / LIST))["files"]
         names = [Path(name) for name in dict(files)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / LIST}: is damaged; name another folder, or remove this one") from error

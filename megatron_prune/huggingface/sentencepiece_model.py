@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_prune.errors import UserError
+from megatron_prune.reading import read_content
 
 SPACE = "\u2581"
 """SentencePiece's sign for a space in pieces and in normalized text: LOWER ONE EIGHTH BLOCK."""
@@ -87,7 +88,7 @@ def read_model(path: Path) -> SentencePieceModel:
     Raises UserError if the file is missing or is no SentencePiece model.
     """
     try:
-        data = path.read_bytes()
+        data = read_content(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer model ({error.strerror})") from error
     try:

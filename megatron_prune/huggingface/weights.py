@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.checkpoint.guarded_reader import load_plain
-from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer, read_json, what_else
+from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer, present, read_json, what_else
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.llama import take
@@ -214,10 +214,10 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         hint = what_else(folder) or "; name the folder of a Hugging Face model"
         raise UserError(f"{folder}: is no folder{hint}")
     for single in _SINGLE:
-        if (folder / single).is_file():
+        if present(folder / single):
             return [folder / single], {}
         index = folder / f"{single}.index.json"
-        if index.is_file():
+        if present(index):
             return _indexed_files(folder, index)
     looked_for = f"looked for {' and '.join(_SINGLE)} and their .index.json"
     raise UserError(f"{folder}: holds no weights; {looked_for}{what_else(folder)}")

@@ -23,6 +23,7 @@ from megatron_prune.errors import UserError, first_line
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture, Group, Units
 from megatron_prune.model.kinds import Kind, find_kind
+from megatron_prune.reading import read_words
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def _line(removal: Removal) -> str:
 def read_history(path: Path) -> list[Removal]:
     """All removals of a pruning_history.jsonl. Raises UserError naming file and line where one is not readable."""
     try:
-        lines = path.read_text().splitlines()
+        lines = read_words(path).splitlines()
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     return read_removals(lines, str(path), json.loads)

@@ -9,7 +9,7 @@ import pytest
 from megatron_prune.commands import main
 from megatron_prune.runtime.signals import StopSignals
 from megatron_prune.testing.helpers.tiny_runs import prepare
-from tests.wrong_use import Shop, call, files, folder_of, wrong_command
+from tests.wrong_use import Shop, TookTooLongError, at_most, call, files, folder_of, strange_file, wrong_command
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,6 +42,28 @@ def test_wrong_uses_are_one_line_and_leave_nothing(shop, first, capfd, monkeypat
             problems.append("a refusal left something")
         if problems:
             found[seed] = problems, " ".join(word[:100] for word in words)
+    assert not found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1000, 3000, 100))])
+def test_what_is_no_file_or_another_one_is_noticed(shop, first, capfd, monkeypatch):
+    """Pipes that nobody writes, devices, links to nowhere, damaged and other files in the place of any file that a
+    command reads: it does without, or says one line; it does not wait.
+    """
+    monkeypatch.setattr(StopSignals, "is_asked", lambda self: True)
+    found = {}
+    for seed in range(first, first + (100 if first else 40)):
+        room = folder_of(shop.folder / "room")
+        monkeypatch.chdir(room)
+        words, what = strange_file(random.Random(seed), shop, room)
+        try:
+            with at_most(60.0):
+                told = list(call(main, words, capfd).problems(may_be=(0, 1, 2)))
+        except TookTooLongError:
+            told = ["it waits"]
+        if told:
+            found[seed] = words[0], what, told
     assert not found
 
 

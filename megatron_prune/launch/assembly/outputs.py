@@ -10,7 +10,7 @@ import json
 import logging
 from pathlib import Path
 
-from megatron_prune.checkpoint.files import holds_checkpoint
+from megatron_prune.checkpoint.files import holds_checkpoint, replace_file
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
@@ -50,7 +50,7 @@ def places(config: Config) -> dict[str, str]:
 def write_config(config: Config, directory: Path) -> None:
     """The effective configuration, as config.yaml."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(dump(config))
+    replace_file(directory / "config.yaml", dump(config).encode())
 
 
 def write_summary(config: Config, state: RunState, architecture: Architecture, directory: Path) -> None:
@@ -63,7 +63,7 @@ def write_summary(config: Config, state: RunState, architecture: Architecture, d
         "skipped_iterations": state.skipped_iterations,
         "stages": state.stages,
     }
-    (directory / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
+    replace_file(directory / "summary.json", (json.dumps(facts, indent=2) + "\n").encode())
     if not state.history:
         return
     if importlib.util.find_spec("matplotlib") is None:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_prune.errors import UserError
+from megatron_prune.reading import open_file
 
 _WHOLE_BYTES = 64 << 20
 _BLOCK, _BLOCKS = 4 << 10, 4096
@@ -42,7 +43,7 @@ def fingerprints(files: Iterable[Path]) -> dict[str, str]:
 
 def _fingerprint(path: Path, total: int) -> str:
     size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if total <= _WHOLE_BYTES:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

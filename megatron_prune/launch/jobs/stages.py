@@ -28,6 +28,7 @@ from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.checkpoint.record import PREEMPTED, TIME_LIMIT, Progress
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
+from megatron_prune.reading import read_words
 
 PRUNE, CONTINUE, EXPORT, EVALUATE = STAGES = ("prune", "continue", "export", "evaluate")
 ALL = "all"
@@ -67,7 +68,7 @@ class Ledger:
         been removed is not done.
         """
         try:
-            values = json.loads((save / LEDGER_FILE).read_text())
+            values = json.loads(read_words(save / LEDGER_FILE))
             done = {stage: at for stage, at in values["done"].items() if (save / _FOLDERS[stage]).exists()}
             skipped = {stage: str(why) for stage, why in values["skipped"].items()}
             is_whole = isinstance(values["status"], str) and all(type(at) is int for at in done.values())

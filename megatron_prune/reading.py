@@ -1,0 +1,102 @@
+"""Files that somebody else made, opened without waiting for anybody and read no further than makes sense.
+
+    open_file     a regular file, for reading; pipes, devices and folders are refused at once
+    read_content  all of a small one, as bytes
+    read_words    the same as text
+    is_there      whether a file stands under a name, as against nothing at all
+    open_stream   a file, or a pipe that somebody writes into
+
+Opening a pipe waits until somebody writes into it, which may be never, and devices have no end. All of these raise
+OSError that says what stands there, in words for people (`strerror`) and with its name.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeoutError
+from pathlib import Path
+
+LARGEST = 64 << 20  # bytes of what is read at once and is no tensor
+_SECONDS_WITHOUT_WRITER = 10.0
+
+_KINDS = (
+    (stat.S_ISDIR, errno.EISDIR, "is a folder"),
+    (stat.S_ISFIFO, errno.EINVAL, "is a pipe, where a file is needed"),
+    (stat.S_ISSOCK, errno.EINVAL, "is a socket, where a file is needed"),
+)
+
+
+def open_file(path: str | Path) -> io.BufferedReader:
+    """The regular file `path`, open for reading. Raises OSError: there is none, or something else."""
+    _insist_file(os.stat(path).st_mode, path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # for what has come in between
+    try:
+        _insist_file(os.fstat(descriptor).st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _insist_file(mode: int, path: str | Path) -> None:
+    if stat.S_ISREG(mode):
+        return
+    for is_kind, number, words in _KINDS:
+        if is_kind(mode):
+            raise OSError(number, words, str(path))
+    raise OSError(errno.EINVAL, "is a device, where a file is needed", str(path))
+
+
+def read_content(path: str | Path, largest: int = LARGEST) -> bytes:
+    """All bytes of the regular file `path`. Raises OSError: as `open_file`, or it is larger than `largest` bytes."""
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size <= largest:
+            content = file.read(largest + 1)
+            if len(content) <= largest:
+                return content
+    raise OSError(errno.EFBIG, f"is larger than {largest:,} bytes, which none of its kind is", str(path))
+
+
+def read_words(path: str | Path, largest: int = LARGEST) -> str:
+    """The same as text in UTF-8. Raises UnicodeDecodeError, too."""
+    return read_content(path, largest).decode("utf-8")
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether a regular file is there; False where nothing is.
+
+    Raises:
+        OSError: something else stands there: a link that leads nowhere, a pipe, a device, a folder.
+    """
+    try:
+        _insist_file(os.stat(path).st_mode, path)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):
+            raise FileNotFoundError(errno.ENOENT, "is a link to a file that is not there", str(path)) from None
+        return False
+    return True
+
+
+def open_stream(path: str | Path) -> io.FileIO:
+    """A file, device or pipe, unbuffered. Whoever writes into a pipe may take its time, once it has begun.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe that nobody writes into.
+    """
+    if not stat.S_ISFIFO(os.stat(path).st_mode):
+        return open(path, "rb", buffering=0)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = opening.result(_SECONDS_WITHOUT_WRITER)
+        except FuturesTimeoutError:
+            raise OSError(errno.EINVAL, "is a pipe that nobody writes into", str(path)) from None
+        finally:
+            if not opening.done():  # lets it go on
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                os.close(opening.result())
+    return os.fdopen(descriptor, "rb", buffering=0)
