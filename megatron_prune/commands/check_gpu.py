@@ -23,6 +23,7 @@ from megatron_prune.commands.running import run_on_ranks
 from megatron_prune.config import Given
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.folders import probe_folder
 from megatron_prune.testing.benchmarks.gpu_check.rows import RESULTS, Context
 from megatron_prune.testing.benchmarks.gpu_check.runner import LOG, STEPS, run_steps
 
@@ -42,7 +43,7 @@ class GpuCheckOptions:
         None, "Hugging Face folder for the step science; a small one unless given", metavar="DIR"
     )
     state: str | None = option(None, "run of the step science; goes on from what is there", metavar="DIR")
-    minutes: float = option(1.0, "of the step science")
+    minutes: float = option(1.0, "of the step science", above=0)
     cluster: bool = option(False, "be one of many ranks: bandwidth, a tiny prune on their layout")
     tensor_model_parallel_size: int = option(1, "with --cluster", at_least=1)
     pipeline_model_parallel_size: int = option(1, "with --cluster", at_least=1)
@@ -57,10 +58,14 @@ def check(given: Given) -> int:
     unknown = sorted(set(wanted) - set(NAMES))
     if unknown:
         raise UserError(f"--only: unknown step {unknown[0]}; there are {', '.join(NAMES)}")
+    real = arguments.data or os.environ.get("MEGATRON_PRUNE_DATA")
+    for flag, folder in (("--data", real), ("--model", arguments.model)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder}: is no folder")
     out = Path(arguments.out).resolve()
+    probe_folder(out, "--out")
     for name in (RESULTS, LOG):
         (out / name).unlink(missing_ok=True)
-    real = arguments.data or os.environ.get("MEGATRON_PRUNE_DATA")
     data, model, state = (Path(path).resolve() if path else None for path in (real, arguments.model, arguments.state))
     context = Context(arguments.device, arguments.tiny, out, data, model, state, arguments.minutes)
     failed = run_steps(context, wanted, slowness=6.0 if arguments.device == "cpu" else 1.0)

@@ -21,9 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
+from megatron_prune.errors import UserError
 from megatron_prune.pretrain import main as pretrain
+from megatron_prune.reading import read_words
 from megatron_prune.testing.benchmarks.soak import VARIANTS, Attempt, Soak, SoakError
 
 RECORD = "soak.json"
@@ -34,8 +37,8 @@ class SoakOptions:
     """The command's options."""
 
     dir: str = option(None, "keeps the chains and the count between calls", metavar="DIR", required=True)
-    kills: int = option(200, "stop after these many in all")
-    minutes: float = option(60.0, "stop after these many in this call")
+    kills: int = option(200, "stop after these many in all", at_least=1)
+    minutes: float = option(60.0, "stop after these many in this call", above=0)
     seed: int = option(1, "of the kill points")
 
 
@@ -46,7 +49,10 @@ def soak(arguments: SoakOptions) -> dict[str, Any]:
     record: dict[str, Any] = {"kills": 0, "attempts": 0, "chains": 0, "seconds": 0.0, "moments": {}, "variant": 0}
     record |= {"refused": 0, "layouts": {}}
     if (folder / RECORD).exists():
-        record |= json.loads((folder / RECORD).read_text())
+        try:
+            record |= json.loads(read_words(folder / RECORD))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--dir {folder}: {RECORD} is damaged; remove it to begin a new count") from error
     soaks = [Soak(folder / variant.name, variant, pretrain) for variant in VARIANTS]
     with tqdm(total=arguments.kills, initial=record["kills"], unit="kill", dynamic_ncols=True) as bar:
         while record["kills"] < arguments.kills and time.monotonic() < end:
@@ -58,7 +64,7 @@ def soak(arguments: SoakOptions) -> dict[str, Any]:
                 one.close_chain()
             _count(record, attempt)
             bar.update(int(attempt.was_killed))
-            (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            replace_file(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
     return record
 
 

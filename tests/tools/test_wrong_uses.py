@@ -85,3 +85,36 @@ def test_names_of_folders_do_not_reach_a_terminal_as_they_are(shop, name, status
         assert not list(done.problems()), (words, done.output)
         statuses.append(done.status)
     assert statuses == [status] * 6
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            ["launch", *more]
+            for more in ([], ["a", "b"], ["x.yaml", "--stage", "prune,nonsense"], ["x.yaml", "--lr", "1"])
+        ),
+        *(["launch", *more] for more in (["absent.yaml"], ["absent.yaml", "--should-requeue"], ["--", "--lr"])),
+        *(["bench", *more] for more in (["--tiny=yes"], ["--only", "x"], ["word"])),
+        *(["bench-save", *more] for more in (["--pairs", "0"], ["--pairs", "nan"], ["--dir", "absent"])),
+        *(
+            ["soak", *more]
+            for more in ([], ["--dir"], ["--dir", "s", "--kills", "0"], ["--dir", "s", "--minutes", "nan"])
+        ),
+        *(
+            ["soak", *more]
+            for more in (["--dir", "/dev/null"], ["--dir", "s", "--minutes", "-1"], ["--dir", "damaged"])
+        ),
+        *(["gpu-check", *more] for more in (["--only", "smoke,"], ["--device", "tpu"], ["--minutes", "0"])),
+        *(["gpu-check", *more] for more in (["--data", "absent"], ["--model", "absent"], ["--out", "/dev/null/x"])),
+        ["gpu-check", "--cluster", "--tensor-model-parallel-size", "1.5"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_commands_that_run_long_refuse_wrong_flags_at_once(words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "soak.json").write_text('{"kills":')
+    with at_most(60.0):
+        done = call(main, words, capfd)
+    assert done.status == 2 and not list(done.problems()), done.output
