@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     from megatron_prune.config import Command, parse_command, validate
     from megatron_prune.errors import UserError, log_lines
-    from megatron_prune.runtime.places import speaks
+    from megatron_prune.runtime.places import speaks, stated_ranks
 
     is_speaker = speaks(os.environ)
     log_lines(logging.ERROR)
@@ -56,7 +56,7 @@ def _run(argv: list[str]) -> int:
     if isinstance(command, Command) and command.dry_run:
         from megatron_prune.launch.estimate.dry_run import dry_run
 
-        world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = command.world_size or stated_ranks(os.environ)
         validate(command.config, world_size)
         return dry_run(command.config, world_size)
 

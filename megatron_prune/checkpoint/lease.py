@@ -130,7 +130,7 @@ class Owner:
             pid=own.pid,
             start=own.start,
             job=environ.get("SLURM_JOB_ID"),
-            restarts=int(restarts) if restarts.isdigit() else 0,
+            restarts=int(restarts) if restarts.isdecimal() else 0,
             above=tuple((process.pid, process.start) for process in above),
             command=Path(sys.argv[0]).name.replace("__main__.py", "megatron-prune")[:80],
             since=time.time(),

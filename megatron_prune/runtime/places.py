@@ -6,6 +6,8 @@
     speaks           whether this process is the one that tells people
     first_host       `n[1-2,7],gpu03` -> `n1`, for MASTER_ADDR without asking the scheduler
     rank_settings    environment variables that matter to a rank, with their reasons
+    grace_seconds    how long ranks that are told to leave may take
+    stated_ranks     how many ranks a launcher says there are
 
 Ways that lead here:
 
@@ -170,8 +172,8 @@ def _pod(environ: Mapping[str, str]) -> Torchrun:
     """RANK counts pods. WORLD_SIZE counts ranks where PET_NPROC_PER_NODE is a number, else pods."""
     per_pod = environ.get("PET_NPROC_PER_NODE", "")
     pods, world_size = environ.get("PET_NNODES", ""), _number(environ, "WORLD_SIZE")
-    counted = _number(environ, "PET_NPROC_PER_NODE") if per_pod.isdigit() else 1
-    nnodes = int(pods) if pods.isdigit() and int(pods) else max(world_size // counted, 1)
+    counted = _number(environ, "PET_NPROC_PER_NODE") if per_pod.isdecimal() else 1
+    nnodes = int(pods) if pods.isdecimal() and int(pods) else max(world_size // counted, 1)
     nproc = _optional(environ, "NPROC_PER_NODE") or (None if per_pod in ("auto", "gpu") else counted)
     rank = _number(environ, "RANK")
     if rank >= nnodes:
@@ -329,6 +331,19 @@ def rank_settings(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
+def grace_seconds(environ: Mapping[str, str]) -> float:
+    """GRACE_SECONDS, 240 unless set. Raises UserError: it is no such number."""
+    text = environ.get("GRACE_SECONDS", "240")
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise UserError(f'GRACE_SECONDS: expected a number of seconds, got "{text}"')
+    return float(text)
+
+
+def stated_ranks(environ: Mapping[str, str]) -> int:
+    """WORLD_SIZE, 1 unless set. Raises UserError: it is no such number."""
+    return max(_number(environ, "WORLD_SIZE", 1), 1)
+
+
 def _optional(environ: Mapping[str, str], name: str) -> int | None:
     return _number(environ, name) if name in environ else None
 
@@ -339,6 +354,6 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         if default is None:
             raise UserError(f"{name} is not set; start the script by torchrun, bash or srun")
         return default
-    if not re.fullmatch(r"[0-9]{1,18}", text) or (name.startswith(("NNODES", "NPROC")) and int(text) == 0):
+    if not re.fullmatch(r"[0-9]{1,18}", text) or (name.startswith(("NNODES", "NPROC", "PET_NPROC")) and int(text) == 0):
         raise UserError(f'{name}: expected a whole number, got "{text}"')
     return int(text)

@@ -1,12 +1,27 @@
 """Who a process is: each way of launching, from the variables that torchrun, users and Slurm set."""
 
 import dataclasses
+import functools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
-from megatron_prune.runtime.places import Rank, Torchrun, find_place, find_rank, first_host, rank_settings
+from megatron_prune.launch.assembly.watch import launchers
+from megatron_prune.runtime.places import (
+    Rank,
+    Torchrun,
+    find_place,
+    find_rank,
+    first_host,
+    grace_seconds,
+    rank_settings,
+    speaks,
+    stated_ranks,
+)
+from tests.strange import is_read_or_refused
 
 STEP = {
     "SLURM_JOB_ID": "71",
@@ -175,3 +190,66 @@ def test_settings_matter_only_where_they_do():
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in rank_settings(config(tensor_model_parallel_size=2, device="cpu"), {})
     user = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in rank_settings(config(tensor_model_parallel_size=2), user)
+
+
+_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "NPROC_PER_NODE"),
+    *("PET_NNODES", "PET_NPROC_PER_NODE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    *(
+        "PMI_RANK",
+        "PMI_SIZE",
+        "MPI_LOCALRANKID",
+        "SLURM_STEP_ID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_NTASKS",
+        "SLURM_NNODES",
+    ),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"),
+    *("SLURM_RESTART_COUNT", "GRACE_SECONDS", "MEGATRON_PRUNE_LAUNCHERS", "CUDA_VISIBLE_DEVICES"),
+)
+_WORDS = [
+    "",
+    " ",
+    "0",
+    "1",
+    "2",
+    "3",
+    "16",
+    "-1",
+    "1.5",
+    "1e3",
+    "nan",
+    "inf",
+    "9" * 30,
+    "\u00b2",
+    "\uff11",
+    "abc",
+    "a\nb",
+]
+_WORDS += [
+    "n[1-2]",
+    "[",
+    "n[",
+    "x,y",
+    "localhost",
+    "::1",
+    "\x1b[2J",
+    "a;b;1:2",
+    "a;1:\u00b2",
+    "a b",
+    "29500",
+    "auto",
+    "gpu",
+]
+
+
+@given(environ=st.dictionaries(st.sampled_from(_VARIABLES), st.sampled_from(_WORDS), max_size=8))
+def test_any_variables_are_understood_or_refused_in_one_line(environ):
+    for ask in (find_place, find_rank, grace_seconds, stated_ranks, speaks, launchers):
+        is_read_or_refused(functools.partial(ask, environ))
+
+
+def test_seconds_of_grace_are_seconds():
+    assert grace_seconds({}) == 240 and grace_seconds({"GRACE_SECONDS": "1.5"}) == 1.5
+    with pytest.raises(UserError, match="GRACE_SECONDS: expected a number of seconds"):
+        grace_seconds({"GRACE_SECONDS": "5 minutes"})

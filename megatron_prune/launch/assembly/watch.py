@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prune.checkpoint.lease import Lease, Process, this_machine
+from megatron_prune.runtime.places import grace_seconds
 from megatron_prune.runtime.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def launchers(environ: Mapping[str, str]) -> list[Process]:
     machine, *words = environ.get(VARIABLE, "").split(";")
     for word in words if machine == this_machine() else []:  # else it came along into a container
         pid, _, start = word.partition(":")
-        if pid.isdigit() and start.isdigit():
+        if pid.isdecimal() and start.isdecimal():
             found.append(Process(int(pid), int(start) or None))
     if _OF_TORCHRUN in environ and os.getppid() not in [process.pid for process in found]:
         found.append(Process.find(os.getppid()))
@@ -60,14 +61,17 @@ class Watch:
     Args:
         lease: of the folder this process writes into; None: it writes into none.
         above: see `launchers`.
-        grace: seconds to save and leave without a launcher.
+        grace: seconds to save and leave without a launcher; None: as GRACE_SECONDS says.
+
+    Raises:
+        UserError: GRACE_SECONDS is no number.
     """
 
     def __init__(
         self, lease: Lease | None, above: Sequence[Process], grace: float | None = None, poll: float = 1.0
     ) -> None:
         self.lease, self.above, self.poll = lease, above, poll
-        self.grace = float(os.environ.get("GRACE_SECONDS", "240")) if grace is None else grace
+        self.grace = grace_seconds(os.environ) if grace is None else grace
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 

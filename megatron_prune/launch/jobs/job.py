@@ -35,7 +35,7 @@ from megatron_prune.launch.jobs.request import LINE, Request
 from megatron_prune.launch.jobs.stages import Ledger, Plan, make_plan
 from megatron_prune.launch.jobs.supervisor import supervise
 from megatron_prune.runtime.agreement import consult, own_facts
-from megatron_prune.runtime.places import Rank, Torchrun, find_place, rank_settings, search_path, speaks
+from megatron_prune.runtime.places import Rank, Torchrun, find_place, grace_seconds, rank_settings, search_path, speaks
 from megatron_prune.runtime.rendezvous import NotMetError, check_port
 from megatron_prune.runtime.signals import STOP_SIGNALS, heeded_signals
 
@@ -150,6 +150,7 @@ def _node(request: Request, place: Torchrun) -> int:
         request.read()  # a mistake in it is told before anything starts; with several nodes their ranks agree on it
     elif place.node_rank == 0 and place.master_port is not None:
         check_port(place.master_port)
+    grace = grace_seconds(os.environ)
     nproc = place.nproc_per_node or _visible_gpus(os.environ) or 1
     # torchrun would take the PET_ variables for flags, beside those it gets.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
@@ -164,7 +165,7 @@ def _node(request: Request, place: Torchrun) -> int:
     if logs is not None and place.node_rank:
         command.remove("--tee=0:3")
     before = _written(request)
-    outcome = supervise(command, environment, float(environment.get("GRACE_SECONDS", "240")))
+    outcome = supervise(command, environment, grace)
     if outcome.told is None or outcome.code == 0:
         return outcome.code if outcome.code >= 0 else 128 - outcome.code
     save = Path(str(request.read().checkpoint.save))
