@@ -53,7 +53,7 @@ def test_what_is_no_file_or_another_one_is_noticed(shop, first, capfd, monkeypat
     """
     monkeypatch.setattr(StopSignals, "is_asked", lambda self: True)
     found = {}
-    for seed in range(first, first + (100 if first else 40)):
+    for seed in range(first, first + (100 if first else 20)):
         room = folder_of(shop.folder / "room")
         monkeypatch.chdir(room)
         words, what = strange_file(random.Random(seed), shop, room)
