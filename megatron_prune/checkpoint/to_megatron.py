@@ -26,6 +26,7 @@ from megatron_prune.checkpoint.megatron import IN_LAYER, LAYER, TOP
 from megatron_prune.checkpoint.storage import quiet
 from megatron_prune.errors import UserError
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.model.sources import finite
 
 # Stock layers expect an extra state of each, which is empty but for fp8.
 _WITH_EXTRA_STATE = (
@@ -99,7 +100,7 @@ def _tensors(
     for hf_name, names in TOP.items():
         if hf_name == "lm_head.weight" and shape.tie_word_embeddings:
             continue
-        tensor = read(hf_name).to(dtype)
+        tensor = _as(dtype, hf_name, read)
         if tensor.dim() == 2:
             tensor = torch.cat([tensor, tensor.new_zeros(padded - len(tensor), tensor.shape[1])])
         yield names[0], tensor
@@ -110,10 +111,14 @@ def _tensors(
             packings.setdefault(names[0], []).append((hf_name, part))
     for name, parts in packings.items():
         layers = [
-            _packed({part: read(f"model.layers.{layer}.{hf}").to(dtype) for hf, part in parts}, shape)
+            _packed({part: _as(dtype, f"model.layers.{layer}.{hf}", read) for hf, part in parts}, shape)
             for layer in range(shape.num_layers)
         ]
         yield f"{LAYER}{name}", torch.stack(layers)
+
+
+def _as(dtype: torch.dtype, hf_name: str, read: Callable[[str], Tensor]) -> Tensor:
+    return finite(read(hf_name).to(dtype), f"{hf_name} as {dtype}", "take float32, or an older checkpoint")
 
 
 def _option(hf_name: str) -> str:

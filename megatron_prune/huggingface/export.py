@@ -43,6 +43,7 @@ from megatron_prune.huggingface.shards import (
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.sources import finite
 from megatron_prune.model.table import EMBEDDING, Part
 
 logger = logging.getLogger(__name__)
@@ -164,14 +165,11 @@ def _write_weights(
 
     def fetch(name: str) -> Tensor:
         part, layer = where[name]
-        tensor = read(name)
+        tensor = finite(read(name), f"the checkpoint: {name}", "name an older one with --ckpt-step")
         assert tuple(tensor.shape) == live[name], f"{name}: {tuple(tensor.shape)} instead of {live[name]}"
-        result = plan.apply(part, layer, tensor).to(dtypes.of(name))
-        if result.dtype == torch.float16 and not result.isfinite().all():
-            raise UserError(
-                f"float16: {name} holds values beyond its range (65,504); export with --dtype bfloat16 or float32"
-            )
-        return result
+        stored = dtypes.of(name)
+        result = plan.apply(part, layer, tensor).to(stored)
+        return finite(result, f"{name} as {dtype_name(stored)}", "export with --dtype float32")
 
     files = write_shards(folder, plan_shards(entries, max_bytes), fetch)
     return files, sum(entry.elements for entry in entries)

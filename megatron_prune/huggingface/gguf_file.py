@@ -50,6 +50,8 @@ _NUMBERS = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32  # values of a row that Q8_0 quantizes together
+_FLOAT16, _BFLOAT16 = torch.finfo(torch.float16).max, torch.finfo(torch.bfloat16).max
+_LARGEST = {"F16": _FLOAT16, "BF16": _BFLOAT16, "Q8_0": 127 * _FLOAT16}  # a block's scale is a float16
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,9 @@ def _write_tensors(writer: Any, gguf: Any, entries: list[_Entry], file: Path, on
         writer.write_ti_data_to_file()
         for entry in entries:
             values = entry.fetch()
-            if entry.kind == "F16" and values.abs().max() > torch.finfo(torch.float16).max:
-                raise UserError(f"--dtype f16: {entry.name} holds values beyond its range (65,504); use bf16 or f32")
+            kind, largest = entry.kind.lower(), _LARGEST.get(entry.kind, math.inf)
+            if values.abs().max() > largest:
+                raise UserError(f"--dtype {kind}: {entry.name} holds values beyond its range ({largest:,.6g}); use f32")
             packed = gguf.quants.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[entry.kind])
             writer.write_tensor_data(packed)
             on_tensor(entry.name)

@@ -72,6 +72,16 @@ def test_weights_are_stored_in_the_asked_dtype(dtype: str, weights: dict[str, Te
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e5), ("bfloat16", 3.4e38), (None, float("nan"))])
+def test_values_that_would_not_be_finite_are_refused(
+    dtype: str | None, value: float, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    wrong = weights | {name: weights[name].index_fill(0, torch.tensor([3]), value)}
+    told = refusal(wrong, tmp_path / "out", **({"dtype": dtype} if dtype else {}))
+    assert name in told and f"{CONFIG['hidden_size']} of" in told and "NaN or infinite" in told
+
+
 def test_dtype_is_kept_unless_asked(weights: dict[str, Tensor], tmp_path: Path) -> None:
     done = export_it({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "out")
     assert done.dtype == torch.bfloat16

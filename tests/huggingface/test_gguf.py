@@ -286,13 +286,14 @@ def test_two_into_one_file_are_refused_in_one_line(sp_model: Path, tmp_path: Pat
     assert told and sorted(file.name for file in tmp_path.iterdir()) == ["m", "m.gguf"]
 
 
-def test_f16_that_would_overflow_leaves_nothing(sp_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "value"), [("f16", 1e5), ("bf16", 3.4e38), ("q8_0", 1e7)])
+def test_values_beyond_a_types_range_leave_nothing(dtype: str, value: float, sp_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = model(tmp_path / "m", sp_model)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"--dtype f16: blk\.1\.ffn_up\.weight holds values beyond"):
-        convert(folder, tmp_path / "m.gguf", "f16")
+    with pytest.raises(UserError, match=rf"--dtype ({dtype}|f16): blk\.1\.ffn_up\.weight holds values beyond"):
+        convert(folder, tmp_path / "m.gguf", dtype)
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
