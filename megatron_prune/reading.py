@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FuturesTimeoutError
 from pathlib import Path
 
-LARGEST = 64 << 20  # bytes of what is read at once and is no tensor
+LARGEST = 512 << 20  # bytes of what is read at once and is no tensor; vocabularies take some tens of MB
 _SECONDS_WITHOUT_WRITER = 10.0
 
 _KINDS = (

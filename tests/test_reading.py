@@ -53,6 +53,9 @@ def test_more_than_any_of_its_kind_holds_is_not_read(tmp_path):
         file.truncate(1 << 42)
     with pytest.raises(OSError, match="is larger than"):
         read_content(tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"12345")
+    with pytest.raises(OSError, match="is larger than 4 bytes"):
+        read_content(tmp_path / "b", largest=4)
 
 
 @pytest.mark.timeout(30)

@@ -106,11 +106,12 @@ def files(folder):
 
 
 class Shop:
-    """`folder` with inputs, a finished run in `run` and its export in `hf`."""
+    """`folder` with inputs, a finished run in `run`, its export in `hf` and that as a GGUF file."""
 
     def __init__(self, folder):
         self.folder, self.tiny = folder, TinyRun(folder / "inputs")
         self.run, self.hf, self.text = folder / "run", folder / "hf", self.tiny.folder / "text_0.txt"
+        self.gguf = folder / "hf.gguf"
 
     def configuration(self, save):
         """A working one, as YAML's values."""
@@ -267,6 +268,7 @@ COMMANDS_HERE = {
     "score": lambda shop, room: [*shop.tiny.arguments(room / "o")[:-4], "--batches", "1"],
     "prune-once": lambda shop, room: [*shop.tiny.arguments(room / "o")[:-2], "--batches", "1"],
     "token-scaling": lambda shop, room: ["--runs", shop.run, "--output-dir", room / "o"],
+    "report": lambda shop, room: ["--runs", shop.run, "--output", room / "r.html"],
     "convert-to-megatron": lambda shop, room: ["--load", shop.run, "--save", room / "o"],
     "preprocess": lambda shop, room: [
         *("--input", shop.text, "--output-prefix", room / "p"),
@@ -359,9 +361,11 @@ _SPARE += ("model.safetensors.index.json", "pytorch_model.bin", "vocab.json", "w
 
 def strange_file(random, shop, room):
     """A command's words, and what was put in the place of one of the files that they name, in words."""
-    name = random.choice([*COMMANDS_HERE, "pretrain"])
-    words = COMMANDS_HERE[name](shop, room) if name != "pretrain" else shop.tiny.arguments(room / "o")
-    words = [str(word) for word in words]
+    ways = {name: way(shop, room) for name, way in COMMANDS_HERE.items()}
+    ways["pretrain"] = shop.tiny.arguments(room / "o")
+    ways["convert-from-hf, GGUF"] = ["--gguf", shop.gguf, "--hf-model", room / "o"]
+    name = random.choice(list(ways))
+    words = [str(word) for word in ways[name]]
     named = [n for n, word in enumerate(words) if word.startswith(f"{shop.folder}/") and not word.startswith(str(room))]
     number = random.choice([n for n in named if not words[n].endswith("/cache")])
     given, place = Path(words[number]), room / "given"
@@ -383,4 +387,4 @@ def strange_file(random, shop, room):
         _mutated(random, file, content)
     else:
         STRANGE[how](file)
-    return [name, *words], f"{file.relative_to(place)}: {how}"
+    return [name.partition(",")[0], *words], f"{file.relative_to(place)}: {how}"

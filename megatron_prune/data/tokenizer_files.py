@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_prune.data.hub_files import present, read_json
 from megatron_prune.errors import UserError
+from megatron_prune.reading import LARGEST
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
@@ -33,8 +34,6 @@ CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", CHAT_TEMPLATE_FOLDER)
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *CHAT_TEMPLATE_FILES)
 """What says more of a tokenizer than its vocabulary file; the last name is a folder."""
-
-_LARGEST = 512 << 20  # bytes; the largest vocabularies take some tens of MB
 
 FIELD = "data.tokenizer_model (--tokenizer-model)"
 
@@ -115,8 +114,8 @@ def _insist_readable(folder: Path, names: Iterable[str]) -> None:
     templates = folder / CHAT_TEMPLATE_FOLDER
     more = sorted(templates.glob("*.jinja")) if templates.is_dir() else []
     for file in [*(folder / name for name in names if name != CHAT_TEMPLATE_FOLDER), *more]:
-        if present(file) and file.stat().st_size > _LARGEST:
-            raise UserError(f"{file}: is larger than {_LARGEST:,} bytes, which no tokenizer is")
+        if present(file) and file.stat().st_size > LARGEST:
+            raise UserError(f"{file}: is larger than {LARGEST:,} bytes, which no tokenizer is")
 
 
 def _refuse_to_lose(file: Path) -> None:

@@ -28,6 +28,7 @@ from megatron_prune.reading import read_words
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "pruning_history.jsonl"
+LARGEST = 4 << 30  # bytes: a line for every group that left
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _line(removal: Removal) -> str:
 def read_history(path: Path) -> list[Removal]:
     """All removals of a pruning_history.jsonl. Raises UserError naming file and line where one is not readable."""
     try:
-        lines = read_words(path).splitlines()
+        lines = read_words(path, LARGEST).splitlines()
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     return read_removals(lines, str(path), json.loads)

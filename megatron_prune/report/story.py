@@ -23,13 +23,15 @@ from megatron_prune.checkpoint.files import resolve, steps
 from megatron_prune.checkpoint.record import CONFIG_FILE, read_brief, read_status
 from megatron_prune.config import Config, read_file, yaml_value
 from megatron_prune.config.options import all_options
+from megatron_prune.data.hub_files import present
 from megatron_prune.errors import UserError, first_line
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import Kind
 from megatron_prune.pruning.groups import group_names
-from megatron_prune.pruning.history import FILE_NAME, Removal, read_removals
+from megatron_prune.pruning.history import FILE_NAME, LARGEST, Removal, read_removals
 from megatron_prune.pruning.history_plot import positions
+from megatron_prune.reading import is_there, read_words
 
 LIVES, ABSENT = 0xFFFFFFFF, 0xFFFFFFFE  # instead of the removal a unit left with: it is there; it never was
 _POINTS = 4000  # of a curve, at most about so many
@@ -53,8 +55,8 @@ class Story:
 def read_story(folder: Path) -> Story:
     """All that is shown of the run in `folder`. Raises UserError: it is none, or a file of it cannot be read."""
     iteration, newest = resolve(folder)
-    architecture = Architecture.from_json(json.loads((newest / "architecture.json").read_text()))
-    config = read_file(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+    architecture = Architecture.from_json(_json(newest / "architecture.json"))
+    config = read_file(folder / CONFIG_FILE) if present(folder / CONFIG_FILE) else None
     removals = _removals(folder / FILE_NAME)
     summary = _json(folder / "summary.json")
     try:
@@ -88,7 +90,7 @@ def read_story(folder: Path) -> Story:
         arrays = {**_of_removals(removals, at, architecture), **_serving(architecture)}
         arrays |= {f"left/{kind}": sites.reshape(-1) for kind, sites in left.items()}
         curves, facts["tokens"] = _curves(_board(folder, config), config, removals)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: not what a run writes ({type(error).__name__}: {first_line(error)})") from error
@@ -101,7 +103,7 @@ def read_story(folder: Path) -> Story:
 def _removals(path: Path) -> list[Removal]:
     """Lines so far; a last one that the run is about to write is left out."""
     try:
-        text = path.read_text() if path.is_file() else ""
+        text = read_words(path, LARGEST) if is_there(path) else ""
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     return read_removals(text[: text.rfind("\n") + 1].splitlines(), str(path), json.loads)
@@ -188,6 +190,8 @@ def _board(folder: Path, config: Config | None) -> dict[str, tuple[np.ndarray, n
     place = Path((config and config.logging.tensorboard_dir) or folder / "tensorboard")
     if not place.is_dir():
         return {}
+    for file in place.iterdir():
+        present(file) if "tfevents" in file.name else None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sizes = {"scalars": 0, **dict.fromkeys(("histograms", "tensors", "images", "audio", "compressedHistograms"), 1)}
@@ -256,10 +260,10 @@ def _evaluation(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not present(path):
         return {}
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_words(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({first_line(error)})") from error
     if not isinstance(found, dict):

@@ -9,6 +9,7 @@ of its own, and takes a second. Exit status 1 when one of them is not refused in
 
 import collections
 import importlib
+import os
 import random
 import sys
 import time
@@ -63,6 +64,7 @@ def sweep(folder, count=900, first=0, minutes=60.0):
     """Try `count` of them, as far as the time goes; the number of those that came to something else."""
     warnings.filterwarnings("ignore")
     shop, ends, wrong = Shop(folder / "shop"), collections.Counter(), 0
+    os.chdir(folder_of(folder / "shop"))  # folders that they name may be taken from here
     prepare(shop.tiny.folder)
     if forked(main, shop.tiny.arguments(shop.run, "--save-interval", 10), folder / "output").status != 0:
         sys.exit((folder / "output").read_text())

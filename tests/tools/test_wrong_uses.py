@@ -21,6 +21,7 @@ def shop(tmp_path_factory):
     words = shop.tiny.arguments(shop.run, "--save-interval", 10)
     assert main(["pretrain", *map(str, words)]) == 0
     assert main(["convert-to-hf", "--load", str(shop.run), "--save", str(shop.hf)]) == 0
+    assert main(["convert-to-gguf", "--hf-model", str(shop.hf), "--save", str(shop.gguf)]) == 0
     return shop
 
 
