@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,14 +259,14 @@ def all_corpora(candidate: ModelFolder, plan: EvaluationPlan) -> list[Corpus]:
 
 def judge_all(arguments: EvaluationOptions) -> int:
     """Evaluate, print, write; the exit status. Raises UserError."""
-    from megatron_prune.data.leftovers import sole_writer
+    from megatron_prune.data.leftovers import scratch_folder, sole_writer
     from megatron_prune.evaluation.side_by_side import JSON_NAME, write_report
 
     with contextlib.ExitStack() as held:
-        scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="evaluate_"))
+        scratch = held.enter_context(scratch_folder())
         if arguments.output_dir:
             held.enter_context(sole_writer(Path(arguments.output_dir) / JSON_NAME, "--output-dir"))
-        report = evaluate(arguments, Path(scratch))
+        report = evaluate(arguments, scratch)
         say(report.to_markdown().rstrip("\n"))
         if arguments.output_dir:
             for file in write_report(report, arguments.output_dir):

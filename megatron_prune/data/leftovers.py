@@ -4,6 +4,7 @@
     staging       a name beside the target, after removing what killed processes left under such names
     claim         create a file that is locked as long as it is open
     claim_folder  the same for a folder
+    scratch_folder  a folder among the system's temporary ones, for what is not to outlive this process
     clear_unowned remove those of processes that are gone
 
 The lock is the kernel's (flock): it ends with the process, however that ended, and other nodes see it on file systems
@@ -20,6 +21,9 @@ import re
 import secrets
 import shutil
 import socket
+import stat
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +32,9 @@ from typing import BinaryIO
 from megatron_prune.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_SCRATCH = "megatron_prune-"
+_TRIES = 1000
 
 
 @contextmanager
@@ -92,14 +99,20 @@ def claim(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def claim_folder(path: Path) -> Iterator[None]:
+def claim_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
     """Make the folder `path`, and those above it, locked while entered; if it is still there afterwards, it goes.
 
     Raises:
         FileExistsError: it is there. OSError: it cannot be made.
     """
-    while True:
-        path.mkdir(parents=True)
+    for number in range(_TRIES):
+        try:
+            path.mkdir(mode, parents=True)
+        except FileExistsError:  # or one who clears, and took this one's for a leftover, has it still in hand
+            if number in (0, _TRIES - 1):
+                raise
+            time.sleep(0.01)
+            continue
         with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             if _lock(descriptor, path):
@@ -110,6 +123,28 @@ def claim_folder(path: Path) -> Iterator[None]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(descriptor)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder of this process's own in the system's folder for temporary files, while entered. Those of this
+    user's processes that were killed are removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    place = Path(tempfile.gettempdir())
+    clear_unowned(path for path in place.glob(f"{_SCRATCH}*") if _is_own(path))
+    path = place / f"{_SCRATCH}{secrets.token_hex(8)}"
+    with claim_folder(path, 0o700):
+        yield path
+
+
+def _is_own(path: Path) -> bool:
+    with suppress(OSError):
+        found = path.lstat()
+        return found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
+    return False
 
 
 def _lock(descriptor: int, path: Path) -> bool:

@@ -18,12 +18,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer
+from megatron_prune.data.leftovers import scratch_folder
 from megatron_prune.data.tokenizer_files import (
     SENTENCEPIECE,
     SIDE_FILES,
@@ -113,12 +113,12 @@ def _as_folder(place: TokenizerPlace) -> Iterator[Path]:
     if place.vocabulary.name in VOCABULARY_FILES:
         yield place.folder.resolve()
         return
-    with tempfile.TemporaryDirectory() as staged:
-        shutil.copyfile(place.vocabulary, Path(staged) / TOKENIZER_JSON)
+    with scratch_folder() as staged:
+        shutil.copyfile(place.vocabulary, staged / TOKENIZER_JSON)
         for name in (*SIDE_FILES, "config.json"):
             if (place.folder / name).is_file():
-                shutil.copyfile(place.folder / name, Path(staged) / name)
-        yield Path(staged)
+                shutil.copyfile(place.folder / name, staged / name)
+        yield staged
 
 
 def _check_ordinary(place: TokenizerPlace, tokenizer: Any) -> None:

@@ -10,11 +10,11 @@ trained with. What is written is read back as a GGUF file's vocabulary and compa
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.leftovers import scratch_folder
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.gguf_tokenizer import CONTROL, SPLITS, UNUSED, USER_DEFINED, read_vocabulary
 from megatron_prune.huggingface.sentencepiece_model import PieceKind, SentencePieceModel, SpmPiece, write_model
@@ -196,8 +196,8 @@ def _write_sentencepiece(stored: _Stored, folder: Path, context: int) -> None:
         escape_whitespaces=True,
         has_denormalizer=False,
     )
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "tokenizer.model"
+    with scratch_folder() as place:
+        file = place / "tokenizer.model"
         file.write_bytes(write_model(model))
         export_tokenizer(file, folder, context, add_bos=stored.add_bos)
     if stored.chat_template is not None:  # whose special tokens are meant, not spelled

@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.leftovers import scratch_folder
 from megatron_prune.errors import UserError
 
 from .sentencepiece_model import SentencePieceModel, read_model
@@ -105,20 +105,20 @@ def export_tokenizer(
             "the exported tokenizer may choose another one",
             tokenizer_model,
         )
-    with tempfile.TemporaryDirectory() as staged:
+    with scratch_folder() as staged:
         for name, content in files.items():
             text = json.dumps(content, ensure_ascii=False, indent=2)
-            (Path(staged) / name).write_text(text + "\n", encoding="utf-8")
-        shutil.copyfile(tokenizer_model, Path(staged) / "tokenizer.model")
+            (staged / name).write_text(text + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer_model, staged / "tokenizer.model")
         config = save_dir / "config.json"
         # A stock model_type may change the class AutoTokenizer picks; with code of its own, a folder's says nothing,
         # and transformers would ask whether to run that code.
         if config.exists() and "auto_map" not in json.loads(config.read_text(encoding="utf-8")):
-            shutil.copyfile(config, Path(staged) / "config.json")
-        verify_tokenizer(tokenizer_model, Path(staged), NASTY_TEXTS)
+            shutil.copyfile(config, staged / "config.json")
+        verify_tokenizer(tokenizer_model, staged, NASTY_TEXTS)
         save_dir.mkdir(parents=True, exist_ok=True)
         for name in (*files, "tokenizer.model"):
-            shutil.copyfile(Path(staged) / name, save_dir / name)
+            shutil.copyfile(staged / name, save_dir / name)
     logger.info("%s: tokenizer of %d pieces written to %s", tokenizer_model, len(model.pieces), save_dir)
 
 

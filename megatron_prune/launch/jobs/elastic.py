@@ -6,6 +6,7 @@ meet are one line on each, and status 2.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -18,11 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed import DistNetworkError, DistStoreError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from megatron_prune.data.leftovers import scratch_folder
     from megatron_prune.launch.assembly.watch import announce
 
     os.environ.update(announce(os.environ))  # ranks end when this process is gone
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        run.main(argv)
+        with contextlib.ExitStack() as held:
+            if not any(word.startswith("--log-dir") for word in words):  # else it leaves a folder of its own
+                words.insert(0, f"--log-dir={held.enter_context(scratch_folder())}")
+            run.main(words)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
