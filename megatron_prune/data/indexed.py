@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_prune.errors import UserError
-from megatron_prune.reading import read_words
+from megatron_prune.reading import is_there, read_words
 
 METADATA_FORMAT = "megatron_prune data 1"
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -101,8 +101,12 @@ def read_metadata(prefix: str) -> Metadata | None:
     """The metadata of a data set; None where there is no such file, or another program's.
 
     Raises:
-        UserError: the file says it is metadata but lacks some of it.
+        UserError: the file says it is metadata but lacks some of it; or what stands there is no file (a link to none).
     """
+    try:
+        is_there(metadata_path(prefix))
+    except OSError as error:
+        raise UserError(f"{metadata_path(prefix)}: {error.strerror}; copy all three files again") from error
     content = _metadata_content(prefix)
     if content is None:
         return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +78,16 @@ def test_incomplete_metadata_is_named(make_data: Callable[..., str]) -> None:
     path.write_text(path.read_text().replace('"tokens"', '"coins"'))
     with pytest.raises(UserError, match=r"p\.json: fields are missing or unknown \(coins, tokens\)"):
         read_metadata(prefix)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("absent", path)], ids=["pipe", "nowhere"])
+@pytest.mark.timeout(60)
+def test_metadata_that_are_no_file_are_not_taken_for_absent(make_data: Callable[..., str], make: Any) -> None:
+    prefix = make_data("p")
+    Path(prefix + ".json").unlink()
+    make(prefix + ".json")
+    with pytest.raises(UserError, match=r"p\.json: is a (pipe|link)"):
+        inspect(prefix)
 
 
 def test_metadata_of_other_data_is_refused(make_data: Callable[..., str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -122,6 +123,24 @@ def test_wrong_paths_and_types_are_named(tmp_path: Path, sp_model: Path) -> None
         build_tokenizer(None, str(tmp_path))
     with pytest.raises(UserError, match='tokenizer_type.*"GPT2" is unknown; use SentencePieceTokenizer or'):
         build_tokenizer("GPT2", str(sp_model))
+
+
+SIDES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja", "config.json")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", [*SIDES, "additional_chat_templates/tools.jinja"])
+def test_a_file_that_leads_nowhere_is_not_taken_for_absent(tmp_path: Path, sp_model: Path, name: str) -> None:
+    """A hub's cache that was copied without what its links lead to would lose added tokens and chat templates."""
+    shutil.copyfile(sp_model, tmp_path / "tokenizer.model")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to("../../blobs/0123abcd")
+    with pytest.raises(UserError, match=f"{name}: is a link to a file that is not there"):
+        build_tokenizer(None, str(tmp_path))
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: is a pipe"):
+        build_tokenizer(None, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["broken.model", "broken.json"])
