@@ -170,8 +170,8 @@ def evaluated(text, ledger):
     losses = [model["perplexity"][0]["loss"] for model in models]
     assert 1.0 < losses[0] < losses[1] < 5.0, "the pruned one has lost something, and is no wreck"
     if importlib.util.find_spec("lm_eval") is None:
-        assert "lm-eval is not installed" in ledger["skipped"]["evaluate"] and "evaluate" not in ledger["done"]
-        assert "stage evaluate: incomplete, lm-eval is not installed" in text
+        assert "is not installed" in ledger["skipped"]["evaluate"] and "evaluate" not in ledger["done"]
+        assert re.search("stage evaluate: incomplete, .* is not installed", text)
     else:
         assert ledger["done"]["evaluate"] == iteration() and not ledger["skipped"]
         assert all(model["tasks"] for model in models)
