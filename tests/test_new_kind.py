@@ -99,7 +99,9 @@ def paired_candidates(scores, geometry, live, rules):
     least, scale = sum(layer[0][0] for layer in options), before - after
     swap = min(layer[1][0] - layer[0][0] for layer in options)
     left = len(live.of(ORACLE_FFN, 0)) - 2
-    found.append(oracle_scores.OracleCandidate(ORACLE_FFN, units, least / scale, (least + swap) / scale, after, left))
+    found.append(
+        oracle_scores.OracleCandidate(ORACLE_FFN, units, least / scale, (least + swap) / scale, after, left, after)
+    )
     return found
 
 

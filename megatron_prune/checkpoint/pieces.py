@@ -119,6 +119,8 @@ def pieces(row: Param, layout: ShardLayout, rank: int, start: int, end: int) -> 
 
     The range's own flat tensor has length end - start. Rectangles without a live element give no piece.
     """
+    if not row.lives_in(layout.architecture):
+        return
     parts = [
         (part, first, last, [_Axis.of(dim, row, layout, rank) for dim in part.dims])
         for part, first, last in row.part_rows(layout, rank)

@@ -37,6 +37,7 @@ COMMANDS = {
     "score": ("megatron_prune.commands.score_model", "score a model's units once, by any criteria"),
     "prune-once": ("megatron_prune.commands.prune_once", "prune to a target without training, as a baseline"),
     "token-scaling": ("megatron_prune.commands.token_scaling", "compare runs by the tokens their pruning took"),
+    "measure-latency": ("megatron_prune.commands.measure_latency", "time models, for a target in milliseconds"),
     "bench": ("megatron_prune.commands.bench", "measure what pruning costs, as fractions of a step"),
     "bench-save": ("megatron_prune.commands.bench_save", "measure what checkpoints cost"),
     "soak": ("megatron_prune.commands.soak_runs", "kill runs at random moments and compare what is left"),

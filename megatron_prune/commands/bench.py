@@ -56,7 +56,7 @@ def cpu_presets(tiny: bool) -> list[Preset]:
 
 def _thinned(shape: LlamaShape, groups: int) -> dict[str, int]:
     """So many groups of every kind that costs one pruning step."""
-    return {kind.name: groups for kind in known_groups() if kind.default_cost(shape) == 1}
+    return {kind.name: groups for kind in known_groups() if kind.is_default and kind.default_cost(shape) == 1}
 
 
 def gpu_presets(tiny: bool) -> list[Preset]:

@@ -29,7 +29,7 @@ from megatron_prune.checkpoint import AsyncSaver, RunRecord, save_checkpoint
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.pruning.groups import find_group, group_names
+from megatron_prune.pruning.groups import default_names, find_group
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
 from megatron_prune.testing.helpers.meters import Stopwatch
@@ -86,7 +86,7 @@ def measure(rank: int, _world_size: int, setup: Setup, is_pruned: bool, pairs: i
     run, saver = SteppedRun(setup, mesh), AsyncSaver()
     clock = Stopwatch(mesh)
     run.plain_step()
-    for name in group_names() if is_pruned else ():
+    for name in default_names() if is_pruned else ():
         for _ in range(1 if find_group(name).default_cost(setup.shape) > 1 else 3):
             run.model.retire(run.group(name))
     path = save_checkpoint(run.model, saves, 1, STATE)

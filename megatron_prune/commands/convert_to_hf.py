@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +98,7 @@ def convert(arguments: ExportOptions) -> int:
     from megatron_prune.huggingface.provenance import dtypes_of, source_of
     from megatron_prune.huggingface.shards import dtype_name
     from megatron_prune.huggingface.trained_with import check_tokenizer
+    from megatron_prune.huggingface.weights import layers_left
 
     if arguments.verify and find_spec("transformers") is None:
         raise UserError("--verify needs transformers: install megatron-prune[hf]")
@@ -125,7 +126,7 @@ def convert(arguments: ExportOptions) -> int:
             facts=card_facts(arguments, reader),
             overwrite=arguments.overwrite,
         )
-    a = reader.architecture
+    read_left, a = layers_left(reader.read, reader.architecture)
     say(
         f"{done.folder}: {done.class_name}, iteration {reader.record.iteration}, {a.parameters:,} parameters "
         f"({a.described()}), {done.stored_parameters:,} stored in {dtype_name(done.dtype)} in {len(done.files)} "
@@ -136,7 +137,7 @@ def convert(arguments: ExportOptions) -> int:
     if not arguments.verify:
         return 0
     is_same = tokenizer is None or verify_tokenizer(arguments, done, tokenizer, tokenizer_type)
-    return 0 if verify(arguments, reader, done, tokenizer) and is_same else 1
+    return 0 if verify(arguments, read_left, a, done, tokenizer) and is_same else 1
 
 
 def card_facts(arguments: ExportOptions, reader: CheckpointReader) -> CardFacts:
@@ -202,7 +203,13 @@ def verify_tokenizer(arguments: ExportOptions, done: Exported, tokenizer: str, k
     return True
 
 
-def verify(arguments: ExportOptions, reader: CheckpointReader, done: Exported, tokenizer: str | None) -> bool:
+def verify(
+    arguments: ExportOptions,
+    read: Callable[[str], Any],
+    architecture: Architecture,
+    done: Exported,
+    tokenizer: str | None,
+) -> bool:
     """Compare the folder's weights and logits with the training model's, also with a cache; prints each outcome."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -220,7 +227,6 @@ def verify(arguments: ExportOptions, reader: CheckpointReader, done: Exported, t
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
-    architecture = reader.architecture
     text = read_text(arguments.verify_text)
     length = min(LENGTH, architecture.shape.max_position_embeddings)
     has_tokenizer = tokenizer is not None
@@ -229,13 +235,13 @@ def verify(arguments: ExportOptions, reader: CheckpointReader, done: Exported, t
     )
     transformers_logging.disable_progress_bar()
     model = load_stock_model(done.folder, trust_remote_code=done.plan.policy == CLUSTER, dtype=torch.float32)
-    wrong = wrong_weight(model, stored_weights(reader.read, architecture, done.plan, done.dtypes))
+    wrong = wrong_weight(model, stored_weights(read, architecture, done.plan, done.dtypes))
     exported = run_stock(model, tokens)
     del model
     mesh = init_mesh(choose_device("cpu"), 1, 1)
     try:
         # Rounded as the export is, so that what remains is what the export did wrong.
-        trained = training_logits(lambda name: reader.read(name).to(done.dtypes.of(name)), architecture, tokens, mesh)
+        trained = training_logits(lambda name: read(name).to(done.dtypes.of(name)), architecture, tokens, mesh)
     finally:
         close_mesh()
     asked = arguments.verify_tolerance

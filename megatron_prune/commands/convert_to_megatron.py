@@ -69,6 +69,7 @@ def convert(arguments: MegatronExportOptions) -> int:
     from megatron_prune.huggingface.kv_policy import CLUSTER, KvPlan
     from megatron_prune.huggingface.provenance import tokenizer_of
     from megatron_prune.huggingface.shards import DTYPES
+    from megatron_prune.huggingface.weights import layers_left
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
@@ -80,8 +81,9 @@ def convert(arguments: MegatronExportOptions) -> int:
     dtype = DTYPES.get(arguments.dtype or reader.record.facts.dtype)
     if dtype is None:
         raise UserError(f"--dtype {arguments.dtype}: unknown; use {', '.join(DTYPES)}")
-    plan = KvPlan.choose(reader.architecture, arguments.kv_policy)
-    shape = stock_shape(reader.architecture, plan)
+    read_left, architecture = layers_left(reader.read, reader.architecture)
+    plan = KvPlan.choose(architecture, arguments.kv_policy)
+    shape = stock_shape(architecture, plan)
     misfit = stock_misfit(shape, tp)
     if misfit:
         raise UserError(f"--tensor-model-parallel-size {tp}: {misfit}")
@@ -92,7 +94,7 @@ def convert(arguments: MegatronExportOptions) -> int:
         "make_vocab_size_divisible_by": arguments.make_vocab_size_divisible_by,
         "tokenizer_model": tokenizer[1] if tokenizer else None,
     }
-    parts = reader.architecture.table.parts
+    parts = architecture.table.parts
     init_mesh(choose_device("cpu"), 1, 1)
     try:
         with tqdm(total=len(parts), unit="tensor", desc="reading", disable=not sys.stderr.isatty()) as bar:
@@ -100,7 +102,7 @@ def convert(arguments: MegatronExportOptions) -> int:
             def read(hf_name: str) -> Any:
                 bar.update()
                 part, layer = parts[hf_name]
-                return plan.apply(part, layer, reader.read(hf_name))
+                return plan.apply(part, layer, read_left(hf_name))
 
             written = save_for_megatron(save, reader.record.iteration, shape, read, dtype, padded, more)
     finally:

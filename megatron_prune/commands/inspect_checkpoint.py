@@ -64,12 +64,13 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
         "source": a.shape.to_json(),
         "layers": [
             {
+                "layer": layer,
                 "heads": a.ids(HEAD, layer).tolist(),
                 "kv_heads": a.ids(KV_HEAD, layer).tolist(),
                 "queries_per_kv_head": a.clusters(KV_HEAD)[layer].tolist(),
                 "widths": {kind.name: a.width(kind, layer) for kind in a.table.varying},
             }
-            for layer in range(a.shape.num_layers)
+            for layer in a.layers
         ],
         "layout": {
             "tensor_parallel": layout.tp,
@@ -156,7 +157,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"parameters   {facts['parameters']:,} of {facts['source_parameters']:,} ({share:.1%})"
     yield (
         f"widths       {', '.join(_width(name, width, shape) for name, width in widths.items())}, "
-        f"{shape.num_layers} layers, head dimension {shape.kv_channels}, vocabulary {shape.vocab_size}"
+        f"head dimension {shape.kv_channels}, vocabulary {shape.vocab_size}"
     )
     cache, full = facts["kv_cache_elements_per_token"], facts["source_kv_cache_elements_per_token"]
     yield f"KV cache     {cache:,} of {full:,} elements per token: {2 * cache:,} bytes in 16 bits, {4 * cache:,} in 32"
@@ -173,10 +174,10 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     margin = f", least margin {removals['least_margin']:.2e}" if "least_margin" in removals else ""
     yield f"removed      {removals['groups']} groups{': ' + kinds if kinds else ''}{when}{margin}"
     yield "layer  query heads -> per KV head"
-    for number, layer in enumerate(facts["layers"]):
+    for layer in facts["layers"]:
         pairs = zip(layer["kv_heads"], layer["queries_per_kv_head"], strict=True)
         clusters = " ".join(f"{kv}:{queries}" for kv, queries in pairs)
-        yield f"{number:5d}  {' '.join(map(str, layer['heads']))} -> {clusters}"
+        yield f"{layer['layer']:5d}  {' '.join(map(str, layer['heads']))} -> {clusters}"
 
 
 def plot(architecture: Architecture, path: Path) -> None:

@@ -53,14 +53,14 @@ def prune(given: Given) -> int:
     world_size, is_first = place.world_size, place.rank == 0
     check_count("--rescore-every", arguments.rescore_every)
     config = check_pruning(one_shot_config(run_config, arguments.batches), world_size)
-    target = config.pruning.target_params
-    assert target is not None
     with opened(config) as run, tqdm(disable=not (is_first and sys.stderr.isatty()), unit=" parameters") as bar:
         source = run.inputs.architecture
-        bar.reset(total=source.parameters - target)
+        target = config.pruning.target_params
+        bar.reset(total=None if target is None else max(source.parameters - target, 0))
 
         def on_removal(now: Any) -> None:
-            bar.update(min(source.parameters - now.parameters, bar.total) - bar.n)
+            gone = source.parameters - now.parameters
+            bar.update((gone if bar.total is None else min(gone, bar.total)) - bar.n)
 
         result = prune_and_save(config, run, on_removal, arguments.rescore_every)
     if is_first:

@@ -112,7 +112,7 @@ def table(name: str, scores: Any, per_column: bool) -> Iterator[str]:
     spread = f"{'least':>10} {'median':>10} {'greatest':>10}"
     yield " | ".join([f"{'':5}", *(f"{kind.title:^32}" for kind in own), *(f"{kind}:score" for kind in few)])
     yield " | ".join([f"{'layer':>5}", *(spread for _ in own)])
-    for layer in range(a.shape.num_layers):
+    for layer in a.layers:
         values = {kind: scores.of(kind, layer) / divisors[kind] for kind in own}
         listed = [_listed(a, kind, layer, values[kind]) for kind in few]
         yield " | ".join([f"{layer:>5}", *(_spread(values[kind]) for kind in own), *listed])

@@ -24,6 +24,7 @@ from megatron_prune.config.pruning import (
     GroupConfigs,
     PruningConfig,
     SecondOrder,
+    Target,
 )
 from megatron_prune.config.schema import (
     CheckpointConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "ParallelConfig",
     "PruningConfig",
     "SecondOrder",
+    "Target",
     "TrainingConfig",
     "check_fields",
     "check_head_score",

@@ -6,9 +6,11 @@ signed scores per removed parameter, smoothed over steps, kinds in balance, a cu
 run. The settings of the paper (EfficientLLM, arXiv 2502.06663) are in its recipes under `examples/configs/`.
 
 Kinds of groups: `head` removes one query head (or, by `gqa`, a whole KV head) in every layer, `ffn` one channel of the
-FFN's intermediate activation in every layer, `stem` one channel of the residual stream (hidden size) everywhere.
+FFN's intermediate activation in every layer, `stem` one channel of the residual stream (hidden size) everywhere,
+`layer` (not among the default types) a whole layer.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -46,6 +48,27 @@ def parse_span(text: str, where: str, run_tokens: int) -> int:
             f'{where}: expected tokens, such as 5B, or a share of the run, such as 20%, got "{one_line(text)}"'
         )
     return tokens
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the pruned model may cost; all limits hold at once."""
+
+    params: int | None = option(None, "parameters, as target_params", at_least=1, count=True)
+    flops_per_token: int | None = option(
+        None, "FLOPs of a forward pass over data.seq_length tokens, per token", at_least=1, count=True
+    )
+    kv_cache_per_token: int | None = option(
+        None, "elements of the KV cache per token, keys and values of all layers", at_least=1
+    )
+    latency: float | None = option(None, "milliseconds, by latency_table", above=0)
+    latency_table: str | None = option(None, "file that megatron-prune measure-latency wrote")
+
+    @property
+    def other_limits(self) -> dict[str, float]:
+        """The limits that are set, but for that of the parameters."""
+        names = ("flops_per_token", "kv_cache_per_token", "latency")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -135,9 +158,12 @@ class PruningConfig:
 
     target_params: int | None = option(
         None,
-        "pruning ends at the first step with no more parameters than this; null: no pruning",
+        "pruning ends at the first step with no more parameters than this; null: no pruning, unless target says more",
         at_least=1,
         count=True,
+    )
+    target: Target = option(
+        Target(), "limits that the pruned model keeps; groups are compared per unit of the one that is exceeded most"
     )
     schedule: Literal["ratio", "curve"] | None = option(
         None,
@@ -177,7 +203,9 @@ class PruningConfig:
         "sum", "score of a head: the plain sum, or (the paper's, with normalize: none) divided by the columns it owns"
     )
     normalize: Literal["none", "per_parameter"] = option(
-        "per_parameter", "divide a group's score by the parameters it removes, or compare the scores as they are"
+        "per_parameter",
+        "divide a group's score by the parameters it removes (or what it saves of another limit of target that binds), "
+        "or compare the scores as they are",
     )
     saliency_momentum: float = option(
         0.9, "exponential smoothing of unit scores over pruning steps; 0: none", at_least=0, below=1
@@ -218,7 +246,13 @@ class PruningConfig:
     @property
     def enabled(self) -> bool:
         """Whether this run removes anything at all."""
-        return self.target_params is not None
+        return self.target_params is not None or bool(self.target.other_limits)
+
+    def __post_init__(self) -> None:
+        params = self.target.params
+        if params is not None and self.target_params in (None, params):  # else it is refused when it is checked
+            object.__setattr__(self, "target_params", params)
+            object.__setattr__(self, "target", dataclasses.replace(self.target, params=None))
 
     @property
     def ratio_steps(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.config.options import options_of, sections_of
+from megatron_prune.config.pruning import Target
 from megatron_prune.config.schema import Config
 from megatron_prune.config.yaml_file import read_yaml, yaml_value
 from megatron_prune.errors import UserError, first_line
@@ -104,5 +105,5 @@ def recipe_config(path: str | Path) -> Config:
     target = recipe["result"].get("parameters")
     if type(target) is not int or target < 1:
         raise UserError(f"{path}: result: parameters: expected a whole number")
-    pruning = dataclasses.replace(config.pruning, target_params=target, replay=str(path))
+    pruning = dataclasses.replace(config.pruning, target_params=target, target=Target(), replay=str(path))
     return dataclasses.replace(config, pruning=pruning)

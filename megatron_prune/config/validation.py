@@ -34,6 +34,12 @@ def check_fields(config: Config) -> None:
     for option in all_options(Config):
         check_option(option, getattr(getattr(config, option.section), option.name), f"{option.key} ({option.flag})")
     _check_split(config.data.split)
+    target = config.pruning.target
+    if (target.latency is None) != (target.latency_table is None):
+        raise UserError("pruning.target: latency and latency_table go together")
+    twice = target.params, config.pruning.target_params
+    if twice[0] is not None:
+        raise UserError("pruning.target: params {} contradicts pruning.target_params {}; give one".format(*twice))
     if config.pruning.ratio is not None:
         parse_ratio(config.pruning.ratio)
 
@@ -235,6 +241,8 @@ def _check_pruning(config: Config) -> None:
             raise UserError("distillation.teacher_tokens needs checkpoint.save (--save), where the teacher is kept")
     if config.replay_tokens is not None and not pruning.replay:
         raise UserError("pruning.replay_end belongs to pruning.replay, which is not set")
+    if pruning.replay is not None and pruning.target.other_limits:
+        raise UserError("pruning.replay ends at a number of parameters: pruning.target may only have params with it")
     if pruning.replay is not None and (not pruning.enabled or not pruning.follows_curve):
         raise UserError(
             "pruning.replay needs pruning.target_params, the size at which it ends, and no ratio: its removals have "

@@ -190,6 +190,5 @@ def describe(candidate: ModelFolder, dtype: str | None = None) -> dict[str, Any]
         "dtype": dtype or candidate.dtype,
         "stored_dtype": candidate.dtype,
         "class": (config.get("architectures") or ["?"])[0],
-        "num_hidden_layers": config.get("num_hidden_layers"),
         **{kind.hf_key: config.get(kind.hf_key) for kind in known_kinds() if kind.varies and kind.hf_key},
     }

@@ -42,6 +42,7 @@ from megatron_prune.huggingface.shards import (
 )
 from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.huggingface.tokenizer_export import export_tokenizer
+from megatron_prune.huggingface.weights import layers_left
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.sources import finite
 from megatron_prune.model.table import EMBEDDING, Part
@@ -87,7 +88,8 @@ def export(
     """Export a model; `save_dir` must not hold anything yet.
 
     Args:
-        read: Hugging Face name -> the LIVE tensor, units in original-id order; each is asked for once, in model order.
+        read: Hugging Face name in the source -> the LIVE tensor, units in original-id order; each is asked for once, in
+            model order. Layers that are left are numbered anew in the export.
         dtype: one of `shards.DTYPES`; None keeps that of the embedding.
         other_dtypes: Hugging Face name -> dtype of weights to be stored in another one.
         kv_policy: see `kv_policy`.
@@ -102,6 +104,8 @@ def export(
         UserError: an option is wrong or not exact, the folder is in the way or cannot be written, the tokenizer does
             not fit, or a weight does not fit into float16. Nothing is left behind.
     """
+    source_architecture = Architecture.full(architecture.shape)
+    read, architecture = layers_left(read, architecture)
     target = Path(save_dir).resolve()
     _check_target(target, overwrite)
     max_bytes = parse_size(max_shard_size)
@@ -121,7 +125,9 @@ def export(
             config = _write_settings(staged, architecture, plan, stored.main, tokenizer, source or {})
             if tokenizer is not None:
                 _write_tokenizer(staged, tokenizer, architecture.shape.max_position_embeddings)
-            card = model_card(architecture, plan, dtype_name(stored.main), parameters, facts or CardFacts())
+            card = model_card(
+                architecture, source_architecture, plan, dtype_name(stored.main), parameters, facts or CardFacts()
+            )
             (staged / "README.md").write_text(card, encoding="utf-8")
             write_list(staged)
             check_kept(staged, target)

@@ -142,7 +142,7 @@ def _rounding(shape: LlamaShape) -> str:
     table, found = ParamTable.build(shape), []
     for group in known_groups():
         unit = table.columns(group.kind)
-        if group.kind.size(shape) * unit % BLOCK:
+        if group.kind in table.kinds and group.kind.size(shape) * unit % BLOCK:
             if unit > 1:  # heads cannot be rounded to it
                 return ""
             found.append(f"{group.name}.round_to={BLOCK}")

@@ -49,14 +49,16 @@ class CardFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def model_card(architecture: Architecture, plan: KvPlan, dtype: str, stored_parameters: int, facts: CardFacts) -> str:
+def model_card(
+    architecture: Architecture, full: Architecture, plan: KvPlan, dtype: str, stored_parameters: int, facts: CardFacts
+) -> str:
     """The text of README.md.
 
     Args:
+        full: the source.
         dtype: name of the stored dtype.
         stored_parameters: parameters in the exported files, repeated KV heads included.
     """
-    full = Architecture.full(architecture.shape)
     is_pruned = architecture.parameters != full.parameters
     name = facts.base_model.rpartition("/")[2] if facts.base_model else facts.source_name or "A Llama model"
     title = f"{name} pruned to {_rounded(architecture.parameters)} parameters" if is_pruned else name

@@ -296,6 +296,19 @@ def live_view(read: Reader, architecture: Architecture) -> Reader:
     return read_live
 
 
+def layers_left(read: Reader, architecture: Architecture) -> tuple[Reader, Architecture]:
+    """`architecture` with its layers numbered anew (see `Architecture.renumbered`), and a reader of its live tensors by
+    their new names from one by names in the source."""
+    renumbered = architecture.renumbered()
+    live = (row for row in architecture.table.rows if row.lives_in(architecture))
+    names = {
+        new.hf_name: old.hf_name
+        for row, was in zip(renumbered.table.rows, live, strict=True)
+        for new, old in zip(row.parts, was.parts, strict=True)
+    }
+    return (lambda hf_name: read(names[hf_name])), renumbered
+
+
 def source_view(read: Reader, architecture: Architecture) -> Reader:
     """Reader of tensors in the source's shape, zero where units are gone, from one of `architecture`'s live tensors.
 

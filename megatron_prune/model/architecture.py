@@ -4,11 +4,13 @@
     Architecture   LlamaShape + the live units by their ORIGINAL ids; the one owner of widths and of the parameter count
 
 Each layer has its own live units of a kind (a shared kind has one set for all), and nothing here asks layers to be
-equally wide: groups decide that. Units that follow others (a KV head its query heads) live while one of those does.
+equally wide: groups decide that. Units that follow others (a KV head its query heads) live while one of those does. A
+layer can leave with all its units; the others keep their numbers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import numpy as np
 
 from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
-from megatron_prune.model.kinds import Kind, find_kind
+from megatron_prune.model.kinds import LAYER, Kind, find_kind
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.table import ATTENTION_OUTPUT, FFN_DOWN, QKV, ParamTable
 
@@ -55,7 +57,8 @@ class Architecture:
 
     Args:
         shape: the source model.
-        live: for each prunable kind of the shape's table and each of its sites, the int32 ids of the live units.
+        live: for each prunable kind of the shape's table and each of its sites, the int32 ids of the live units (none
+            in layers that are gone).
     """
 
     shape: LlamaShape
@@ -66,6 +69,9 @@ class Architecture:
             sites = self.live.get(kind, ())
             if len(sites) != kind.sites(self.shape):
                 raise ValueError(f"live units of {kind} at {len(sites)} sites, not {kind.sites(self.shape)}")
+            gone = () if kind.is_shared else set(range(len(sites))) - set(self.layers)
+            if any(len(sites[layer]) for layer in gone):
+                raise ValueError(f"live units of {kind} in layers that are gone")
 
     @classmethod
     def full(cls, shape: LlamaShape) -> Architecture:
@@ -77,6 +83,11 @@ class Architecture:
     def table(self) -> ParamTable:
         """The parameters of a model of this shape."""
         return ParamTable.build(self.shape)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Original numbers of the layers that are left, ascending."""
+        return tuple(self.live[LAYER][0].tolist())
 
     # Widths --------------------------------------------------------------------------------------------------------
 
@@ -99,6 +110,11 @@ class Architecture:
         assert kind.follows is not None
         return tuple(_frozen(np.unique(kind.serving(ids, self.shape))) for ids in self.sites(kind.follows))
 
+    def live_sites(self, kind: Kind) -> tuple[np.ndarray, ...]:
+        """As `sites`, without those of layers that are gone, which are empty."""
+        sites = self.sites(kind)
+        return sites if kind.is_shared else tuple(sites[layer] for layer in self.layers)
+
     def ids(self, kind: Kind, layer: int) -> np.ndarray:
         """Live original ids of `kind` in `layer`, ascending int32."""
         return self.sites(kind)[kind.site(layer)]
@@ -108,9 +124,10 @@ class Architecture:
         return max(map(len, self.sites(kind))) if layer is None else len(self.ids(kind, layer))
 
     def widths(self, kinds: Iterable[Kind] | None = None) -> dict[str, int | list[int]]:
-        """Live units by name of kind (of all that can vary, unless told): a number where all layers have as many."""
+        """Live units by name of kind (of all that can vary, unless told), in the layers that are left: a number where
+        all have as many."""
         chosen = self.table.varying if kinds is None else kinds
-        counted = {kind.name: [len(ids) for ids in self.sites(kind)] for kind in chosen}
+        counted = {kind.name: list(map(len, self.live_sites(kind))) for kind in chosen}
         return {name: counts[0] if len(set(counts)) == 1 else counts for name, counts in counted.items()}
 
     def clusters(self, kind: Kind) -> tuple[np.ndarray, ...]:
@@ -122,8 +139,13 @@ class Architecture:
 
     def elements(self, roles: tuple[str, ...] | None = None) -> int:
         """Live elements of all parameters, or of those of `roles` (see `ParamTable.elements`)."""
-        kinds = self.table.kinds
-        return self.table.elements({k: np.array([len(ids) for ids in self.sites(k)]) for k in kinds}, roles)
+        return int(self.table.elements(self.counts, roles))
+
+    @cached_property
+    def counts(self) -> dict[Kind, np.ndarray]:
+        """Live units of every kind of the table, int64 [sites]; of the layers, 1 or 0 for each."""
+        counted = {kind: np.array([len(ids) for ids in self.sites(kind)], dtype=np.int64) for kind in self.table.kinds}
+        return {**counted, LAYER: np.isin(np.arange(self.shape.num_layers), self.layers).astype(np.int64)}
 
     @cached_property
     def parameters(self) -> int:
@@ -132,7 +154,7 @@ class Architecture:
 
     def span(self, kind: Kind) -> str:
         """Live units of `kind` in a layer, for people: `9`, or `7 to 9` where layers differ."""
-        counts = sorted(map(len, self.sites(kind)))
+        counts = sorted(map(len, self.live_sites(kind)))
         return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
     def described(self) -> str:
@@ -196,6 +218,12 @@ class Architecture:
         """Parameters that leave with `group`, and with the units that served only units of it."""
         return self.parameters - self.without(group).parameters
 
+    def renumbered(self) -> Architecture:
+        """The layers that are left as those of a source that has no others, for whoever counts layers from 0 on."""
+        shape, live = dataclasses.replace(self.shape, num_layers=len(self.layers)), dict(self.live)
+        live[LAYER] = (_frozen(np.arange(shape.num_layers)),)
+        return Architecture(shape, {k: live[k] if k.is_shared else self.live_sites(k) for k in self.table.prunable})
+
     # Identity and storage ------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
@@ -227,7 +255,7 @@ class Architecture:
         """Inverse of `to_json`; raises `UserError` when the live ids do not fit the shape or the stated widths."""
         try:
             shape = LlamaShape.from_json(data["shape"])
-            live = first_format.live(data["live"])
+            live = {LAYER.name: f"0-{shape.num_layers - 1}", **first_format.live(data["live"])}
             kinds = ParamTable.build(shape).prunable
             if set(live) != {kind.name for kind in kinds}:
                 raise ValueError(f"live units of {', '.join(live)}, not of {', '.join(map(repr, kinds))}")
@@ -236,7 +264,7 @@ class Architecture:
             raise UserError(f"architecture.json: not an architecture of this project ({error!r})") from error
         for kind in kinds:
             size = kind.size(shape)
-            for ids in result.live[kind]:
+            for ids in result.live_sites(kind):
                 if not len(ids) or ids[-1] >= size:
                     raise UserError(
                         f"architecture.json: live ids {to_ranges(ids)!r} do not fit the source's {size} units"

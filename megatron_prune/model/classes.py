@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -41,6 +42,7 @@ class PrunableLlama(torch.nn.Module):
     """
 
     modules_per_layer = 1
+    layers: tuple[int, ...] = ()  # original numbers of those in `decoder.layers`
     config: Any
     decoder: Any
     output_layer: Any
@@ -58,9 +60,29 @@ class PrunableLlama(torch.nn.Module):
         if self.live_vocab < logits.shape[-1]:
             logits[..., self.live_vocab :] = float("-inf")
 
-    def layer_of(self, module: Any) -> int:
-        """Layer in the whole Llama, from 0, of one of `decoder.layers`."""
-        return int(module.layer_number - 1) // self.modules_per_layer
+    def numbered(self) -> Iterator[tuple[int, Any]]:
+        """(original number, from 0, of its layer, module) of each of `decoder.layers`."""
+        for at, module in enumerate(self.decoder.layers):
+            yield self.layers[at // self.modules_per_layer], module
+
+    def hold(self, layers: tuple[int, ...], first: int) -> None:
+        """Have the modules of just these `layers`, which follow on `first` others of earlier stages: others go, and
+        those that were not here are built, with undefined weights."""
+        self.layers = self.layers or layers  # none are known of a new model: it was built with these
+        if self.layers != layers:
+            assert self.modules_per_layer == 1, "a HybridModel's layers do not move"
+            known = dict(self.numbered())
+            self.decoder.layers = torch.nn.ModuleList(known.get(layer) or self._built() for layer in layers)
+            self.decoder.num_layers_per_pipeline_rank = len(layers)
+            self.layers = layers
+        for at, module in enumerate(self.decoder.layers):
+            module.layer_number = first * self.modules_per_layer + at + 1
+
+    def _built(self) -> torch.nn.Module:
+        decoder = self.decoder
+        spec, groups = decoder.submodules.layer_specs[0], decoder.pg_collection
+        layer: torch.nn.Module = build_module(spec, config=self.config, layer_number=1, pg_collection=groups)
+        return layer
 
 
 class GptLlama(PrunableLlama, GPTModel):

@@ -1,7 +1,7 @@
 """The kinds of units a model is made of, registered as criteria are.
 
     Kind           what a unit of it is: how many there are, how ranks share them, what it follows
-    HEAD KV_HEAD FFN STEM VOCAB   those of a Llama;  FIXED  a dimension without units
+    HEAD KV_HEAD FFN STEM VOCAB LAYER   those of a Llama;  FIXED  a dimension without units
     register_kind  adds one;  find_kind  by name;  known_kinds  all
 
 A *unit* is one head, one channel, one row of the vocabulary; it is known by its original id, its number in the source
@@ -139,5 +139,8 @@ VOCAB = register_kind(
         quantum=128,
         hf_key="vocab_size",
     )
+)
+LAYER = register_kind(  # a whole layer; no dim counts it: rows of a layer that is gone vanish
+    Kind("layer", "layers", "layers", lambda shape: shape.num_layers, is_shared=True, hf_key="num_hidden_layers")
 )
 FIXED = Kind("fixed", "", "", lambda _: 1, is_shared=True, is_prunable=False)

@@ -5,6 +5,7 @@ original id) or empty (-1; all coupled weights are zero). Stored widths are equa
 megatron-core's regular layers keep working:
 
     StoredWidths  what comes of it on one rank
+    stage_layers  which pipeline stage has which layers
     ShardLayout   int32 id arrays per kind; `pack` (pure function of live ids, TP and quanta), `without`, `is_due`
     GroupSlots    which slots hold the units of a group
 
@@ -30,7 +31,7 @@ import numpy as np
 from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture, Group
-from megatron_prune.model.kinds import FIXED, Kind, find_kind
+from megatron_prune.model.kinds import FIXED, LAYER, Kind, find_kind
 from megatron_prune.model.table import ATTENTION_OUTPUT, EMBEDDING, EMPTY, FFN_DOWN, QKV, Runs, holds, runs
 
 Quanta = Mapping[Kind, int]  # stored widths are multiples of these, per rank; kinds not named have their own default
@@ -48,6 +49,22 @@ def balanced_ranges(count: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
+def stage_layers(
+    layers: Sequence[int], stages: int, first: int | None = None, last: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Which of the stored `layers` each pipeline stage has: `first` and `last` as many on the first and last one, where
+    that leaves one for each other, the rest shared out evenly, longer shares first; a pure function of these numbers.
+    """
+    fixed = {stage: count for stage, count in ((0, first), (stages - 1, last)) if count is not None}
+    rest, others = len(layers) - sum(fixed.values()), stages - len(fixed)
+    if rest < others or (rest and not others):
+        fixed, rest, others = {}, len(layers), stages
+    shares = iter([end - start for start, end in balanced_ranges(rest, others)] if others else [])
+    counts = [fixed[stage] if stage in fixed else next(shares) for stage in range(stages)]
+    starts = [sum(counts[:stage]) for stage in range(stages)]
+    return tuple(tuple(layers[start : start + count]) for start, count in zip(starts, counts, strict=True))
+
+
 def _fill(sizes: np.ndarray, parts: int, capacity: int, max_items: int) -> list[tuple[int, int]] | None:
     """Contiguous ranges over clusters of `sizes`, each at most `capacity` queries and `max_items` clusters, or None."""
     ranges, start = [], 0
@@ -62,7 +79,7 @@ def _fill(sizes: np.ndarray, parts: int, capacity: int, max_items: int) -> list[
 
 
 def _cluster_widths(sizes: Sequence[np.ndarray], tp: int) -> tuple[int, int]:
-    """Least stored (query, KV) widths per rank over all layers, by whole contiguous clusters."""
+    """Least stored (query, KV) widths per rank over all layers, by whole contiguous clusters (some in every layer)."""
     query = max(max(int(s.max()), -(-int(s.sum()) // tp)) for s in sizes)
     while any(_fill(s, tp, query, len(s)) is None for s in sizes):
         query += 1
@@ -100,12 +117,15 @@ class ShardLayout:
         tp: tensor-parallel size.
         quanta: rounding of stored widths.
         placed: for each kind of the table, [sites, ranks, slots] original ids; one rank for kinds that are not split.
+        layers: original numbers of the layers that are stored, ascending: those that are left, and those that went
+            since the last compaction, whose slots are all empty.
     """
 
     architecture: Architecture
     tp: int
     quanta: Quanta
     placed: Mapping[Kind, np.ndarray]
+    layers: tuple[int, ...]
 
     @classmethod
     def pack(cls, architecture: Architecture, tp: int, quanta: Quanta) -> ShardLayout:
@@ -123,7 +143,8 @@ class ShardLayout:
                 slots = np.arange(widths[kind] * kind.ranks(tp), dtype=np.int32)
                 slots[kind.size(architecture.shape) :] = EMPTY
                 placed[kind] = np.stack([slots.reshape(kind.ranks(tp), -1)] * kind.sites(architecture.shape))
-        return cls(architecture, tp, quanta, {kind: placed[kind] for kind in architecture.table.kinds})
+        placed = {kind: placed[kind] for kind in architecture.table.kinds}
+        return cls(architecture, tp, quanta, placed, architecture.layers)
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -151,7 +172,9 @@ class ShardLayout:
         return GroupSlots(self, group, rank)
 
     def width(self, kind: Kind) -> int:
-        """Stored slots per rank."""
+        """Stored slots per rank; of the layers, how many are stored on all stages together."""
+        if kind not in self.placed:
+            return len(self.layers)
         return int(self.placed[kind].shape[-1])
 
     @cached_property
@@ -159,7 +182,7 @@ class ShardLayout:
         """What one rank stores, whatever the kinds are called."""
         table, d = self.architecture.table, self.architecture.shape.kv_channels
         embedding = table.find(EMBEDDING)
-        attention, qkv, down = (table.find(role, layer=0) for role in (ATTENTION_OUTPUT, QKV, FFN_DOWN))
+        attention, qkv, down = (table.find(role, self.layers[0]) for role in (ATTENTION_OUTPUT, QKV, FFN_DOWN))
         hidden, columns = attention.local_shape(self)
         return StoredWidths(
             hidden=hidden,
@@ -174,7 +197,9 @@ class ShardLayout:
         return _quantum(kind, self.quanta)
 
     def empty_slots(self, kind: Kind) -> int:
-        """Empty slots of `kind`, summed over layers and ranks."""
+        """Empty slots of `kind`, summed over layers and ranks; of the layers, those that are stored and gone."""
+        if kind not in self.placed:
+            return len(self.layers) - len(self.architecture.layers)
         return int((self.placed[kind] == EMPTY).sum())
 
     @property
@@ -184,13 +209,15 @@ class ShardLayout:
 
     @cached_property
     def is_due(self) -> bool:
-        """True when compacting now would free at least one quantum of some kind."""
+        """True when compacting now would free at least one quantum of some kind, or a layer."""
+        if self.layers != self.architecture.layers:
+            return True
         widths = _stored_widths(self.architecture, self.tp, self.quanta)
         return any(self.width(kind) > width for kind, width in widths.items())
 
     def fingerprint(self) -> str:
         """Hex digest of architecture and slots; equal on all ranks that agree."""
-        digest = hashlib.sha256(self.architecture.fingerprint().encode())
+        digest = hashlib.sha256(f"{self.architecture.fingerprint()} {self.layers}".encode())
         for array in self.placed.values():
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
@@ -228,7 +255,8 @@ class ShardLayout:
     def to_state(self) -> dict[str, Any]:
         """Slot map for a checkpoint (plain lists and numbers)."""
         quanta = named_quanta(self.architecture, self.quanta)
-        return {"tp": self.tp, "quanta": quanta, "slots": {k.name: slots.tolist() for k, slots in self.placed.items()}}
+        slots = {kind.name: slots.tolist() for kind, slots in self.placed.items()}
+        return {"tp": self.tp, "quanta": quanta, "slots": slots, "layers": list(self.layers)}
 
     @classmethod
     def from_state(cls, architecture: Architecture, state: dict[str, Any]) -> ShardLayout:
@@ -239,14 +267,19 @@ class ShardLayout:
             named = first_format.slots(state)
             placed = {kind: np.array(named[kind.name], dtype=np.int32) for kind in architecture.table.kinds}
             quanta = {find_kind(name): quantum for name, quantum in state["quanta"].items()}
-            layout = cls(architecture, state["tp"], quanta, placed)
+            layers = state.get("layers", range(architecture.shape.num_layers))
+            layout = cls(architecture, state["tp"], quanta, placed, tuple(layers))
             layout._check_slots()
         except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
             raise UserError(f"layout.json: not the slot map of this architecture ({error!r})") from error
         return layout
 
     def _check_slots(self) -> None:
-        """Raise ValueError unless the slots hold exactly the live units."""
+        """Raise ValueError unless the slots hold exactly the live units, and the layers those that are left."""
+        known = range(self.architecture.shape.num_layers)
+        stored = [layer for layer in known if layer in self.layers]
+        if list(self.layers) != stored or not set(self.architecture.layers) <= set(stored):
+            raise ValueError("layers other than those that are left")
         for kind, slots in self.placed.items():
             if slots.shape[:-1] != (kind.sites(self.architecture.shape), kind.ranks(self.tp)):
                 raise ValueError(f"slots of {kind} for other layers or ranks")
@@ -267,12 +300,13 @@ class GroupSlots:
         rank: tensor-parallel.
 
     Attributes:
-        kinds: those of which units leave.
+        kinds: those of which units leave. layers: that leave as a whole.
     """
 
     def __init__(self, layout: ShardLayout, group: Group, rank: int) -> None:
         self._layout, self._group, self._rank = layout, group, rank
         self.kinds = {kind for kind in layout.placed if kind in group.gone or kind.follows in group.gone}
+        self.layers = frozenset(group.units(LAYER, 0))
         self._runs: dict[tuple[Kind, int], Runs] = {}
 
     def runs(self, kind: Kind, layer: int) -> Runs:
@@ -311,7 +345,7 @@ def _stored_widths(architecture: Architecture, tp: int, quanta: Quanta) -> dict[
     for kind in architecture.table.kinds:
         follower, ranks = _follower(architecture, kind), kind.ranks(tp)
         if follower is not None:
-            sizes = architecture.clusters(follower)
+            sizes = [counts for counts in architecture.clusters(follower) if len(counts)]
             widths[kind], widths[follower] = _stored_clusters(sizes, ranks, _quantum(kind, quanta))
         elif kind.is_prunable:
             widths[kind] = round_up(-(-architecture.width(kind) // ranks), _quantum(kind, quanta))

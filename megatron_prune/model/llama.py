@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.classes import AUTO, PrunableLlama, construct, engine_of
+from megatron_prune.model.classes import AUTO, HYBRID, PrunableLlama, construct, engine_of
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layers import CoreAttention, PrunableSelfAttention, RMSNorm, set_slots
-from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.layout import ShardLayout, stage_layers
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.table import EMPTY, LINEARS, NORM, QKV, Param, ParamTable
 from megatron_prune.runtime.mesh import Mesh
@@ -63,16 +63,22 @@ def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, optio
     Raises:
         UserError: the layers do not split over the pipeline stages, or megatron-core has no such class.
     """
-    engine_of(options.engine)
+    engine, is_whole, stages = engine_of(options.engine), len(layout.layers) == shape.num_layers, mesh.pp_size
     uneven = options.num_layers_in_first_pipeline_stage or options.num_layers_in_last_pipeline_stage
-    if shape.num_layers % mesh.pp_size and not uneven:
+    if is_whole and shape.num_layers % stages and not uneven:
         raise UserError(
             f"pipeline_model_parallel_size: {shape.num_layers} layers do not divide by {mesh.pp_size} stages; set "
             "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage"
         )
+    ends = options.num_layers_in_first_pipeline_stage, options.num_layers_in_last_pipeline_stage
+    num_layers = shape.num_layers
+    if not is_whole:  # stages of any numbers: each builds as many as it has, and numbers them itself
+        if engine == HYBRID:
+            raise UserError("model.engine: a model that has lost layers is built as gpt only, so far; use gpt")
+        num_layers, ends = stages * len(stages_of(layout, mesh, options)[mesh.pp_rank]), (None, None)
     try:
         return TransformerConfig(
-            num_layers=shape.num_layers,
+            num_layers=num_layers,
             **stored_sizes(layout),
             kv_channels=shape.kv_channels,
             layernorm_epsilon=shape.norm_epsilon,
@@ -81,8 +87,8 @@ def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, optio
             tensor_model_parallel_size=mesh.tp_size,
             pipeline_model_parallel_size=mesh.pp_size,
             sequence_parallel=options.sequence_parallel and mesh.tp_size > 1,
-            num_layers_in_first_pipeline_stage=options.num_layers_in_first_pipeline_stage,
-            num_layers_in_last_pipeline_stage=options.num_layers_in_last_pipeline_stage,
+            num_layers_in_first_pipeline_stage=ends[0],
+            num_layers_in_last_pipeline_stage=ends[1],
             recompute_granularity=options.recompute_granularity,
             recompute_method=options.recompute_method,
             recompute_num_layers=options.recompute_num_layers,
@@ -126,10 +132,24 @@ def build_llama(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: Mod
         pg_collection=groups,
         live_vocab=int((layout.slots(VOCAB, 0, mesh.tp_rank) != EMPTY).sum()),
     ).to(mesh.device.device)
+    hold_layers(model, layout, mesh, options)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(mesh.device.device)
-    _mark_sharding(model, ParamTable.build(shape))
     bind_layout(model, layout, mesh)
     return model
+
+
+def hold_layers(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh, options: ModelOptions) -> None:
+    """Let the stage have the layers that `layout` stores and that are its own (see `PrunableLlama.hold`)."""
+    llama, stages = inner_model(model), stages_of(layout, mesh, options)
+    llama.hold(stages[mesh.pp_rank], first=sum(map(len, stages[: mesh.pp_rank])))
+    llama.to(mesh.device.device)
+    _mark_sharding(llama, layout.architecture.table)
+
+
+def stages_of(layout: ShardLayout, mesh: Mesh, options: ModelOptions) -> tuple[tuple[int, ...], ...]:
+    """Which of the stored layers each pipeline stage has."""
+    ends = options.num_layers_in_first_pipeline_stage, options.num_layers_in_last_pipeline_stage
+    return stage_layers(layout.layers, mesh.pp_size, *ends)
 
 
 def _mark_sharding(model: PrunableLlama, table: ParamTable) -> None:
@@ -184,8 +204,7 @@ def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh, before:
     for name, value in stored_sizes(layout).items():
         setattr(llama.config, name, value)
     modules, slots = list[CoreAttention](), list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
-    for module in llama.decoder.layers:
-        index = llama.layer_of(module)
+    for index, module in llama.numbered():
         for norm in (module.input_layernorm, module.pre_mlp_layernorm):
             if isinstance(norm, RMSNorm):
                 norm.live_width = _live_width(layout, index)
@@ -232,7 +251,7 @@ def named_linears(model: torch.nn.Module, table: ParamTable) -> Iterator[tuple[s
 
 def _local_rows(llama: PrunableLlama, table: ParamTable) -> Iterator[tuple[str, str, torch.nn.Parameter, Param]]:
     """(name inside this stage, name in the whole model, parameter, row)."""
-    numbers = {i: llama.layer_of(module) for i, module in enumerate(llama.decoder.layers)}
+    numbers = [layer for layer, _ in llama.numbered()]
     for local_name, parameter in list(llama.named_parameters()):
         name = local_name
         if name.startswith("decoder.layers."):

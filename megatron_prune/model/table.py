@@ -23,11 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_prune.model.kinds import FFN, FIXED, HEAD, KV_HEAD, STEM, VOCAB, Kind, in_order
+from megatron_prune.model.kinds import FFN, FIXED, HEAD, KV_HEAD, LAYER, STEM, VOCAB, Kind, in_order
 from megatron_prune.model.shape import LlamaShape
 
 if TYPE_CHECKING:
@@ -93,6 +93,10 @@ class Param:
         """The layer whose units its dims count; 0 outside the layers, where all kinds are shared."""
         return self.layer or 0
 
+    def lives_in(self, architecture: Architecture) -> bool:
+        """Whether its layer, if it has one, is still there; else the parameter has no live element."""
+        return self.layer is None or self.layer in architecture.layers
+
     @property
     def is_output(self) -> bool:
         """True in the output layer group, on which saliency is computed (attention output, FFN down)."""
@@ -122,19 +126,20 @@ class Param:
 
     def element_ids(self, dim: int, layout: ShardLayout, rank: int) -> np.ndarray:
         """Per element along `dim` of the local parameter: its position in the SOURCE tensor of its part, or -1."""
-        return np.concatenate(
+        ids = np.concatenate(
             [
                 expand(layout.slots(part.dims[dim].kind, self.site, rank), part.dims[dim].size)
                 for part in self._along(dim)
             ]
         )
+        return ids if self.lives_in(layout.architecture) else np.full_like(ids, EMPTY)
 
     def group_runs(self, gone: GroupSlots) -> tuple[Runs, ...]:
         """Per dim of the local parameter, the (first, past-last) element positions of what holds a unit of the group.
 
         Units that only served units of the group are included.
         """
-        found = []
+        found: list[Runs] = []
         for dims in self._stacked:
             runs: list[tuple[int, int]] = []
             if any(dim.kind in gone.kinds for dim in dims):
@@ -143,6 +148,8 @@ class Param:
                     runs += [(start + a * dim.size, start + b * dim.size) for a, b in gone.runs(dim.kind, self.site)]
                     start += gone.width(dim.kind) * dim.size
             found.append(tuple(runs))
+        if self.layer in gone.layers and not any(found):  # it has no units of the layer's own, such as a norm
+            found[0] = ((0, sum(gone.width(dim.kind) * dim.size for dim in self._stacked[0])),)
         return tuple(found)
 
     def group_positions(self, group: Group, layout: ShardLayout, rank: int) -> tuple[np.ndarray, ...]:
@@ -197,13 +204,13 @@ class ParamTable:
 
     @cached_property
     def prunable(self) -> tuple[Kind, ...]:
-        """Those of `kinds` whose units may leave by themselves."""
-        return tuple(kind for kind in self.kinds if kind.is_prunable)
+        """Those of `kinds` whose units may leave by themselves, and the layers."""
+        return (*(kind for kind in self.kinds if kind.is_prunable), LAYER)
 
     @cached_property
     def varying(self) -> tuple[Kind, ...]:
-        """Those of `kinds` whose number changes: prunable ones, and those that follow them."""
-        return tuple(kind for kind in self.kinds if kind.varies)
+        """Those of `kinds` whose number changes: prunable ones and those that follow them, and the layers."""
+        return (*(kind for kind in self.kinds if kind.varies), LAYER)
 
     @cached_property
     def scored(self) -> tuple[Kind, ...]:
@@ -217,44 +224,54 @@ class ParamTable:
 
     @cached_property
     def parts(self) -> dict[str, tuple[Part, int]]:
-        """Hugging Face name -> (part, site of its row) of each tensor, in model order."""
+        """Hugging Face name -> (part, site of its row) of each tensor of the source, in model order."""
         return {part.hf_name: (part, row.site) for row in self.rows for part in row.parts}
 
     def hf_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Hugging Face name -> live shape of each tensor."""
+        """Hugging Face name -> live shape of each tensor that is there."""
         return {
-            name: tuple(architecture.width(dim.kind, site) * dim.size for dim in part.dims)
-            for name, (part, site) in self.parts.items()
+            part.hf_name: tuple(architecture.width(dim.kind, row.site) * dim.size for dim in part.dims)
+            for row in self.rows
+            if row.lives_in(architecture)
+            for part in row.parts
         }
 
-    def elements(self, widths: Mapping[Kind, np.ndarray], roles: tuple[str, ...] | None = None) -> int:
-        """Elements of all parameters (or of those of `roles`) at int `widths` [sites] of each kind in `kinds`; a tied
-        LM head is counted once, as the embedding."""
-        flat = np.concatenate([[1], *(widths[kind] for kind in self.kinds)]).astype(np.int64)
-        factors, first, second = self._terms if roles is None else self._terms_of(roles)
-        return int((factors * flat[first] * flat[second]).sum())
+    def elements(self, widths: Mapping[Kind, np.ndarray], roles: tuple[str, ...] | None = None) -> Any:
+        """Elements of all parameters (or of those of `roles`) at `widths` (see `Architecture.counts`), an int of int64
+        ones, a float of shares of widths; a tied LM head is counted once, as the embedding."""
+        flat = np.concatenate([np.ones(1, dtype=np.int64), *(widths[kind] for kind in (*self.kinds, LAYER))])
+        factors, *places = self._terms if roles is None else self._terms_of(roles)
+        return (factors * np.prod([flat[place] for place in places], axis=0)).sum().item()
+
+    def channels(self, widths: Mapping[Kind, np.ndarray], role: str, dim: int, after: int = 0) -> Any:
+        """Elements along `dim` of the parameters of `role` (of their parts but for the first `after`), summed over
+        layers; `widths` as in `elements`."""
+        dims = [(part.dims[dim], row.site) for row in self.rows if row.role == role for part in row.parts[after:]]
+        return sum(widths[d.kind][d.kind.site(site)] * d.size * widths[LAYER][site] for d, site in dims)
 
     @cached_property
-    def _terms(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _terms(self) -> tuple[np.ndarray, ...]:
         return self._terms_of(None)
 
-    def _terms_of(self, roles: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The count of elements as a polynomial of the widths: int64 (factors, places, places) of its terms, places in
-        [1 | widths of each kind]."""
+    def _terms_of(self, roles: tuple[str, ...] | None) -> tuple[np.ndarray, ...]:
+        """The count of elements as a polynomial of the widths: int64 (factors, places, places, places) of its terms,
+        places in [1 | widths of each kind | layers]."""
         starts, place = {}, 1
         for kind in self.kinds:
             starts[kind] = place
             place += kind.sites(self.shape)
-        terms: Counter[tuple[int, int]] = Counter()
+        terms: Counter[tuple[int, int, int]] = Counter()
         for row in self.rows:
             if roles is not None and row.role not in roles:
                 continue
             for part in row.parts:
                 places = [0 if dim.kind is FIXED else starts[dim.kind] + dim.kind.site(row.site) for dim in part.dims]
                 first, second = sorted((*places, 0)[:2])
-                terms[first, second] += int(np.prod([dim.size for dim in part.dims]))
-        table = np.array([(factor, *at) for at, factor in terms.items()], dtype=np.int64).reshape(-1, 3)
-        return table[:, 0], table[:, 1], table[:, 2]
+                terms[first, second, 0 if row.layer is None else place + row.layer] += int(
+                    np.prod([dim.size for dim in part.dims])
+                )
+        table = np.array([(factor, *at) for at, factor in terms.items()], dtype=np.int64).reshape(-1, 4)
+        return tuple(table.T)
 
 
 Rows = Callable[[LlamaShape], Iterator[Param]]

@@ -1,6 +1,7 @@
 """What stays of every kind of unit, so that none pays for all (`pruning.balance`).
 
-    proportional_share   the share of its units that every kind would keep if all shrank alike
+    proportional_share   the share of its units that every kind would keep if all shrank alike, for a number of
+                         parameters;  share_within  for any limit
     balanced_widths      the widths down to which the scores decide freely
 
 Scores are the immediate change of the loss. Inside a kind that is what one wants; between kinds it misleads: in a small
@@ -15,13 +16,15 @@ from collections import Counter
 from collections.abc import Collection
 
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.pruning.budget import PARAMS, Limit
 from megatron_prune.pruning.groups import GroupKind, Rules
 
 
-def proportional_share(source: Architecture, groups: Collection[GroupKind], target_params: int) -> float:
+def proportional_share(source: Architecture, groups: Collection[GroupKind], target_params: float) -> float:
     """u in [0, 1]: `source` has `target_params` parameters when every kind of `groups` keeps the share u of its units.
 
-    A tensor has as many factors u as it has dims of such kinds, so the count is a polynomial of degree two in u.
+    A tensor has as many factors u as it has dims of such kinds, so the count is a polynomial of degree two in u (of
+    three with layers among the kinds: see `share_within`).
     """
     shrinking = {group.kind for group in groups}
     terms = Counter[int]()  # power of u -> elements
@@ -34,6 +37,21 @@ def proportional_share(source: Architecture, groups: Collection[GroupKind], targ
     return min(1.0, 2 * rest / (terms[1] + math.sqrt(terms[1] ** 2 + 4 * terms[2] * rest)))
 
 
+def share_within(source: Architecture, groups: Collection[GroupKind], limit: Limit) -> float:
+    """u in [0, 1]: as `proportional_share` for whatever `limit` counts, which grows with u."""
+    if limit.name == PARAMS and all(group.kind in source.table.kinds for group in groups):
+        return proportional_share(source, groups, limit.most)
+    shrinking, low, high = {group.kind for group in groups}, 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        counts = {
+            kind: live * (middle if kind in shrinking or kind.follows in shrinking else 1.0)
+            for kind, live in source.counts.items()
+        }
+        low, high = (low, middle) if limit.measure(source.table, counts) > limit.most else (middle, high)
+    return low if limit.of(source) > limit.most else 1.0
+
+
 def balanced_widths(source: Architecture, rules: Rules, balance: float) -> dict[str, int]:
     """By name of the kind of group, the units per layer that stay while another kind has more than its own to lose.
 
@@ -42,8 +60,9 @@ def balanced_widths(source: Architecture, rules: Rules, balance: float) -> dict[
         balance: share of the proportional width; 0: nothing is held back.
     """
     groups = rules.kinds(source)
-    share = balance * proportional_share(source, groups, rules.target_params)
+    share = balance * min(share_within(source, groups, limit) for limit in rules.budget.limits)
     return {group.name: math.ceil(share * source.width(group.kind) - _ROUNDING) for group in groups}
 
 
+_HALVINGS = 60  # of the interval that a share is looked for in
 _ROUNDING = 1e-9  # a share that is a whole number of units but for rounding is that number

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.pruning.groups import group_names
+from megatron_prune.pruning.groups import default_names, group_names
 from megatron_prune.pruning.history import Removal, before
 
 
@@ -59,6 +59,8 @@ def _draw_saliencies(axes: Any, times: Sequence[int], history: Sequence[Removal]
 
     passed_over: list[tuple[int, float]] = []
     for kind in group_names():
+        if kind not in default_names() and not any(kind in removal.scores for removal in history):
+            continue
         scored = [(time, removal) for time, removal in zip(times, history, strict=True) if kind in removal.scores]
         if not scored:
             axes.plot([], [], " ", label=f"{kind}: off, or at its floor")
@@ -90,6 +92,8 @@ def _draw_widths(axes: Any, times: Sequence[int], history: Sequence[Removal], so
     told = [kind for kind in source.table.prunable if all(kind.name in removal.widths for removal in history)]
     for kind in told:
         values = [source.width(kind), *(_most(removal.widths[kind.name]) for removal in history)]
+        if kind not in source.table.kinds and values[-1] == values[0]:
+            continue  # no layer has left, which most runs do not ask for
         _step(axes, times, values, kind.title)
     parameters = [source.parameters, *(removal.parameters for removal in history)]
     _step(axes, times, parameters, "parameters", color="black", linestyle="--", linewidth=1)

@@ -127,7 +127,7 @@ class ReplaySchedule:
         due = int(np.sum(self._due_at() <= tokens + _ROUNDING))
         return self.replay.removals[due - 1].parameters if due else self.source_params
 
-    def is_open(self, iteration: int, tokens: int, parameters: int) -> bool:
+    def is_open(self, iteration: int, tokens: int, parameters: float) -> bool:
         """Whether the model is larger than it was by now."""
         return parameters > self.size(tokens)
 
@@ -135,7 +135,7 @@ class ReplaySchedule:
         """`credits` unchanged: there is no account."""
         return credits
 
-    def is_due(self, credits: float, tokens: int, parameters: int) -> bool:
+    def is_due(self, credits: float, tokens: int, parameters: float) -> bool:
         """Whether the model is larger than it was by now."""
         return parameters > self.size(tokens)
 

@@ -4,7 +4,8 @@
     RatioSchedule   p pruning steps for every g gradient steps (EfficientLLM, arXiv 2502.06663)
     CurveSchedule   the size as a function of the tokens consumed (Zhu and Gupta, arXiv 1710.01878)
 
-All are pure: credits are the only state, and the run keeps them. An iteration is named by its number, from 1, and the
+Where another budget than parameters binds (`pruning.budget`), the parameters here are sizes as that counts them. All
+are pure: credits are the only state, and the run keeps them. An iteration is named by its number, from 1, and the
 tokens consumed when it ends, both known before it begins.
 """
 
@@ -21,16 +22,16 @@ class Schedule(Protocol):
     """What a pruner asks after every iteration; `RatioSchedule` and `CurveSchedule` answer."""
 
     @property
-    def target_params(self) -> int:
+    def target_params(self) -> float:
         """Pruning ends once there are no more parameters than this."""
 
-    def is_open(self, iteration: int, tokens: int, parameters: int) -> bool:
+    def is_open(self, iteration: int, tokens: int, parameters: float) -> bool:
         """Whether groups may leave at the end of this iteration at all, so that it earns its credits."""
 
     def credited(self, credits: float) -> float:
         """Credits with the income of an open iteration."""
 
-    def is_due(self, credits: float, tokens: int, parameters: int) -> bool:
+    def is_due(self, credits: float, tokens: int, parameters: float) -> bool:
         """Whether a group goes now, at the end of an open iteration."""
 
     def spent(self, credits: float, kind: str) -> float:
@@ -64,9 +65,9 @@ class RatioSchedule:
     gradient_steps: int
     first_prune_iter: int
     group_cost: Mapping[str, float]
-    target_params: int
+    target_params: float
 
-    def is_open(self, iteration: int, tokens: int, parameters: int) -> bool:
+    def is_open(self, iteration: int, tokens: int, parameters: float) -> bool:
         """Every g-th iteration while above the target."""
         since = iteration - self.first_prune_iter
         return since >= 0 and since % self.gradient_steps == 0 and parameters > self.target_params
@@ -75,7 +76,7 @@ class RatioSchedule:
         """`credits` and the p pruning steps that a scheduled iteration earns."""
         return credits + self.pruning_steps
 
-    def is_due(self, credits: float, tokens: int, parameters: int) -> bool:
+    def is_due(self, credits: float, tokens: int, parameters: float) -> bool:
         """While there is a credit and the target is not reached."""
         return credits >= 1 and parameters > self.target_params
 
@@ -116,8 +117,8 @@ class CurveSchedule:
     shape: Literal["cubic", "linear"]
     start: int
     end: int
-    source_params: int
-    target_params: int
+    source_params: float
+    target_params: float
 
     def size(self, tokens: int | np.ndarray) -> np.ndarray:
         """Parameters (float64) that are allowed once so many tokens are consumed."""
@@ -125,7 +126,7 @@ class CurveSchedule:
         power = 3 if self.shape == "cubic" else 1
         return self.target_params + (self.source_params - self.target_params) * np.clip(left, 0, 1) ** power
 
-    def is_open(self, iteration: int, tokens: int, parameters: int) -> bool:
+    def is_open(self, iteration: int, tokens: int, parameters: float) -> bool:
         """Whether the curve is below the model."""
         return bool(parameters > self.size(tokens))
 
@@ -133,7 +134,7 @@ class CurveSchedule:
         """`credits` unchanged: a curve has no account."""
         return credits
 
-    def is_due(self, credits: float, tokens: int, parameters: int) -> bool:
+    def is_due(self, credits: float, tokens: int, parameters: float) -> bool:
         """While the model is above the curve."""
         return bool(parameters > self.size(tokens))
 

@@ -2,15 +2,15 @@
 
     Decision           the group that goes, with the saliencies of all kinds and the margin it won by
     choose             UnitScores -> Decision or None
-    least_parameters   what no target can be below
+    least_architecture what no target can be below
 
 Each kind of group that is switched on offers its least salient group (`pruning.groups`), and the least of those is
 removed (EfficientLLM, arXiv 2502.06663, Eq. 10). Ties go to the kind registered first: head before ffn before stem.
 
 Scores may be negative (`taylor_signed`: the loss is predicted to fall). Such groups go first, the most negative one
-before all others. `normalize: per_parameter` weighs what a removal costs against the parameters it saves; where it
-costs nothing there is nothing to weigh, and dividing would put the largest groups last among those: negative scores are
-compared as they are.
+before all others. `normalize: per_parameter` weighs what a removal costs against the parameters it saves (or what it
+saves of another budget that binds, `pruning.budget`; what saves nothing of that stays); where it costs nothing there is
+nothing to weigh, and dividing would put the largest groups last among those: negative scores are compared as they are.
 
 What is least may have to wait, in this order: a group that ends too far below the target (`finish: exact`), one of a
 kind that has no more than its balanced width (`pruning.balance`), one of a kind of which enough have left by the same
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.pruning.budget import Budget
 from megatron_prune.pruning.groups import GroupKind, Rules
 from megatron_prune.saliency.scores import UnitScores, score_length
 
@@ -39,6 +40,7 @@ class Candidate:
         score: its saliency, as compared between kinds.
         runner_up: the score with the second-best unit in the layer where that costs least; infinite without one.
         left: units of the kind that stay in the layer where fewest do.
+        size: of the model without it, as `rules.budget` counts.
     """
 
     group: Group
@@ -46,6 +48,7 @@ class Candidate:
     runner_up: float
     parameters_after: int
     left: int
+    size: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def choose(
     found = {kind.name: c for kind in kinds if (c := _candidate(kind, scores, architecture, rules))}
     if not found:
         return None
-    eligible = _fitting(found, rules.target_params) if rules.finish == "exact" else found
+    eligible = _fitting(found, rules.budget) if rules.finish == "exact" else found
     eligible = {name: c for name, c in _balanced(eligible, rules).items() if name not in resting}
     if not eligible:
         return None
@@ -91,25 +94,28 @@ def choose(
 
 
 def _candidate(kind: GroupKind, scores: UnitScores, architecture: Architecture, rules: Rules) -> Candidate | None:
-    """The least salient group of `kind`, or None when that would go below the floor."""
+    """The least salient group of `kind`, or None when that would go below the floor or save nothing that counts."""
     offer = kind.offer(scores, architecture, rules)
     left = kind.left(architecture, offer.group)
     if left < rules.floor(kind.name):
         return None
-    removed = architecture.cost(offer.group)
-    score, runner_up = (normalized(value, removed, rules) for value in (offer.score, offer.score + offer.swap))
-    return Candidate(offer.group, score, runner_up, architecture.parameters - removed, left)
+    after, limit = architecture.without(offer.group), rules.budget.binding(architecture)
+    saved = limit.of(architecture) - limit.of(after)
+    if saved <= 0:
+        return None
+    score, runner_up = (normalized(value, saved, rules) for value in (offer.score, offer.score + offer.swap))
+    return Candidate(offer.group, score, runner_up, after.parameters, left, rules.budget.size(after))
 
 
-def normalized(score: float, parameters: int, rules: Rules) -> float:
-    """A group's score as it is compared between kinds, given the parameters that leave with the group."""
-    return score / parameters if rules.normalize == "per_parameter" and score > 0 else score
+def normalized(score: float, saved: float, rules: Rules) -> float:
+    """A group's score as it is compared between kinds, given what its removal saves of the budget that binds."""
+    return score / saved if rules.normalize == "per_parameter" and score > 0 else score
 
 
-def _fitting(found: dict[str, Candidate], target: int) -> dict[str, Candidate]:
+def _fitting(found: dict[str, Candidate], budget: Budget) -> dict[str, Candidate]:
     """Those that end no further than OVERSHOOT below the target, or else the one that ends nearest to it."""
-    fitting = {name: c for name, c in found.items() if c.parameters_after >= target * (1 - OVERSHOOT)}
-    nearest = max(found, key=lambda name: found[name].parameters_after)
+    fitting = {name: c for name, c in found.items() if c.size >= budget.target * (1 - OVERSHOOT)}
+    nearest = max(found, key=lambda name: found[name].size)
     return fitting or {nearest: found[nearest]}
 
 
@@ -130,9 +136,9 @@ def _drawn(architecture: Architecture, rules: Rules, step: int) -> tuple[UnitSco
     return scores, tuple(kind for kind in open_kinds if kind.name == name)
 
 
-def least_parameters(architecture: Architecture, rules: Rules) -> int:
-    """Parameters when every kind that is switched on is at its floor: no target below it can be reached."""
+def least_architecture(architecture: Architecture, rules: Rules) -> Architecture:
+    """Every kind that is switched on at its floor: no target below it can be reached."""
     smallest = architecture
     for kind in rules.kinds(architecture):
         smallest = kind.shrunk(smallest, kind.most(architecture, rules), rules, cheapest=True)
-    return smallest.parameters
+    return smallest

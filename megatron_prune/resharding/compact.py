@@ -2,8 +2,9 @@
 
 Order, chosen so that no more memory is needed than a training step holds anyway:
 
-    1. take the old optimizer's state aside, free the gradient buffers
-    2. move the model weights, parameter by parameter (units at range borders travel point to point over TP)
+    1. take the old optimizer's state aside, free the gradient buffers; layers that are gone leave the module
+    2. move the model weights, parameter by parameter (units at range borders travel point to point over TP; where
+       layers have left, others go to the next pipeline stage, from each rank to its counterpart)
     3. free the old parameter buffers, build DDP anew, free its gradient buffers for the moment, build the optimizer
     4. move the optimizer's state, tensor by tensor, freeing the old as it goes; with the distributed optimizer one
        parameter's flat ranges are put together over DP first, since old and new ranges cut it at different places
@@ -14,6 +15,8 @@ Losses and graphs from before the compaction must be dropped first: they would k
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +26,22 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_prune.model.layout import ShardLayout
+from megatron_prune.model.table import Param
 from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, set_moments
 from megatron_prune.optimizer.wrapped import WrappedModel
 from megatron_prune.resharding.plan import TransferPlan, plan_transfer
 from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
+
+Stage = tuple[int, ...]  # original numbers of a pipeline stage's layers
+
+
+@dataclass(frozen=True)
+class _Journey:
+    """A parameter whose layer goes from one pipeline stage to another."""
+
+    row: Param
+    start: int
+    end: int
 
 
 @dataclass
@@ -41,24 +56,48 @@ class _OldState:
 class Compaction:
     """Brings `model` from one layout to another; `move_weights`, then (with the new layout bound) `move_optimizer`.
 
+    Args:
+        before, after: layers of each pipeline stage under the old and the new layout.
+
     Attributes:
-        plans: per parameter, how this rank's old tensor becomes the new one.
+        plans: per parameter that this rank has and that stays somewhere, how its old tensor becomes the new one.
     """
 
-    def __init__(self, model: WrappedModel, old: ShardLayout, new: ShardLayout) -> None:
-        self._model = model
+    def __init__(
+        self, model: WrappedModel, old: ShardLayout, new: ShardLayout, before: Sequence[Stage], after: Sequence[Stage]
+    ) -> None:
+        self._model, self._old_layout, self._new_layout = model, old, new
         self._step = model.adam_step()
         self._groups = [dict(group, params=None) for group in model.optimizer.param_groups]
-        self._old = {shard.name: _set_aside(shard) for shard in model.owned()}
+        rank, stays = model.mesh.tp_rank, {name for name, _, row in model.rows() if row.lives_in(new.architecture)}
+        aside = [(shard.name, _set_aside(shard)) for shard in model.owned()]
+        self._old = {name: state for name, state in aside if name in stays}
         self._shapes = {name: tuple(parameter.shape) for name, parameter, _ in model.rows()}
-        self.plans = {name: plan_transfer(row, old, new, model.mesh.tp_rank) for name, _, row in model.rows()}
+        self.plans = {name: plan_transfer(row, old, new, rank) for name, _, row in model.rows() if name in stays}
+        homes = [{layer: stage for stage, own in enumerate(stages) for layer in own} for stages in (before, after)]
+        places = ((row, homes[0][row.layer], homes[1][row.layer]) for row in model.table.rows if row.layer in homes[1])
+        self._journeys = [_Journey(row, start, end) for row, start, end in places if start != end]
 
-    def move_weights(self) -> None:
-        """Steps 1 and 2 of the module: gradients are gone afterwards, and the module has its new parameters."""
+    def move_weights(self, hold_layers: Callable[[], None]) -> None:
+        """Steps 1 and 2 of the module: gradients are gone afterwards, and the module has its new parameters.
+
+        Args:
+            hold_layers: lets the module have the layers of the new layout.
+        """
         model = self._model
         _free_gradients(model)
+        weights = {name: parameter.data for name, parameter, _ in model.rows()}
+        arrived = {
+            journey.row.name: tensor
+            for journey in self._journeys
+            if (tensor := self._carried(journey, weights.get(journey.row.name), model.dtype)) is not None
+        }
+        del weights
+        hold_layers()
 
         def resized(name: str, data: Tensor) -> Tensor:
+            if name in arrived:
+                return arrived.pop(name)
             moved = move(data, self.plans[name], model.mesh)
             return moved.clone() if moved is data else moved  # the old memory goes with the old parameter
 
@@ -72,12 +111,50 @@ class Compaction:
         model.rewrap(before_optimizer=gradients.free)
         for group, previous in zip(model.optimizer.param_groups, self._groups, strict=True):
             group.update({key: value for key, value in previous.items() if key not in ("params", "step")})
-        new = {shard.name: shard for shard in model.owned()}
+        new, leaves = {shard.name: shard for shard in model.owned()}, {journey.row.name for journey in self._journeys}
         for name, plan in self.plans.items():
+            for key in sorted(names) if name not in leaves else ():
+                moved = move(self._whole_state(name, key), plan, model.mesh)
+                _set_state(key, moved.reshape(-1), new.get(name))
+        for journey in self._journeys:
+            name = journey.row.name
             for key in sorted(names):
-                _move_state(key, self._shapes[name], self._old.get(name), new.get(name), plan, model)
+                source = self._whole_state(name, key) if journey.start == model.mesh.pp_rank else None
+                arrived = self._carried(journey, source, torch.float32)
+                if arrived is not None:
+                    _set_state(key, arrived.reshape(-1), new.get(name))
         gradients.restore()
         model.set_adam_step(self._step)
+
+    def _carried(self, journey: _Journey, source: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The new local tensor where `journey` ends, None elsewhere; every rank calls it for the same journeys in the
+        same order, with the old local tensor `source` where it starts."""
+        mesh, row = self._model.mesh, journey.row
+        pp = mesh.over("pp")
+        if mesh.pp_rank == journey.start:
+            assert source is not None
+            moved = move(source, self.plans[row.name], mesh).contiguous()
+            dist.send(moved, pp.global_rank(journey.end), pp.group)
+        elif mesh.pp_rank == journey.end:
+            shape = row.local_shape(self._new_layout, mesh.tp_rank)
+            received = torch.empty(shape, dtype=dtype, device=mesh.device.device)
+            dist.recv(received, pp.global_rank(journey.start), pp.group)
+            return received
+        return None
+
+    def _whole_state(self, name: str, key: str) -> Tensor:
+        """One state tensor of one parameter in its old local shape; its ranges are put together over their owners."""
+        mesh, old = self._model.mesh, self._old.get(name)
+        source = old.tensors.pop(key) if old is not None else None
+        if self._model.options.use_distributed_optimizer and mesh.over("owners").size > 1:
+            full = torch.zeros(math.prod(self._shapes[name]), dtype=torch.float32, device=mesh.device.device)
+            if source is not None and old is not None:
+                full[old.start : old.end] = source
+            all_reduce_sum(full, mesh.over("owners"))
+        else:
+            assert source is not None
+            full = source
+        return full.view(self._shapes[name])
 
 
 def move(tensor: Tensor, plan: TransferPlan, mesh: Mesh) -> Tensor:
@@ -144,29 +221,8 @@ def _set_aside(shard: OwnedShard) -> _OldState:
     return _OldState(shard.start, shard.end, tensors)
 
 
-def _move_state(
-    key: str,
-    shape: tuple[int, ...],
-    old: _OldState | None,
-    new: OwnedShard | None,
-    plan: TransferPlan,
-    model: WrappedModel,
-) -> None:
-    """Carry one state tensor of one parameter over to its new owners; ranks that own nothing of it take part too."""
-    mesh = model.mesh
-    numel = 1
-    for size in shape:
-        numel *= size
-    source = old.tensors.pop(key) if old is not None else None
-    if model.options.use_distributed_optimizer and mesh.over("owners").size > 1:
-        full = torch.zeros(numel, dtype=torch.float32, device=mesh.device.device)
-        if source is not None and old is not None:
-            full[old.start : old.end] = source
-        all_reduce_sum(full, mesh.over("owners"))
-    else:
-        assert source is not None
-        full = source
-    moved = move(full.view(shape), plan, mesh).reshape(-1)
+def _set_state(key: str, moved: Tensor, new: OwnedShard | None) -> None:
+    """Give the new owner its range of a flat state tensor; nothing, where this rank owns none."""
     if new is None:
         return
     piece = moved[new.start : new.end]

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.layout import ShardLayout
-from megatron_prune.model.llama import ModelOptions, PrunableLlama, bind_layout, build_llama, load_parameters
+from megatron_prune.model.llama import (
+    ModelOptions,
+    PrunableLlama,
+    bind_layout,
+    build_llama,
+    hold_layers,
+    load_parameters,
+    stages_of,
+)
 from megatron_prune.optimizer.build import OptimizerOptions
 from megatron_prune.optimizer.wrapped import WrappedModel
 from megatron_prune.resharding.compact import Compaction
@@ -31,13 +39,19 @@ class LiveModel(WrappedModel):
 
     Args:
         layout: of the weights in `model`, for all layers and ranks.
+        model_options: that it was built with.
     """
 
     def __init__(
-        self, model: PrunableLlama, layout: ShardLayout, mesh: Mesh, options: OptimizerOptions, dtype: torch.dtype
+        self,
+        model: PrunableLlama,
+        layout: ShardLayout,
+        mesh: Mesh,
+        options: OptimizerOptions,
+        model_options: ModelOptions,
     ) -> None:
-        super().__init__(model, layout.architecture.table, mesh, options, dtype)
-        self._layout = layout
+        super().__init__(model, layout.architecture.table, mesh, options, model_options.dtype)
+        self._layout, self._model_options = layout, model_options
         self.rebuilt: list[Callable[[], None]] = []
 
     @classmethod
@@ -61,7 +75,7 @@ class LiveModel(WrappedModel):
         llama = build_llama(architecture.shape, layout, mesh, options)
         if read is not None:
             agreed(mesh, lambda: load_parameters(llama, architecture.table, layout, mesh, read))
-        return cls(llama, layout, mesh, optimizer, options.dtype)
+        return cls(llama, layout, mesh, optimizer, options)
 
     @property
     def layout(self) -> ShardLayout:
@@ -91,8 +105,9 @@ class LiveModel(WrappedModel):
         if new.fingerprint() == self._layout.fingerprint():
             return False
         self.synchronise()
-        compaction = Compaction(self, self._layout, new)
-        compaction.move_weights()
+        before, after = (stages_of(layout, self.mesh, self._model_options) for layout in (self._layout, new))
+        compaction = Compaction(self, self._layout, new, before, after)
+        compaction.move_weights(lambda: hold_layers(self.module, new, self.mesh, self._model_options))
         self._bind(new)
         compaction.move_optimizer()
         for tell in self.rebuilt:

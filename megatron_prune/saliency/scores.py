@@ -94,6 +94,8 @@ class UnitScores:
 
 def _among(ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Bool per id: is it in `kept`?"""
+    if not len(ids) or not len(kept):
+        return np.zeros(len(ids), dtype=bool)
     is_kept = np.zeros(int(max(ids[-1], kept[-1])) + 1, dtype=bool)
     is_kept[kept] = True
     return is_kept[ids]

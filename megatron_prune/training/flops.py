@@ -5,20 +5,17 @@ causality.
 from __future__ import annotations
 
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.table import ATTENTION_OUTPUT, EMBEDDING, LINEARS, LM_HEAD
+from megatron_prune.pruning.budget import flops_per_token
 
 
 def training_flops_per_token(architecture: Architecture, seq_length: int) -> float:
     """FLOPs to train on one token: matrix multiplications of live widths, logits and attention included."""
-    attended = [(row.dims[1], row.site) for row in architecture.table.rows if row.role == ATTENTION_OUTPUT]
-    columns = sum(architecture.width(dim.kind, site) * dim.size for dim, site in attended)
-    head = EMBEDDING if architecture.shape.tie_word_embeddings else LM_HEAD
-    return 3.0 * (2 * architecture.elements((*LINEARS, head)) + 4 * seq_length * columns)
+    return 3.0 * forward_flops_per_token(architecture, seq_length)
 
 
 def forward_flops_per_token(architecture: Architecture, seq_length: int) -> float:
     """FLOPs of a forward pass alone, such as a teacher's."""
-    return training_flops_per_token(architecture, seq_length) / 3
+    return flops_per_token(architecture.table, architecture.counts, seq_length)
 
 
 # Dense bf16 peaks in TFLOP/s, from the manufacturer's data sheets; the first name found in the device's own wins.

@@ -185,7 +185,7 @@ class Reporter:
         self.message(
             f"{status}: iteration {iteration} ({self.session.iterations} in this session, {minutes:.1f} min), "
             f"{self._first.parameters:,} to {architecture.parameters:,} parameters "
-            f"({_widths(architecture, ' ', ', ')}; groups removed, {_group_names()}: {_counts(removed)}), "
+            f"({_widths(architecture, ' ', ', ')}; groups removed, {self._counts(removed)}), "
             f"{rates.tokens_per_second:,.0f} tokens/s, {rates.tflops:.3g} TFLOP/s per device{mfu}, "
             f"peak memory {memory / MIB:,.0f} MiB"
         )
@@ -227,7 +227,7 @@ class Reporter:
             f"{_losses(report)} | grad norm: {report.grad_norm:.3f} | "
             f"number of skipped iterations: {report.skipped_iterations:3d} | parameters: {architecture.parameters} | "
             f"{_widths(architecture, ': ', ' | ')} | kv cache/token: {architecture.kv_cache_channels} | "
-            f"pruned groups ({_group_names()}): {_counts(self.window.removed)} | memory (MiB): {memory / MIB:.0f} |"
+            f"pruned groups ({self._counts(self.window.removed, '): ')} | memory (MiB): {memory / MIB:.0f} |"
         )
         self._seconds = self._split(report.seconds(), rates)
         parts = " | ".join(f"{part}: {1000 * seconds:.1f}" for part, seconds in self._seconds.items())
@@ -262,6 +262,11 @@ class Reporter:
         values = {} if scored is None else {k.name: np.concatenate(sites) for k, sites in scored.values.items()}
         self._sinks.publish(report.iteration, values)
 
+    def _counts(self, removed: Counter[str], colon: str = ": ") -> str:
+        """`head/ffn/stem: 0/5/2`, of the kinds of groups that may leave, in the order of their registration."""
+        names = [name for name in group_names() if name in self.config.pruning.types]
+        return "/".join(names) + colon + "/".join(str(removed[name]) for name in names)
+
     def _draw(self, dashboard: Dashboard, report: IterationReport, architecture: Architecture) -> None:
         dashboard.losses.append(report.loss)
         dashboard.saliencies.extend(removal.scores[removal.kind] for removal in report.removed)
@@ -291,15 +296,6 @@ def _losses(report: IterationReport) -> str:
 
 def _widths(architecture: Architecture, colon: str, between: str) -> str:
     return between.join(f"{kind.label}{colon}{architecture.span(kind)}" for kind in architecture.table.prunable)
-
-
-def _group_names() -> str:
-    return "/".join(group_names())
-
-
-def _counts(removed: Counter[str]) -> str:
-    """Removed groups by kind, in the order of `_group_names`."""
-    return "/".join(str(removed[name]) for name in group_names())
 
 
 def _own_peak(config: Config) -> float | None:

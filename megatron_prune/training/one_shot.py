@@ -86,11 +86,11 @@ class OneShot:
         Raises:
             UserError: the target cannot be reached: floors, or saliencies that are not finite.
         """
-        target = self.config.pruning.target_params
-        assert target is not None
-        while (parameters := self.model.architecture.parameters) > target:
+        architecture = before(self.model.architecture, state.history)
+        budget = selector_rules(self.config, architecture).budget
+        while not budget.is_met(self.model.architecture):
             scored, removed = self._score(self.config, state), list[Removal]()
-            while self.model.architecture.parameters > target and len(removed) != groups_per_scoring:
+            while not budget.is_met(self.model.architecture) and len(removed) != groups_per_scoring:
                 removal = scored.remove()
                 if removal is None:
                     break
@@ -98,10 +98,10 @@ class OneShot:
                 self._on_removal(self.model.architecture)
             if not removed:
                 raise UserError(
-                    f"pruning.target_params: {target} is not reached; at {parameters} parameters every kind of group "
-                    "is at its floor, or a saliency is not finite; nothing was saved"
+                    f"pruning.target: {budget.described()} is not reached; at {self.model.architecture.parameters} "
+                    "parameters every kind of group is at its floor, or a saliency is not finite; nothing was saved"
                 )
-            is_there = self.model.architecture.parameters <= target
+            is_there = budget.is_met(self.model.architecture)
             removed += scored.round_widths() if is_there else []
             self.coordinator.compact_if_due(force=is_there)
             yield removed

@@ -207,16 +207,26 @@ class Pruner:
         self._is_open = False
 
     @property
-    def _parameters(self) -> int:
-        return self.coordinator.model.architecture.parameters
+    def _size(self) -> float:
+        return self.settings.rules.budget.size(self.coordinator.model.architecture)
+
+    @property
+    def is_at_target(self) -> bool:
+        """Whether the model keeps all limits."""
+        return self._size <= self.schedule.target_params
+
+    @property
+    def target(self) -> str:
+        """The limits, for people."""
+        return self.settings.rules.budget.described()
 
     def begin(self) -> Scoring | None:
         """Before the forward pass of the next iteration: what watches it, if a group is due."""
-        state, parameters = self.state, self._parameters
+        state, size = self.state, self._size
         iteration, tokens = state.iteration + 1, state.consumed_tokens + self.tokens_per_iteration
-        self._is_open = state.phase == PRUNING and self.schedule.is_open(iteration, tokens, parameters)
+        self._is_open = state.phase == PRUNING and self.schedule.is_open(iteration, tokens, size)
         credits = self.schedule.credited(state.credits)
-        if not self._is_open or not self.schedule.is_due(credits, tokens, parameters):
+        if not self._is_open or not self.schedule.is_due(credits, tokens, size):
             return None
         return Scoring(self.coordinator, self.settings, state, self.clock)
 
@@ -236,13 +246,13 @@ class Pruner:
         if scored is None:
             return []
         removed = list[Removal]()
-        while self.schedule.is_due(state.credits, state.consumed_tokens, self._parameters):
+        while self.schedule.is_due(state.credits, state.consumed_tokens, self._size):
             removal = scored.remove()
             if removal is None:
                 break
             state.credits = self.schedule.spent(state.credits, removal.kind)
             removed.append(removal)
-        if self._parameters <= self.schedule.target_params:
+        if self.is_at_target:
             rounding = scored.round_widths()
             for removal in rounding:
                 state.credits = self.schedule.spent(state.credits, removal.kind)

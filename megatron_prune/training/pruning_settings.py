@@ -9,12 +9,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 from megatron_prune.config import Config
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.kinds import LAYER
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.balance import balanced_widths
+from megatron_prune.pruning.budget import FLOPS, KV_CACHE, LATENCY, Limit, Measure, flops_per_token, kv_cache_per_token
 from megatron_prune.pruning.groups import Rules, find_group, known_groups
+from megatron_prune.pruning.latency import LatencyTable
 from megatron_prune.pruning.replay import Replay, ReplaySchedule
 from megatron_prune.pruning.schedule import CurveSchedule, RatioSchedule, Schedule
 from megatron_prune.pruning.spike_guard import SpikeGuard
@@ -57,18 +61,21 @@ class PruningSettings:
 
 
 def selector_rules(config: Config, source: Architecture) -> Rules:
-    """The selector's part of the configuration, for a run that starts from `source`; a target that is not set counts as
-    one parameter."""
+    """The selector's part of the configuration, for a run that starts from `source`; without any target it is one
+    parameter."""
     pruning = config.pruning
+    floors = {name: group.floor for name, group in pruning.groups.items()}
+    floors[LAYER.name] = max(floors.get(LAYER.name, 1), config.parallel.pipeline_model_parallel_size)  # none is empty
     rules = Rules(
-        target_params=pruning.target_params or 1,
+        target_params=pruning.target_params if pruning.enabled else 1,
         types=tuple(pruning.types),
         gqa=pruning.gqa,
         head_score=pruning.head_score,
         normalize=pruning.normalize,
         finish=pruning.finish,
-        floors={name: group.floor for name, group in pruning.groups.items()},
+        floors=floors,
         draw_seed=config.training.seed if pruning.metric == "random" else None,
+        limits=tuple(_limit(name, most, config) for name, most in pruning.target.other_limits.items()),
     )
     return dataclasses.replace(rules, widths=balanced_widths(source, rules, pruning.balance))
 
@@ -86,19 +93,34 @@ def group_limits(config: Config) -> dict[str, int]:
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
+def _limit(name: str, most: float, config: Config) -> Limit:
+    measures: dict[str, Measure] = {
+        FLOPS: partial(flops_per_token, seq_length=config.data.seq_length),
+        KV_CACHE: kv_cache_per_token,
+    }
+    if config.pruning.target.latency_table is not None:
+        measures[LATENCY] = _latency_table(config.pruning.target.latency_table).measure
+    return Limit(name, most, measures[name])
+
+
+@lru_cache(maxsize=1)
+def _latency_table(path: str) -> LatencyTable:
+    return LatencyTable.read(path)
+
+
 def pruning_schedule(config: Config, source: Architecture) -> Schedule:
     """The schedule's part of the configuration, for a run that starts from `source`."""
     pruning = config.pruning
-    assert pruning.target_params is not None
-    replay = recorded(config, source)
+    replay, budget = recorded(config, source), selector_rules(config, source).budget
     if replay is not None:
+        assert pruning.target_params is not None
         return ReplaySchedule(replay, config.replay_tokens, source.parameters, pruning.target_params)
     if pruning.follows_curve:
         start, end = config.curve_tokens
-        return CurveSchedule(pruning.curve.shape, start, end, source.parameters, pruning.target_params)
+        return CurveSchedule(pruning.curve.shape, start, end, budget.size(source), budget.target)
     steps, gradients = pruning.ratio_steps
     costs = group_costs(config, source.shape)
-    return RatioSchedule(steps, gradients, pruning.first_prune_iter, costs, pruning.target_params)
+    return RatioSchedule(steps, gradients, pruning.first_prune_iter, costs, budget.target)
 
 
 def recorded(config: Config, source: Architecture) -> Replay | None:

@@ -97,7 +97,7 @@ class Trainer:
         self.coordinator = Coordinator(model, config.training.check_invariants)
         self.clock = PartClock(model.mesh.device)
         self.pruner: Pruner | None = None
-        if config.pruning.target_params:
+        if config.pruning.enabled:
             source = before(model.architecture, state.history)
             self.pruner = Pruner(
                 pruning_settings(config, model.mesh.dp_size, source),
@@ -148,7 +148,7 @@ class Trainer:
     def _loop(self) -> str:
         if self.config.training.eval_interval and "source" not in self.state.stages:
             self._measure("source")
-        if self.state.phase == PRUNING and self._target_reached():
+        if self.state.phase == PRUNING and self.pruner and self.pruner.is_at_target:
             self._enter_continued()
         self.clock.collect()  # what came before the first iteration is none of its parts
         self.reporter.begin(self.architecture)
@@ -176,7 +176,7 @@ class Trainer:
                 "training.train_iters ended at %d parameters, above the target of %s; give more iterations, or prune "
                 "faster",
                 self.architecture.parameters,
-                self.config.pruning.target_params,
+                self.pruner.target,
             )
         return FINISHED
 
@@ -209,7 +209,7 @@ class Trainer:
             removed = self.pruner.prune(scored, stepped, loss) if self.pruner else []
         del scoring, scored  # they hold inputs of layers and element scores, which a compaction needs the memory of
         self._record(removed)
-        reached = state.phase == PRUNING and bool(self.pruner) and self._target_reached()
+        reached = state.phase == PRUNING and bool(self.pruner and self.pruner.is_at_target)
         with self.clock.part("compact"):
             self.coordinator.compact_if_due(force=reached)
         self._report(loss, parts, grad_norm, learning_rate, removed)
@@ -220,10 +220,6 @@ class Trainer:
         self.scheduler.optimizer = self.model.optimizer
 
     # Parts -----------------------------------------------------------------------------------------------------------
-
-    def _target_reached(self) -> bool:
-        target = self.config.pruning.target_params
-        return target is not None and self.architecture.parameters <= target
 
     def _enter_continued(self) -> None:
         """The target is reached: from here on the small model trains on its own schedule."""

@@ -22,6 +22,7 @@ from megatron_prune.model.llama import ModelOptions
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.pruning.groups.layer import group_of
 from megatron_prune.pruning.history import Removal
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.device import choose_device
@@ -125,9 +126,9 @@ def remove(model: LiveModel, kind: str, which: int) -> None:
         units = ((int(a.ids(STEM, 0)[which]),),)
     else:
         live = a.sites(find_kind(kind))
-        units = tuple((int(ids[(which + 3 * layer) % len(ids)]),) for layer, ids in enumerate(live))
+        units = tuple((int(ids[(which + 3 * at) % len(ids)]),) if len(ids) else () for at, ids in enumerate(live))
     model.synchronise()
-    model.retire(Group.of(kind, units))
+    model.retire(group_of(a, a.layers[which]) if kind == "layer" else Group.of(kind, units))
 
 
 def go_on(model: LiveModel, first: int) -> list[float]:

@@ -90,7 +90,8 @@ def test_a_checkpoint_is_read_inspected_and_exported(run):
 def test_configurations_mean_what_they_meant(run):
     from_file, from_flags = read_file(run / "run/config.yaml"), load_config(OLD_FLAGS)
     groups, shape = from_file.pruning.groups, CheckpointReader(run / "run").architecture.shape
-    assert group_costs(from_file, shape) == group_costs(from_flags, shape) == {"head": 2, "ffn": 1, "stem": 1}
+    assert group_costs(from_file, shape) == group_costs(from_flags, shape)
+    assert group_costs(from_file, shape).items() >= {"head": 2, "ffn": 1, "stem": 1}.items()
     assert [groups[name].floor for name in ("head", "ffn", "stem")] == [2, 38, 1]
     assert [groups[name].quantum for name in ("head", "ffn", "stem")] == [1, 4, 4]
 

@@ -65,7 +65,7 @@ def save_then_resume(rank, world, folder):
     model = build(A)
     prune_a_little(model)
     fingerprint = model.layout.fingerprint()
-    empty = [model.layout.empty_slots(kind) for kind in model.table.prunable]
+    empty = [model.layout.empty_slots(kind) for kind in model.layout.placed if kind.is_prunable]
     save_checkpoint(model, folder, 3, STATE)
     step = model.adam_step()
     losses = go_on(model, 3)

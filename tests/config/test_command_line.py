@@ -100,6 +100,10 @@ def test_general_flags_go_into_the_command():
         ("--prune-quantum ffn=x", '--prune-groups: ffn: quantum: expected a whole number, got "x"'),
         ("--prune-groups ffn.quantum=0", "pruning.groups (--prune-groups): ffn: quantum must be at least 1, got 0"),
         ("--prune-groups quantum=1", "--prune-groups: expected NAME.cost=N"),
+        (
+            "--prune-target-params 1M --prune-target params=2M",
+            "params 2000000 contradicts pruning.target_params 1000000",
+        ),
         ("--prune-gqa mqa", '--prune-gqa: expected one of kv_group, uniform, cluster, got "mqa"'),
         ("--prune-ratio 1/9", "pruning.ratio (--prune-ratio): expected pruning steps : gradient steps"),
         ("--prune-ratio 0:9", "pruning.ratio (--prune-ratio): expected pruning steps : gradient steps"),
@@ -126,6 +130,12 @@ def test_mistakes_on_the_command_line_are_named(argv, message):
         load_config(argv.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_parameters_may_stand_among_the_other_limits():
+    pruning = load_config(["--prune-target", "params=2M", "flops_per_token=3M"]).pruning
+    assert pruning.target_params == 2 * 10**6 and pruning.target.other_limits == {"flops_per_token": 3 * 10**6}
+    assert load_config(["--prune-target", "kv_cache_per_token=64"]).pruning.enabled
 
 
 @settings(deadline=None)

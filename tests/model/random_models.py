@@ -17,7 +17,7 @@ from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import FFN, HEAD, STEM, Kind, find_kind
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.pruning.groups import group_names
+from megatron_prune.pruning.groups import default_names
 from megatron_prune.testing.helpers.sharded import rounded
 
 RULES = ("cluster", "uniform", "kv_group")
@@ -76,7 +76,7 @@ def _heads(ids: np.ndarray, per_group: int, rule: str, random: np.random.Generat
 def removals(architecture: Architecture, rule: str, seed: int, count: int) -> Iterator[Group]:
     """Up to `count` groups, each fit to be removed after those before."""
     random = np.random.default_rng(seed)
-    for name in random.choice(group_names(), size=count):
+    for name in random.choice(default_names(), size=count):
         group = random_group(architecture, find_kind(str(name)), rule, random)
         if group is not None:
             architecture = architecture.without(group)
@@ -99,7 +99,7 @@ def architectures(draw) -> Architecture:
 
 @st.composite
 def quanta(draw) -> Quanta:
-    return rounded(**{name: draw(st.integers(1, 4)) for name in ("vocab", *group_names())})
+    return rounded(**{name: draw(st.integers(1, 4)) for name in ("vocab", *default_names())})
 
 
 @st.composite

@@ -12,7 +12,7 @@ from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import HEAD
 from megatron_prune.pruning.balance import balanced_widths, proportional_share
-from megatron_prune.pruning.groups import Rules, known_groups
+from megatron_prune.pruning.groups import Rules, default_names, find_group
 from megatron_prune.pruning.selector import choose
 from megatron_prune.saliency.scores import UnitScores, score_length
 from megatron_prune.testing.helpers.tiny_models import tiny_config
@@ -20,6 +20,8 @@ from megatron_prune.testing.helpers.tiny_models import tiny_config
 SOURCE = Architecture.full(
     shape_from_config(tiny_config(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4))
 )
+
+DEFAULT = tuple(map(find_group, default_names()))
 
 
 def shares(rules):
@@ -46,7 +48,7 @@ def test_whatever_the_scores_a_kind_goes_below_its_balanced_width_only_when_no_o
     """One kind's scores are next to nothing: it would go alone. What would end too far below the target cannot go."""
     rules = Rules(target_params=int(share * SOURCE.parameters), normalize="none")
     rules = Rules(rules.target_params, normalize="none", widths=balanced_widths(SOURCE, rules, balance))
-    architecture, generator, kinds = SOURCE, np.random.default_rng(seed), known_groups()
+    architecture, generator, kinds = SOURCE, np.random.default_rng(seed), DEFAULT
 
     def keeps(group, smaller):
         return smaller.width(group.kind) >= rules.widths[group.name]
@@ -93,8 +95,8 @@ def test_of_a_135m_shape_no_kind_is_ruined_by_scores_on_scales_of_their_own(shar
     source = Architecture.full(shape_from_config(config | {"head_dim": 64, "vocab_size": 2048}))
     rules = Rules(target_params=int(share * source.parameters))
     rules = dataclasses.replace(rules, widths=balanced_widths(source, rules, PruningConfig().balance))
-    alike = proportional_share(source, known_groups(), rules.target_params)
-    for cheap in known_groups():
+    alike = proportional_share(source, DEFAULT, rules.target_params)
+    for cheap in DEFAULT:
         architecture, generator = source, np.random.default_rng(0)
         draws = generator.random(score_length(source)) + 0.5
         scores = UnitScores.from_vector(source, draws)
@@ -107,5 +109,5 @@ def test_of_a_135m_shape_no_kind_is_ruined_by_scores_on_scales_of_their_own(shar
             decision = choose(scores, architecture, rules)
             architecture = architecture.without(decision.group)
             scores = scores.restricted(architecture)
-        left = {kind.name: architecture.width(kind.kind) / source.width(kind.kind) for kind in known_groups()}
+        left = {kind.name: architecture.width(kind.kind) / source.width(kind.kind) for kind in DEFAULT}
         assert min(left.values()) >= 0.6 * alike and left[cheap.name] < 1, (cheap.name, left)

@@ -1,6 +1,8 @@
 """The choice of a group: the same as the oracle's on any scores and rules, floors kept, targets told apart."""
 
+import dataclasses
 import math
+from functools import partial
 from itertools import combinations, islice, product
 
 import numpy as np
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.budget import Limit, flops_per_token, kv_cache_per_token
 from megatron_prune.pruning.groups import Rules
-from megatron_prune.pruning.selector import choose, least_parameters
+from megatron_prune.pruning.selector import choose, least_architecture
 from megatron_prune.saliency.scores import UnitScores, score_length
 from megatron_prune.testing.reference import oracle_scores
 from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
@@ -66,6 +69,13 @@ def random_scores(architecture, seed, levels):
     return UnitScores.from_vector(architecture, random.integers(least, levels, score_length(architecture)) / 64)
 
 
+SEQUENCE = 7
+MEASURES = {
+    "flops_per_token": partial(flops_per_token, seq_length=SEQUENCE),
+    "kv_cache_per_token": kv_cache_per_token,
+}
+
+
 @st.composite
 def cases(draw):
     """(architecture that the rule can have led to, settings)"""
@@ -81,7 +91,18 @@ def cases(draw):
         normalize=draw(st.sampled_from(["none", "per_parameter"])),
         finish=draw(st.sampled_from(["exact", "first"])),
         floors={name: draw(st.integers(1, 4)) for name in KINDS},
+        limits=tuple(
+            Limit(
+                name,
+                MEASURES[name](architecture.table, architecture.counts) * draw(st.sampled_from([0.3, 0.9, 1.0])),
+                m,
+            )
+            for name, m in MEASURES.items()
+            if draw(st.booleans())
+        ),
     )
+    if settings.limits and draw(st.booleans()):
+        settings = dataclasses.replace(settings, target_params=None)
     return architecture, settings
 
 
@@ -92,7 +113,8 @@ def oracle_decision(scores, settings):
         gqa=settings.gqa,
         types=settings.types,
         min_widths=dict(settings.floors),
-        target_params=settings.target_params,
+        target={limit.name: limit.most for limit in settings.budget.limits},
+        seq_length=SEQUENCE,
         finish="exact" if settings.finish == "exact" else "any",
     )
     architecture = scores.architecture
@@ -233,7 +255,8 @@ def exhausted(architecture, settings, seed):
 @given(cases(), st.integers(0, 99))
 def test_no_pruning_goes_below_the_least_parameters(case, seed):
     architecture, settings = case
-    least, end = least_parameters(architecture, settings), exhausted(architecture, settings, seed)
+    settings = dataclasses.replace(settings, target_params=1, limits=())  # by which every group saves something
+    least, end = least_architecture(architecture, settings).parameters, exhausted(architecture, settings, seed)
     assert least <= end.parameters <= architecture.parameters
     if settings.gqa != "cluster" or "head" not in settings.types:
         assert end.parameters == least, "where every order ends in the same widths, it is what is left"
@@ -252,7 +275,7 @@ def test_the_least_parameters_of_single_heads_can_be_reached(shape, seed, min_he
         options = islice(combinations(ids.tolist(), keep), 5000)
         best.append(np.array(min(options, key=lambda stay: len({head // per_group for head in stay}))))
     reached = Architecture(shape, {**architecture.live, HEAD: tuple(best)})
-    assert least_parameters(architecture, settings) == reached.parameters
+    assert least_architecture(architecture, settings).parameters == reached.parameters
 
 
 def test_the_fullest_kv_heads_are_the_ones_to_keep():
@@ -262,7 +285,7 @@ def test_the_fullest_kv_heads_are_the_ones_to_keep():
     settings = Rules(1, types=("head",), gqa="cluster", floors={"head": 3})
     reached = architecture.without(Group.of(HEAD, ((0,),)))
     assert reached.width(KV_HEAD) == 1
-    assert least_parameters(architecture, settings) == reached.parameters
+    assert least_architecture(architecture, settings).parameters == reached.parameters
 
 
 @pytest.mark.parametrize(("gqa", "min_heads"), list(product(RULES, (1, 3, 4))))

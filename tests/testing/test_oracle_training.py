@@ -189,13 +189,13 @@ def test_criteria_and_fisher_equal_their_formulas(fisher, unit, scale):
         scorer = make(settings, dtype=torch.float64)
         _, gradient, squares = scorer.gradients(batch)
         scores = scorer.element_scores(gradient, squares)
-        assert list(scores) == output_projections(scorer.geometry)
+        assert list(scores) == output_projections(scorer.live)
         torch.testing.assert_close(scores[DOWN], S, rtol=1e-9, atol=0)
     units = scorer.unit_scores(batch)  # magnitude: the sums can be read off the weights
     attention = scorer.weights[O_PROJ].abs()
     assert units.head[1][2] == pytest.approx(attention[:, 16:24].sum().item())
     assert units.ffn[1][5] == pytest.approx(w[:, 5].abs().sum().item())
-    rows = sum(scorer.weights[name][9].abs().sum().item() for name in output_projections(scorer.geometry))
+    rows = sum(scorer.weights[name][9].abs().sum().item() for name in output_projections(scorer.live))
     assert units.stem[9] == pytest.approx(rows)
 
 

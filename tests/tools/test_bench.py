@@ -8,7 +8,7 @@ import torch
 
 from megatron_prune.commands import bench
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.pruning.groups import group_names
+from megatron_prune.pruning.groups import default_names
 from megatron_prune.resharding.plan import plan_transfer
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, close_mesh, init_mesh
@@ -32,7 +32,7 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
     run = SteppedRun(Setup(SHAPE, case, 16, 1, 4), mesh)
     run.plain_step()
     run.pruning_step()
-    for kind in group_names():
+    for kind in default_names():
         run.retire(kind)
     a, model, found = run.architecture, run.model, []
 
@@ -57,7 +57,7 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
         run.decide(sums)
     found.append(("decision is small", int(meter.total < 1000), 1))
     with BytesSent() as meter:
-        for kind in group_names():
+        for kind in default_names():
             run.retire(kind)
     found.append(("retirement", meter.total, 0))
     return [*found, *bytes_of_a_compaction(run)]
@@ -110,9 +110,9 @@ def test_tiny_run_prints_every_row(capsys):
     )
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in cpu}
     wanted = [*costs.SCORING.values(), costs.DECISION, "scoring, all of it / step", "bytes: scores"]
-    wanted += [f"compaction after a quantum, {kind} / step" for kind in group_names()]
-    wanted += [f"retirement of a group, {kind} / step" for kind in group_names()]
-    wanted += [f"second order: update before a removal, {kind} / step" for kind in group_names()]
+    wanted += [f"compaction after a quantum, {kind} / step" for kind in default_names()]
+    wanted += [f"retirement of a group, {kind} / step" for kind in default_names()]
+    wanted += [f"second order: update before a removal, {kind} / step" for kind in default_names()]
     wanted += [f"{costs.THROUGHPUT} A B A B, a compaction per 64 removals"]
     wanted += ["peak memory of a compaction / of a plain step"] if torch.version.cuda is None else []
     for name in wanted:

@@ -35,6 +35,7 @@ from megatron_prune.testing.helpers.oracle_cases import (
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case, rounded, run_case
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights
+from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits, costs
 
 
 def sharded_run(case, config, weights, settings, iterations, micro_batches=MICRO_BATCHES):
@@ -112,13 +113,30 @@ def test_kinds_floors_and_the_first_iteration_hold_with_several_groups_per_step(
     counts = [sum(r["iteration"] == i for r in outcome.removals) for i in range(1, 15)]
     assert counts == [0] * 4 + [3] * 7 + [0] * 3
     last = outcome.removals[-1]
-    assert last["widths"] == {"head": 6, "ffn": 50, "stem": 25}
+    assert last["widths"] == {"head": 6, "ffn": 50, "stem": 25, "layer": config["num_hidden_layers"]}
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("factors", everything(), ids=name_of)
 def test_everything(factors):
     check_many(*case_of(factors))
+
+
+@pytest.mark.parametrize("case", [Case(tp=2), Case(pp=2, dp=2, distributed_optimizer=True)], ids=lambda case: case.name)
+def test_several_limits_hold_at_once(case):
+    """KV cache binds first, then FLOPs, which groups of every kind save; the limit of the parameters never does."""
+    config = MODELS["gqa-untied"]
+    geometry = Geometry.from_hf(config)
+    now = costs(geometry, LiveUnits.full(geometry), SEQUENCE)
+    limits = {"kv_cache_per_token": 0.7 * now["kv_cache_per_token"], "flops_per_token": 0.6 * now["flops_per_token"]}
+    limits = {name: int(most) for name, most in limits.items()}
+    settings = oracle_settings(config, 0.95, limits_besides=limits, seq_length=SEQUENCE, balance=0.0, ratio=(2, 1))
+    oracle, _ = oracle_run(config, random_llama_weights(config, seed=3), settings, 40)
+    last = costs(geometry, oracle.live, SEQUENCE)
+    assert all(last[name] <= most for name, most in limits.items())
+    assert last["params"] < 0.8 * now["params"], "parameters do not bind"
+    compared, of, _ = compare(case, config, settings, iterations=40)
+    assert compared == of and {removal.kind for removal in oracle.removals} >= {"head", "ffn"}
 
 
 def test_quanta_do_not_matter():

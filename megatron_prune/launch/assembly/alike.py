@@ -57,6 +57,8 @@ def rows(config: Config, inputs: Inputs) -> list[Digests]:
         prefixes = () if blend is None else blend.prefixes
         files = [path(prefix) for prefix in prefixes for path in (idx_path, bin_path, metadata_path)]
         found.append(Digests(name, fingerprints(path for path in files if path.is_file())))
+    table = config.pruning.target.latency_table
+    found.append(Digests("pruning.target: latency_table", {} if table is None else fingerprints([Path(table)])))
     found.append(Digests(TEACHER, {} if inputs.teacher is None else fingerprints(inputs.teacher.files)))
     return found
 

@@ -28,7 +28,7 @@ from megatron_prune.config import (
 from megatron_prune.errors import UserError
 from megatron_prune.launch.assembly.alike import insist_alike, insist_shared
 from megatron_prune.launch.assembly.assemble import CheckpointSaver, build_datasets, build_model
-from megatron_prune.launch.assembly.opening import Inputs, open_inputs
+from megatron_prune.launch.assembly.opening import Inputs, open_inputs, refuse_met
 from megatron_prune.launch.assembly.outputs import write_config, write_summary
 from megatron_prune.launch.assembly.watch import Watch, launchers, writing
 from megatron_prune.model.architecture import Architecture
@@ -39,6 +39,7 @@ from megatron_prune.runtime.join import meet
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.training.metrics import Reporter
 from megatron_prune.training.one_shot import OneShot
+from megatron_prune.training.pruning_settings import selector_rules
 from megatron_prune.training.state import RunState
 from megatron_prune.training.step import validation_loss
 from megatron_prune.training.trainer import Datasets
@@ -90,7 +91,7 @@ def check_pruning(config: Config, world_size: int) -> Config:
     Raises:
         UserError: no target, no folder to save to, or one that cannot be written or holds something.
     """
-    if config.pruning.target_params is None:
+    if not config.pruning.enabled:
         raise UserError("pruning.target_params (--prune-target-params) is not set: it says where pruning ends")
     if config.checkpoint.save is None:
         raise UserError("checkpoint.save (--save) is not set: give the folder of the pruned model's checkpoint")
@@ -137,11 +138,9 @@ def opened(config: Config, writes: bool = True) -> Iterator[Opened]:
 
 
 def _inputs(config: Config, writes: bool) -> Inputs:
-    inputs, target = open_inputs(config, writes), config.pruning.target_params
-    if target is not None and target >= inputs.architecture.parameters:
-        raise UserError(
-            f"pruning.target_params: {target} is not below the model's {inputs.architecture.parameters} parameters"
-        )
+    inputs = open_inputs(config, writes)
+    if config.pruning.enabled:
+        refuse_met(selector_rules(config, inputs.architecture).budget, inputs.architecture, "model")
     return inputs
 
 

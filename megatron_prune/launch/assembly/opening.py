@@ -34,9 +34,12 @@ from megatron_prune.huggingface.weights import FolderWeights, source_view
 from megatron_prune.launch.assembly.data_order import check_order
 from megatron_prune.launch.assembly.teaching import TeacherInputs, check_same, open_teacher
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.classes import HYBRID, engine_of
+from megatron_prune.model.kinds import LAYER
 from megatron_prune.model.sources import RandomWeights
+from megatron_prune.pruning.budget import Budget
 from megatron_prune.pruning.groups import find_group
-from megatron_prune.pruning.selector import least_parameters
+from megatron_prune.pruning.selector import least_architecture
 from megatron_prune.saliency.criteria import find_criterion
 from megatron_prune.training.pruning_settings import recorded, selector_rules
 
@@ -224,21 +227,35 @@ def check_context(config: Config, architecture: Architecture) -> None:
 def check_target(config: Config, architecture: Architecture) -> None:
     """Raise UserError if the target, where there is one, cannot be reached from `architecture`, or if the options of
     groups name or exceed what it has not."""
-    pruning, target = config.pruning, config.pruning.target_params
-    if target is None:
+    pruning = config.pruning
+    if not pruning.enabled:
         return
     find_criterion(pruning.metric)
     _check_groups(pruning, architecture)
-    if target >= architecture.parameters and config.checkpoint.load is None:
+    _check_layers(config)
+    shape = architecture.shape
+    if pruning.target.kv_cache_per_token and pruning.gqa != "kv_group" and shape.heads_per_group > 1:
         raise UserError(
-            f"pruning.target_params: {target} is not below the source's {architecture.parameters} parameters; "
-            "give a smaller target, or null to train without pruning"
+            "pruning.target: kv_cache_per_token needs pruning.gqa: kv_group, where a KV head leaves with its queries"
         )
-    least = least_parameters(architecture, selector_rules(config, architecture))
-    if target < least:
+    rules = selector_rules(config, architecture)
+    if config.checkpoint.load is None:
+        refuse_met(rules.budget, architecture, "source", "; give a smaller target, or null to train without pruning")
+    least = least_architecture(architecture, rules)
+    for limit in rules.budget.limits:
+        if limit.of(least) > limit.most:
+            raise UserError(
+                f"{limit.field}: {limit.most:,} cannot be reached: at the floors of {', '.join(pruning.types)} "
+                f"{limit.of(least):,} {limit.title} are left; allow more types or raise the target"
+            )
+
+
+def refuse_met(budget: Budget, architecture: Architecture, whose: str, advice: str = "") -> None:
+    """Raise UserError if `architecture` keeps all limits as it is."""
+    if budget.is_met(architecture):
+        limit = budget.binding(architecture)
         raise UserError(
-            f"pruning.target_params: {target} cannot be reached: at the floors of {', '.join(pruning.types)} "
-            f"{least} parameters are left; allow more types or raise the target"
+            f"{limit.field}: {limit.most:,} is not below the {whose}'s {limit.of(architecture):,} {limit.title}{advice}"
         )
 
 
@@ -250,6 +267,21 @@ def _check_groups(pruning: PruningConfig, architecture: Architecture) -> None:
         for field in ("floor", "round_to"):
             if getattr(group, field) > width:
                 raise UserError(f"pruning.groups: {name}: {field} {getattr(group, field)} is above the model's {width}")
+
+
+def _check_layers(config: Config) -> None:
+    """Refuse what does not go with removing layers so far."""
+    if not any(find_group(name).kind == LAYER for name in config.pruning.types):
+        return
+    model = config.model
+    refused = {
+        "model.engine hybrid (use gpt)": engine_of(model.engine) == HYBRID,
+        "pruning.second_order": config.pruning.second_order.enabled,
+        "model.recompute_num_layers above 1": model.recompute_method == "uniform" and model.recompute_num_layers != 1,
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            raise UserError(f"pruning.types: {LAYER} does not go with {what}, so far")
 
 
 def check_output(config: Config) -> None:

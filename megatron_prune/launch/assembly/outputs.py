@@ -59,6 +59,7 @@ def write_summary(config: Config, state: RunState, architecture: Architecture, d
         "iteration": state.iteration,
         "consumed_tokens": state.consumed_tokens,
         "target_params": config.pruning.target_params,
+        **({"target": config.pruning.target.other_limits} if config.pruning.target.other_limits else {}),
         "groups_removed": len(state.history),
         "skipped_iterations": state.skipped_iterations,
         "stages": state.stages,

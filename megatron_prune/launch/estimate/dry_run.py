@@ -47,7 +47,7 @@ from megatron_prune.runtime.folders import hindrance
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.saliency.criteria import find_criterion
 from megatron_prune.training.flops import forward_flops_per_token
-from megatron_prune.training.pruning_settings import pruning_schedule
+from megatron_prune.training.pruning_settings import pruning_schedule, selector_rules
 
 NOT_HERE = "not here (checked at launch)"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -229,9 +229,10 @@ def estimate(
     """
     placement = Placement.plan(config, world_size, architecture.shape.num_layers)
     layout = ShardLayout.pack(architecture, placement.tp, quanta(config))
+    placement = placement.of(config, layout.layers)
     _check_model(config, layout, placement)
     pruning = config.pruning
-    scores = pruning.target_params is not None and pruning.target_params < architecture.parameters
+    scores = pruning.enabled and not selector_rules(config, architecture).budget.is_met(architecture)
     fisher = scores and pruning.fisher == "microbatch" and "fisher" in find_criterion(pruning.metric).needs
     taught = None if teacher is None else ShardLayout.pack(teacher, placement.tp, quanta(config))
     flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_length)
@@ -251,7 +252,7 @@ def estimate(
         target_layout=target_layout,
         route=route,
         memory=start,
-        target_memory=fullest_rank(config, target_layout, placement, teacher=taught),
+        target_memory=fullest_rank(config, target_layout, placement.of(config, target_layout.layers), teacher=taught),
         phases=plan_phases(config, route, iterations, flops),
         traffic=traffic,
         pruning_traffic=on_top,
@@ -262,5 +263,5 @@ def estimate(
 
 def _check_model(config: Config, layout: ShardLayout, placement: Placement) -> None:
     """Let megatron-core judge the options; it asks the mesh for three facts only."""
-    mesh = SimpleNamespace(tp_size=placement.tp, pp_size=placement.pp, device=SimpleNamespace(kind="cpu"))
+    mesh = SimpleNamespace(tp_size=placement.tp, pp_size=placement.pp, pp_rank=0, device=SimpleNamespace(kind="cpu"))
     transformer_config(layout.architecture.shape, layout, cast(Mesh, mesh), model_options(config))

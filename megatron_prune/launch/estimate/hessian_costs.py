@@ -23,7 +23,7 @@ _BYTES_PER_ELEMENT = 20  # of H: fp64 twice (H and factor, or two partial sums) 
 def needs_hessians(config: Config) -> tuple[bool, bool]:
     """Whether Hessians are needed: (for the second-order update, for the criterion)."""
     pruning = config.pruning
-    is_on = pruning.target_params is not None
+    is_on = pruning.enabled
     return is_on and pruning.second_order.enabled, is_on and INVERSE_HESSIAN in find_criterion(pruning.metric).needs
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_prune.config import Config, data_parallel_size
 from megatron_prune.errors import UserError
+from megatron_prune.model.layout import stage_layers
 
 
 @dataclass(frozen=True)
@@ -15,14 +18,14 @@ class Placement:
     Args:
         tp, pp, dp: sizes of the tensor-, pipeline- and data-parallel axis.
         micro_batches: per iteration and data-parallel rank.
-        stages: per pipeline stage, the 0-based layers it holds.
+        stages: per pipeline stage, the layers it holds, by their numbers in the source.
     """
 
     tp: int
     pp: int
     dp: int
     micro_batches: int
-    stages: tuple[range, ...]
+    stages: tuple[Sequence[int], ...]
 
     @classmethod
     def plan(cls, config: Config, world_size: int, num_layers: int) -> Placement:
@@ -36,6 +39,14 @@ class Placement:
         micro_batches = training.global_batch_size // (training.micro_batch_size * dp)
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         return cls(tp, pp, dp, micro_batches, _stages(config, num_layers))
+
+    def of(self, config: Config, layers: Sequence[int]) -> Placement:
+        """The same for a model that these layers are left of."""
+        parallel = config.parallel
+        ends = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+        if len(layers) == sum(map(len, self.stages)):
+            return self
+        return dataclasses.replace(self, stages=stage_layers(layers, self.pp, *ends))
 
     @property
     def world_size(self) -> int:

@@ -18,6 +18,7 @@ from megatron_prune.launch.estimate.traffic import Traffic
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout, StoredWidths
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.budget import LATENCY
 from megatron_prune.pruning.groups import group_names
 from megatron_prune.training.pruning_settings import group_costs
 
@@ -88,10 +89,18 @@ def _model(estimate: Estimate) -> list[str]:
         *([kind.title, *(a.span(kind) for a in live)] for kind in live[0].table.varying),
         ["stored per rank: heads/KV/FFN/hidden", *(_stored(layout.stored) for layout in layouts)],
     ]
+    limits = estimate.route.rules.limits if estimate.route is not None else ()
+    for limit in limits:
+        digits = 2 if limit.name == LATENCY else 0
+        rows.append([limit.title, *(f"{limit.of(a):,.{digits}f}" for a in live)])
     titles = ["model", "start", "target"] if len(layouts) == 2 else ["model", "start"]
     lines = _columns([titles, *rows], right=True)
     if estimate.route is not None:
         lines.append(f"  widths at the target: {estimate.route.assumption}")
+    if limits and estimate.route is not None:
+        budget = estimate.route.rules.budget
+        first, last = (budget.binding(a).title for a in (live[0], live[-1]))
+        lines.append(f"  target: {budget.described()}; {first} bind at the start, {last} at the end")
     return lines
 
 

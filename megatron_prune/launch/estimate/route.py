@@ -101,28 +101,33 @@ class Phase:
 
 
 def plan_route(config: Config, architecture: Architecture) -> Route:
-    """The route from `architecture` to `pruning.target_params`, which is below it and can be reached."""
-    pruning, target, rules = config.pruning, config.pruning.target_params, selector_rules(config, architecture)
-    assert target is not None and target < architecture.parameters
+    """The route from `architecture` to `pruning.target`, which is below it and can be reached."""
+    pruning, rules = config.pruning, selector_rules(config, architecture)
+    budget = rules.budget
+    target = budget.target
+    assert not budget.is_met(architecture)
     replay = recorded(config, architecture)
     if replay is not None:
         repeated = tuple(removal.kind for removal in replay.removals)
         return Route(architecture, rules, repeated, (), f"as recorded in {replay.path}")
-    known = _published(architecture, target)
+    known = None if rules.limits else _published(architecture, target)
 
     def shrunk(kinds: Sequence[str]) -> Architecture:
         return _shrunk(architecture, Counter(kinds), rules)
+
+    def size(kinds: Sequence[str]) -> float:
+        return budget.size(shrunk(kinds))
 
     def onwards(kinds: list[str], groups: Sequence[GroupKind], goals: Widths | None = None) -> list[str]:
         return [*kinds, *_order(shrunk(kinds), architecture, rules, goals or {}, groups)]
 
     every = rules.kinds(architecture)
     order = onwards([], every, known.final) if known else []
-    kinds = _until(target, onwards(order, every), shrunk)
-    if pruning.finish == "exact" and shrunk(kinds).parameters < target * (1 - OVERSHOOT):
-        endings = [_until(target, onwards(kinds[:-1], (find_group(name),)), shrunk) for name in pruning.types]
-        reached = [ending for ending in (kinds, *endings) if shrunk(ending).parameters <= target]
-        kinds = max(reached, key=lambda ending: shrunk(ending).parameters)
+    kinds = _until(target, onwards(order, every), size)
+    if pruning.finish == "exact" and size(kinds) < target * (1 - OVERSHOOT):
+        endings = [_until(target, onwards(kinds[:-1], (find_group(name),)), size) for name in pruning.types]
+        reached = [ending for ending in (kinds, *endings) if size(ending) <= target]
+        kinds = max(reached, key=size)
     end = shrunk(kinds)
     rounding = [
         name for name, group in pruning.groups.items() for _ in range(end.width(find_group(name).kind) % group.round_to)
@@ -131,19 +136,21 @@ def plan_route(config: Config, architecture: Architecture) -> Route:
     return Route(architecture, rules, tuple(kinds), tuple(rounding), known.origin if known else assumption)
 
 
-def _until(target: int, order: list[str], shrunk: Callable[[Sequence[str]], Architecture]) -> list[str]:
-    """The fewest first groups of `order` that leave at most `target` parameters (all of it when none do)."""
+def _until(target: float, order: list[str], size: Callable[[Sequence[str]], float]) -> list[str]:
+    """The fewest first groups of `order` that leave a size of at most `target` (all of it when none do)."""
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if shrunk(order[:middle]).parameters > target else (low, middle)
+        low, high = (middle + 1, high) if size(order[:middle]) > target else (low, middle)
     return order[:low]
 
 
-def _published(architecture: Architecture, target: int) -> Published | None:
+def _published(architecture: Architecture, target: float) -> Published | None:
     for known in PUBLISHED:
         same = known.layers == architecture.shape.num_layers and all(
-            architecture.width(kind) == known.source.get(kind.name) for kind in architecture.table.prunable
+            architecture.width(kind) == known.source.get(kind.name)
+            for kind in architecture.table.kinds
+            if kind.is_prunable
         )
         if same and math.isclose(known.parameters, target, rel_tol=_SAME_TARGET):
             return known
@@ -185,7 +192,7 @@ def removal_iters(schedule: Schedule, route: Route, tokens_per_iteration: int) -
     """int64 iteration (from 1) in which each group of the route leaves."""
     count = len(route.kinds)
     sampled = np.unique(np.linspace(0, count, _SAMPLES).astype(int))
-    sizes = [route.after(int(i)).parameters for i in sampled]
+    sizes = [route.rules.budget.size(route.after(int(i))) for i in sampled]
     return schedule.forecast(route.kinds, np.interp(np.arange(count), sampled, sizes), tokens_per_iteration)
 
 

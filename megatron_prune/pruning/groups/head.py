@@ -49,7 +49,7 @@ class HeadGroups(GroupKind):
         if rules.gqa == "cluster":
             return 1
         shape = architecture.shape
-        return shape.heads_per_group if rules.gqa == "kv_group" else architecture.width(KV_HEAD, 0)
+        return shape.heads_per_group if rules.gqa == "kv_group" else architecture.width(KV_HEAD)
 
     def floor(self, architecture: Architecture, rules: Rules) -> int:
         """Query heads that stay: under `uniform` one of every KV head."""

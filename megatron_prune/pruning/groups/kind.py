@@ -12,6 +12,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from megatron_prune.errors import UserError, one_line
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import Kind
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.budget import PARAMS, Budget, Limit, parameters
 from megatron_prune.saliency.scores import UnitScores
 
 
@@ -27,14 +29,16 @@ class Rules:
     """What the choice depends on besides the scores; see `config.pruning` for the meaning of each field.
 
     Args:
-        types: names of the kinds of groups that may leave, in any order; None: all that are known.
+        target_params: parameters that the model may have; None: only `limits` hold.
+        limits: what it may cost besides; all of them hold at once.
+        types: names of the kinds of groups that may leave, in any order; None: all that do so by default.
         floors: by name, units of every layer that stay.
         widths: by name, units of every layer that stay while another kind has more than its own (see
             `pruning.balance`).
         draw_seed: decide by lot (metric `random`).
     """
 
-    target_params: int
+    target_params: int | None
     types: tuple[str, ...] | None = None
     gqa: str = "kv_group"
     head_score: str = "sum"
@@ -43,6 +47,13 @@ class Rules:
     floors: Mapping[str, int] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
     draw_seed: int | None = None
+    limits: tuple[Limit, ...] = ()
+
+    @cached_property
+    def budget(self) -> Budget:
+        """All limits, that of the parameters first."""
+        own = () if self.target_params is None else (Limit(PARAMS, self.target_params, parameters),)
+        return Budget((*own, *self.limits))
 
     def floor(self, name: str) -> int:
         """Units that groups of kind `name` leave in every layer."""
@@ -50,8 +61,8 @@ class Rules:
 
     def kinds(self, architecture: Architecture) -> tuple[GroupKind, ...]:
         """The kinds of groups that may leave `architecture`, in the order of registration."""
-        is_on = (lambda name: True) if self.types is None else self.types.__contains__
-        return tuple(kind for kind in known_groups() if is_on(kind.name) and kind.kind in architecture.live)
+        names = default_names() if self.types is None else self.types
+        return tuple(kind for kind in known_groups() if kind.name in names and kind.kind in architecture.live)
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,11 @@ class Offer:
     swap: float
 
 
+_NOTHING = 0.0, (), math.inf  # what a layer that is gone may lose
+
+
 class GroupKind:
-    """Groups of one unit of `kind` in every layer (for a shared kind: one unit).
+    """Groups of one unit of `kind` in every layer that is left (for a shared kind: one unit).
 
     Per layer the least salient unit is the candidate; the group's score sums those minima over layers (EfficientLLM,
     arXiv 2502.06663, Eq. 10). Ties go to the lowest original id.
@@ -87,6 +101,11 @@ class GroupKind:
         return 1
 
     @property
+    def is_default(self) -> bool:
+        """Whether groups of this kind may leave where no configuration says."""
+        return True
+
+    @property
     def default_limit(self) -> int | None:
         """Groups that may leave by one batch's scores, where no configuration says; None: any number."""
         return None
@@ -98,11 +117,11 @@ class GroupKind:
             UserError: layers would lose different numbers of units.
         """
         sites = [
-            self.least(values, ids, architecture.shape, rules)
+            self.least(values, ids, architecture.shape, rules) if len(ids) else _NOTHING
             for values, ids in zip(scores.values[self.kind], architecture.sites(self.kind), strict=True)
         ]
         group = Group.of(self.kind, (units for _, units, _ in sites), self.name)
-        if len({len(units) for _, units, _ in sites}) > 1:
+        if len({len(units) for _, units, _ in sites if units}) > 1:
             raise UserError(f"pruning: layers would lose different numbers of {self.kind.title} by these options")
         return Offer(group, sum(score for score, _, _ in sites), min(second - score for score, _, second in sites))
 
@@ -125,7 +144,7 @@ class GroupKind:
     def left(self, architecture: Architecture, group: Group) -> int:
         """Units that stay after `group`, in the layer where fewest do."""
         sites = zip(architecture.sites(self.kind), group.gone[self.kind], strict=True)
-        return min(len(ids) - len(units) for ids, units in sites)
+        return min(len(ids) - len(units) for ids, units in sites if len(ids))
 
     def kept(self, ids: np.ndarray, count: int, shape: LlamaShape, rules: Rules) -> np.ndarray:
         """`count` of the live `ids` of a layer, such as could be left on the way (which ones is immaterial)."""
@@ -140,7 +159,8 @@ class GroupKind:
         pick = self.cheapest if cheapest else self.kept
         units = self.units(architecture, rules) * groups
         sites = tuple(
-            np.asarray(pick(ids, len(ids) - units, architecture.shape, rules)) for ids in architecture.sites(self.kind)
+            np.asarray(pick(ids, len(ids) - units, architecture.shape, rules)) if len(ids) else ids
+            for ids in architecture.sites(self.kind)
         )
         return Architecture(architecture.shape, {**architecture.live, self.kind: sites})
 
@@ -168,6 +188,11 @@ def known_groups() -> tuple[GroupKind, ...]:
 def group_names() -> tuple[str, ...]:
     """Their names, in the same order."""
     return tuple(_REGISTRY)
+
+
+def default_names() -> tuple[str, ...]:
+    """Names of those that leave where no configuration says, in the same order."""
+    return tuple(kind.name for kind in known_groups() if kind.is_default)
 
 
 def find_group(name: str, where: str = "pruning.types") -> GroupKind:

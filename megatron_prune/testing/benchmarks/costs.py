@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.pruning.groups import group_names, known_groups
+from megatron_prune.pruning.groups import default_names, known_groups
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.saliency.scores import score_length
@@ -119,7 +119,7 @@ def measure(_rank: int, _world_size: int, preset: Preset) -> list[CostRow]:
         rows = [
             CostRow("context: parameters", f"{live:,}"),
             CostRow(
-                f"context: slots per rank, {' / '.join(group_names())}",
+                f"context: slots per rank, {' / '.join(default_names())}",
                 " / ".join(str(layout.width(kind.kind)) for kind in known_groups()),
             ),
             CostRow("context: seconds per plain step", f"{step.wall:.3f}", f"{step.cpu:.3f}"),
@@ -159,9 +159,9 @@ def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -
     total = Seconds(sum(s.wall for s in scoring), sum(s.cpu for s in scoring))
     yield CostRow("scoring, all of it / step", *share(total, step))
     yield CostRow(DECISION, *share(pieces["decision"], step))
-    for kind in group_names():
+    for kind in default_names():
         yield CostRow(f"retirement of a group, {kind} / step", *share(pieces[kind], step))
-    removal = median([pieces[kind] for kind in group_names()])
+    removal = median([pieces[kind] for kind in default_names()])
     added = {by: sum(getattr(piece, by) for piece in (total, pieces["decision"], removal)) for by in CLOCKS}
     expected = (1 / (1 + added[by] / getattr(step, by)) for by in CLOCKS)
     yield CostRow(f"{THROUGHPUT} by the sum of these", *(f"{value:.3f}" for value in expected))
@@ -177,11 +177,11 @@ def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: 
     yield CostRow(
         "second order: keeping the inputs / step", *(f"{keeping[by] / getattr(step, by):.2%}" for by in CLOCKS)
     )
-    for kind in group_names():
+    for kind in default_names():
         yield CostRow(f"second order: update before a removal, {kind} / step", *share(spent[kind], step))
     for every, goal in ((9, "0.90"), (1, "")):
         added = (
-            max((keeping[by] + getattr(spent[kind], by)) / getattr(step, by) for kind in group_names()) / every
+            max((keeping[by] + getattr(spent[kind], by)) / getattr(step, by) for kind in default_names()) / every
             for by in CLOCKS
         )
         name = f"throughput with it at 1:{every} / without, costliest kind"
@@ -192,7 +192,7 @@ def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: 
 def rows_of_compactions(run: SteppedRun, clock: Clock, step: Seconds) -> tuple[Seconds, list[CostRow]]:
     """(what a compaction costs in all, in plain steps; rows). The step after one pays for fresh memory."""
     rows, compactions, first_steps = [], [], []
-    for kind in group_names():
+    for kind in default_names():
         run.retire_quantum(kind)
         compactions.append(clock.time(run.compact)[1])
         first_steps.append(clock.time(run.plain_step)[1])
@@ -269,7 +269,7 @@ def rows_of_traffic(run: SteppedRun) -> Iterator[CostRow]:
     yield CostRow(FORMULA, f"{FP32_BYTES * score_length(run.architecture):,}")
     yield CostRow("bytes: squares over data parallelism", f"{fisher_bytes:,}")
     yield CostRow("bytes: decision", f"{decision:,}")
-    for kind in group_names():
+    for kind in default_names():
         _, retirement = counted(lambda: run.retire_quantum(kind))  # noqa: B023 - called at once
         yield CostRow(f"bytes: retirements of a quantum, {kind}", f"{retirement:,}")
         yield CostRow(f"bytes: compaction after it, {kind}", f"{counted(run.compact)[1]:,}")
@@ -298,7 +298,7 @@ def measure_memory(_rank: int, _world_size: int, preset: Preset) -> list[CostRow
             during("plain", run.plain_step)
         during("rest", lambda: None)
         during("pruning", run.pruning_step)
-        for kind in group_names():
+        for kind in default_names():
             run.retire_quantum(kind)
         during("compaction", run.compact)
     plain = peaks.pop("plain")

@@ -5,7 +5,7 @@ time_second_order   keeping inputs, and the update before a group of each kind, 
 
 from __future__ import annotations
 
-from megatron_prune.pruning.groups import group_names
+from megatron_prune.pruning.groups import default_names
 from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
 from megatron_prune.testing.helpers.meters import Seconds
@@ -29,7 +29,7 @@ def time_second_order(run: SteppedRun, timer: Timer) -> dict[str, Seconds]:
     kept = watcher.finish().kept
     assert kept is not None
     update = SecondOrderUpdate(run.model, kept, settings.damping)
-    for kind in group_names():
+    for kind in default_names():
         group = run.group(kind)
         _, spent[kind] = timer(lambda: update.compensate(group))  # noqa: B023 - called at once
         run.coordinator.commit(group)

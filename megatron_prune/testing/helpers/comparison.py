@@ -84,7 +84,8 @@ def hold_together(
     """Compare removals, losses and gradient norms, as long as the sharded run went."""
     compared, faults = 0, list[str]()
     for removal, mine in zip(oracle.removals, outcome.removals, strict=False):
-        is_same = mine["gone"] == {removal.kind: [list(units) for units in removal.units]}
+        units = [list(units) for units in removal.units]
+        is_same = mine["group"] == removal.kind and mine["gone"][removal.kind] == units
         if removal.margin < margin and not is_same:
             break
         found = _differences(removal, mine) if is_same else [f"{mine['gone']} instead of its own"]

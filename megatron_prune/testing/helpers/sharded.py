@@ -27,6 +27,7 @@ from megatron_prune.config import (
     ParallelConfig,
     PruningConfig,
     SecondOrder,
+    Target,
     TrainingConfig,
 )
 from megatron_prune.huggingface.config import shape_from_config
@@ -195,6 +196,7 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
         continued=ContinuedConfig() if decay else ContinuedConfig(10**9, continue_lr_decay_style="constant"),
         pruning=PruningConfig(
             target_params=settings.target_params,
+            target=Target(**settings.limits_besides),  # type: ignore[arg-type]
             schedule="ratio" if settings.schedule == "ratio" else "curve",
             curve=Curve("linear" if settings.schedule == "linear" else "cubic", str(start), str(end)),
             ratio=f"{settings.ratio[0]}:{settings.ratio[1]}",

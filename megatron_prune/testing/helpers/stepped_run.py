@@ -21,7 +21,7 @@ from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.pruning.groups import find_group, group_names
+from megatron_prune.pruning.groups import default_names, find_group
 from megatron_prune.pruning.selector import choose
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.saliency.fisher import MicrobatchFisher
@@ -65,7 +65,7 @@ class Setup:
                 ratio="1:1",
                 metric="taylor_mix",
                 fisher_unit="sequence",
-                groups=GroupConfigs({name: self._group(name) for name in group_names()}),
+                groups=GroupConfigs({name: self._group(name) for name in default_names()}),
             ),
         )
         return self.case.applied(config)
@@ -179,7 +179,7 @@ class SteppedRun:
         elements = timed("elements", lambda: self.score(squares))
         sums = timed("sums", elements.reduce)
         timed("decision", lambda: self.decide(sums))
-        for kind in group_names():
+        for kind in default_names():
             group, layout = self.group(kind), self.model.layout
             timed(kind, lambda: self._remove(group, layout, elements))  # noqa: B023 - called at once
         return spent

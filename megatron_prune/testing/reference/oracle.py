@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from megatron_prune.errors import UserError
-from megatron_prune.testing.reference import oracle_model, oracle_scores, oracle_second_order
+from megatron_prune.testing.reference import oracle_geometry, oracle_model, oracle_scores, oracle_second_order
 from megatron_prune.testing.reference.oracle_geometry import (
     Geometry,
     LiveUnits,
@@ -46,9 +46,9 @@ class OracleRemoval:
     """One removed group.
 
     Args:
-        kind: `head`, `ffn` or `stem`.
-        units: original ids: one tuple per layer for heads and FFN channels, one tuple of one id for the stem.
-        scores: the three saliencies it was chosen by (only the kinds that had a candidate).
+        kind: `head`, `ffn`, `stem` or `layer`.
+        units: original ids: one tuple per layer for heads and FFN channels, one tuple of one id for stem and layers.
+        scores: the saliencies it was chosen by (only the kinds that had a candidate).
         margin: relative gap between its score and the best alternative's; infinite without one.
         parameters_after: parameters of the model once it is gone.
         iteration: the iteration it was removed in, counted from 1.
@@ -125,7 +125,7 @@ class DenseOracle:
         self._begin_adam()
         self.iteration = self.tokens = 0
         self.credits = 0.0
-        self.source, self.source_params = self.live, self.parameters()
+        self.source = self.live
         self.smoothed: OracleScores | None = None
         self.removals: list[OracleRemoval] = []
 
@@ -193,7 +193,7 @@ class DenseOracle:
         scale = rows if self.settings.fisher_unit == "sequence" else rows * columns
         total_loss = 0.0
         gradient = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        squares = {name: torch.zeros_like(self.weights[name]) for name in output_projections(self.geometry)}
+        squares = {name: torch.zeros_like(self.weights[name]) for name in output_projections(self.live)}
         for tokens, labels in micro_batches:
             leaves = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
             loss = self._loss(leaves, tokens, labels, distilled)
@@ -209,7 +209,7 @@ class DenseOracle:
     def element_scores(self, gradient: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """S of every element of the output projections, from what `gradients` returned and the weights as they are."""
         scores = {}
-        for name in output_projections(self.geometry):
+        for name in output_projections(self.live):
             fisher = {
                 "microbatch": squares[name],
                 "adam": self.exp_avg_sq[name],
@@ -236,7 +236,7 @@ class DenseOracle:
 
     def input_scores(self, inputs: Mapping[str, Tensor]) -> Scores:
         """S from the layers' inputs, for the criteria that are made of them."""
-        names, criterion = output_projections(self.geometry), self.settings.criterion
+        names, criterion = output_projections(self.live), self.settings.criterion
         columns = {
             name: oracle_scores.input_scores(criterion, self.weights[name], inputs[name], self.settings.damping)
             for name in names
@@ -295,22 +295,29 @@ class DenseOracle:
     # Pruning ---------------------------------------------------------------------------------------------------------
 
     def _above_target(self) -> bool:
-        return self.settings.target_params is not None and self.parameters() > self.settings.target_params
+        return bool(self.settings.target) and self._size() > self._target()
 
-    def _allowed_params(self) -> float:
+    def _target(self) -> float:
+        return next(iter(self.settings.target.values()))
+
+    def _size(self, live: LiveUnits | None = None) -> float:
+        """The model's size (of these live units) by the limit that binds."""
+        costs = oracle_geometry.costs(self.geometry, live or self.live, self.settings.seq_length)
+        return oracle_scores.size(costs, self.settings.target)
+
+    def _allowed_size(self) -> float:
         """The curve: target + (source - target) (1 - u)^p, u the share of the way between its ends in tokens."""
         settings, (start, end) = self.settings, self.settings.curve
-        assert settings.target_params is not None
         left = 1 - min(max((self.tokens - start) / (end - start), 0), 1)
         share = left**3 if settings.schedule == "cubic" else left
-        return settings.target_params + (self.source_params - settings.target_params) * share
+        return self._target() + (self._size(self.source) - self._target()) * share
 
     def _income(self) -> int:
         return self.settings.ratio[0] if self.settings.schedule == "ratio" else 0
 
     def _may_prune(self, credits: float) -> bool:
         if self.settings.schedule != "ratio":
-            return self._above_target() and self.parameters() > self._allowed_params()
+            return self._above_target() and self._size() > self._allowed_size()
         return credits >= 1 and self._above_target()
 
     def _is_scheduled(self) -> bool:

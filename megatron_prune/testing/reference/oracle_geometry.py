@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 
 HEAD, KV_HEAD, FFN, STEM, VOCAB, FIXED = "head", "kv_head", "ffn", "stem", "vocab", "fixed"
+LAYER = "layer"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -94,7 +95,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class LiveUnits:
-    """Original ids of the units alive, ascending: query heads and FFN channels per layer, residual (stem) channels."""
+    """Original ids of the units alive, ascending: query heads and FFN channels per layer (none in a layer that is
+    gone), residual (stem) channels."""
 
     heads: tuple[tuple[int, ...], ...]
     ffn: tuple[tuple[int, ...], ...]
@@ -112,6 +114,11 @@ class LiveUnits:
             queries_per_kv=geometry.queries_per_kv,
         )
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Original numbers of the layers that are left."""
+        return tuple(layer for layer, heads in enumerate(self.heads) if heads)
+
     def kv_heads(self, layer: int) -> tuple[int, ...]:
         """KV heads of `layer` that still have a live query head."""
         return tuple(sorted({head // self.queries_per_kv for head in self.heads[layer]}))
@@ -123,17 +130,22 @@ class LiveUnits:
 
     def of(self, kind: str, layer: int) -> tuple[int, ...]:
         """Live ids of a prunable kind in `layer` (the stem is the same in all layers)."""
-        if kind == STEM:
-            return self.stem
+        if kind in (STEM, LAYER):
+            return self.stem if kind == STEM else self.layers
         return {HEAD: self.heads, FFN: self.ffn}[kind][layer] if kind != KV_HEAD else self.kv_heads(layer)
 
     def without(self, kind: str, units: tuple[tuple[int, ...], ...]) -> LiveUnits:
-        """What is left after a group: `units` holds one tuple per layer (`head`, `ffn`) or one tuple (`stem`)."""
+        """What is left after a group: `units` holds one tuple per layer (`head`, `ffn`) or one (`stem`, `layer`)."""
         if kind == STEM:
             return dataclasses.replace(self, stem=_drop(self.stem, units[0]))
+        if kind == LAYER:
+            kept = _drop(self.layers, units[0])
+            heads = tuple(ids if layer in kept else () for layer, ids in enumerate(self.heads))
+            ffn = tuple(ids if layer in kept else () for layer, ids in enumerate(self.ffn))
+            return dataclasses.replace(self, heads=heads, ffn=ffn)
         live = self.heads if kind == HEAD else self.ffn
         left = tuple(_drop(ids, gone) for ids, gone in zip(live, units, strict=True))
-        assert len({len(ids) for ids in left}) == 1, "all layers must keep the same width"
+        assert len({len(ids) for ids in left if ids}) == 1, "all layers must keep the same width"
         return dataclasses.replace(self, heads=left) if kind == HEAD else dataclasses.replace(self, ffn=left)
 
 
@@ -149,8 +161,9 @@ class WeightDims(NamedTuple):
     kinds: tuple[str, ...]
 
 
-def weight_table(geometry: Geometry) -> dict[str, WeightDims]:
-    """All tensors of the model by their Hugging Face names. Rows of heads are `head_dim` elements per unit."""
+def weight_table(geometry: Geometry, live: LiveUnits) -> dict[str, WeightDims]:
+    """All tensors of the model by their Hugging Face names in the source (layers keep their numbers when others leave).
+    Rows of heads are `head_dim` elements per unit."""
     table = {
         "model.embed_tokens.weight": WeightDims(0, (VOCAB, STEM)),
         "model.norm.weight": WeightDims(0, (STEM,)),
@@ -173,19 +186,18 @@ def weight_table(geometry: Geometry) -> dict[str, WeightDims]:
         kinds |= {"self_attn.v_proj.bias": (KV_HEAD,)}
     if geometry.qk_norm:
         kinds |= {"self_attn.q_norm.weight": (FIXED,), "self_attn.k_norm.weight": (FIXED,)}
-    for layer in range(geometry.num_layers):
+    for layer in live.layers:
         table |= {f"model.layers.{layer}.{name}": WeightDims(layer, dims) for name, dims in kinds.items()}
     return table
 
 
-def output_projections(geometry: Geometry) -> list[str]:
+def output_projections(live: LiveUnits) -> list[str]:
     """Names of the output layer group, on which saliency is computed: every layer's W_o and W_down."""
-    layers = range(geometry.num_layers)
-    return [f"model.layers.{n}.{name}.weight" for n in layers for name in ("self_attn.o_proj", "mlp.down_proj")]
+    return [f"model.layers.{n}.{name}.weight" for n in live.layers for name in ("self_attn.o_proj", "mlp.down_proj")]
 
 
 def weight_shapes(geometry: Geometry, live: LiveUnits) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor when these units live."""
+    """Shape of every tensor that is there when these units live."""
 
     def size(kind: str, layer: int) -> int:
         if kind == VOCAB:
@@ -195,13 +207,28 @@ def weight_shapes(geometry: Geometry, live: LiveUnits) -> dict[str, tuple[int, .
         per_unit = geometry.head_dim if kind in (HEAD, KV_HEAD) else 1
         return len(live.of(kind, layer)) * per_unit
 
-    table = weight_table(geometry)
+    table = weight_table(geometry, live)
     return {name: tuple(size(kind, layer) for kind in kinds) for name, (layer, kinds) in table.items()}
 
 
 def count(geometry: Geometry, live: LiveUnits) -> int:
     """Parameters of the model with these live units; a tied embedding counts once."""
     return sum(math.prod(shape) for shape in weight_shapes(geometry, live).values())
+
+
+def costs(geometry: Geometry, live: LiveUnits, seq_length: int) -> dict[str, float]:
+    """What a model may be limited in: parameters; FLOPs per token of a forward pass (2 per multiply-add of every matrix
+    that multiplies, logits included, and of scores and mixing over `seq_length` tokens); KV cache elements per token.
+    """
+    shapes = weight_shapes(geometry, live)
+    idle = () if geometry.tied else ("model.embed_tokens.weight",)
+    matrices = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and name not in idle)
+    attended = sum(len(live.of(HEAD, n)) * geometry.head_dim for n in live.layers)
+    return {
+        "params": count(geometry, live),
+        "flops_per_token": 2 * matrices + 4 * seq_length * attended,
+        "kv_cache_per_token": sum(2 * len(live.of(KV_HEAD, n)) * geometry.head_dim for n in live.layers),
+    }
 
 
 def element_index(geometry: Geometry, kind: str, layer: int, before: LiveUnits, after: LiveUnits) -> Tensor:
@@ -215,10 +242,13 @@ def element_index(geometry: Geometry, kind: str, layer: int, before: LiveUnits, 
 
 
 def shrink(geometry: Geometry, tensors: Mapping[str, Tensor], before: LiveUnits, after: LiveUnits) -> dict[str, Tensor]:
-    """Physically smaller copies of `tensors` (any of the model's names), holding only the units of `after`."""
-    table = weight_table(geometry)
+    """Physically smaller copies of `tensors` (any of the model's names), holding only the units of `after`; those of
+    layers that are gone are left out."""
+    table = weight_table(geometry, after)
     result = {}
     for name, tensor in tensors.items():
+        if name not in table:
+            continue
         layer, kinds = table[name]
         for dim, kind in enumerate(kinds):
             if kind not in (VOCAB, FIXED):

@@ -118,7 +118,7 @@ def logits(
     """Logits [B, S, V] of int64 tokens [B, S]; `record` is told the input of every linear layer's weight."""
     embedding = weights["model.embed_tokens.weight"]
     x_BSC = embedding[tokens_BS]
-    for layer in range(geometry.num_layers):
+    for layer in live.layers:
         prefix = f"model.layers.{layer}."
         normed = rms_norm(x_BSC, weights[prefix + "input_layernorm.weight"], geometry.epsilon)
         x_BSC = x_BSC + attention(normed, weights, prefix + "self_attn.", geometry, live.kv_index(layer), record)

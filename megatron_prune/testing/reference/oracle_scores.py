@@ -7,7 +7,7 @@
     candidates       the least salient group of each kind, with its runner-up and its size
     choose           the least of the three (Eq. 10), and the margin by which it won
 
-Scores are keyed by original ids. Ties go to the lowest id, between kinds to head, ffn, stem in this order.
+Scores are keyed by original ids. Ties go to the lowest id, between kinds to head, ffn, stem, layer in this order.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from megatron_prune.testing.reference.oracle_geometry import (
     FFN,
     HEAD,
     KV_HEAD,
+    LAYER,
     STEM,
     Geometry,
     LiveUnits,
-    count,
+    costs,
     weight_shapes,
     weight_table,
 )
 
-KINDS = (HEAD, FFN, STEM)
+KINDS = (HEAD, FFN, STEM)  # of a run that does not say
+ALL_KINDS = (*KINDS, LAYER)
 CRITERIA = ("taylor_first", "taylor_second", "taylor_mix", "taylor_signed", "obd", "magnitude")
 INPUT_CRITERIA = ("obc", "wanda", "flap", "minitron")
 
@@ -81,13 +83,16 @@ def input_scores(criterion: str, weight: Tensor, x: Tensor, damping: float) -> T
 
 
 def default_cost(kind: str, geometry: Geometry) -> int:
-    """Pruning steps that a group of `kind` uses up: one per column that a head owns, else one."""
+    """Pruning steps that a group of `kind` uses up: one per column that a head owns (of a layer: all its columns,
+    shared out over the layers), else one."""
+    if kind == LAYER:
+        return math.ceil((geometry.heads * geometry.head_dim + geometry.ffn) / geometry.num_layers)
     return geometry.head_dim if kind == HEAD else 1
 
 
 def is_shared(kind: str) -> bool:
     """Whether all layers share the units of `kind`."""
-    return kind == STEM
+    return kind in (STEM, LAYER)
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,14 @@ def unit_scores(
 ) -> OracleScores:
     """Sum S (`scores`: the output projections' names -> [C, H x D] and [C, F]) over the elements of every live unit;
     for stem channels sum `stem_scores` where they are given."""
-    head, ffn = [], []
+    head: list[dict[int, float]] = []
+    ffn: list[dict[int, float]] = []
     stem_sums = torch.zeros(())
     for layer in range(geometry.num_layers):
+        if layer not in live.layers:
+            head.append({})
+            ffn.append({})
+            continue
         attention = scores[f"model.layers.{layer}.self_attn.o_proj.weight"]
         down = scores[f"model.layers.{layer}.mlp.down_proj.weight"]
         head_sums = attention.reshape(len(live.stem), -1, geometry.head_dim).sum(dim=(0, 2))
@@ -143,15 +153,17 @@ class ChoiceRules:
     gqa: str
     types: tuple[str, ...]
     min_widths: Mapping[str, int]
-    target_params: int
+    target: Mapping[str, float]
+    seq_length: int
     finish: str
     balanced: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class OracleCandidate:
-    """The least salient group of one kind. `runner_up` is its score with the second-best unit in the layer where that
-    costs least (infinite without one), on the same scale as `score`. `left` units of the kind stay in a layer."""
+    """The least salient group of one kind; `size` is the model's without it. `runner_up` is its score with the
+    second-best unit in the layer where that costs least (infinite without one), on the same scale as `score`. `left`
+    units of the kind stay in a layer."""
 
     kind: str
     units: Units
@@ -159,6 +171,7 @@ class OracleCandidate:
     runner_up: float
     parameters_after: int
     left: int
+    size: float
 
 
 def head_options(
@@ -190,51 +203,88 @@ def head_options(
 
 
 def candidates(scores: OracleScores, geometry: Geometry, live: LiveUnits, rules: ChoiceRules) -> list[OracleCandidate]:
-    """The least salient group of each kind that is switched on and above its floor, in the order head, ffn, stem."""
-    parameters = count(geometry, live)
+    """The least salient group of each kind that is switched on and above its floor, in the order head, ffn, stem,
+    layer. What layers that are gone may lose is nothing; a layer's score is that of its heads and FFN channels."""
+    before = costs(geometry, live, rules.seq_length)
+    limit = binding(before, rules.target)
     found = []
-    for kind in KINDS:
+    nothing: list[tuple[float, tuple]] = [(0.0, ())]
+    for kind in ALL_KINDS:
         if kind not in rules.types:
             continue
         if kind == HEAD:
-            options = [head_options(layer, geometry, rules) for layer in scores.head]
+            options = [head_options(layer, geometry, rules) if layer else nothing for layer in scores.head]
         elif kind == FFN:
-            options = [sorted((score, (unit,)) for unit, score in layer.items()) for layer in scores.ffn]
-        else:
+            options = [
+                sorted((score, (unit,)) for unit, score in layer.items()) if layer else nothing for layer in scores.ffn
+            ]
+        elif kind == STEM:
             options = [sorted((score, (unit,)) for unit, score in scores.stem.items())]
+        else:
+            sums = {n: sum(scores.head[n].values()) + sum(scores.ffn[n].values()) for n in live.layers}
+            options = [sorted((score, (layer,)) for layer, score in sums.items())]
         units = tuple(layer[0][1] for layer in options)
-        left = len(live.of(kind, 0)) - len(units[0])
+        left = len(live.of(kind, live.layers[0])) - max(map(len, units))
         if left < rules.min_widths[kind]:
             continue
-        after = count(geometry, live.without(kind, units))
-        gone = parameters - after
+        after = costs(geometry, live.without(kind, units), rules.seq_length)
+        gone = before[limit] - after[limit]
+        if not gone:
+            continue
         least = sum(layer[0][0] for layer in options)
         swap = min((layer[1][0] - layer[0][0] for layer in options if len(layer) > 1), default=math.inf)
         score, runner_up = (_normalized(value, gone, rules) for value in (least, least + swap))
-        found.append(OracleCandidate(kind, units, score, runner_up, after, left))
+        candidate = OracleCandidate(
+            kind, units, score, runner_up, int(after["params"]), left, size(after, rules.target)
+        )
+        found.append(candidate)
     return found
 
 
-def _normalized(score: float, parameters: int, rules: ChoiceRules) -> float:
+def binding(costs: Mapping[str, float], target: Mapping[str, float]) -> str:
+    """The limit that is exceeded most, relatively."""
+    return max(target, key=lambda name: costs[name] / target[name])
+
+
+def size(costs: Mapping[str, float], target: Mapping[str, float]) -> float:
+    """How often the binding limit is exceeded, in units of the first limit."""
+    first, limit = next(iter(target)), binding(costs, target)
+    return costs[first] if limit == first else target[first] * (costs[limit] / target[limit])
+
+
+def _normalized(score: float, saved: float, rules: ChoiceRules) -> float:
     """`per_parameter` weighs a loss against what it saves; a gain (a negative score) is compared as it is."""
-    return score / parameters if rules.normalize == "per_parameter" and score > 0 else score
+    return score / saved if rules.normalize == "per_parameter" and score > 0 else score
 
 
 def balanced_widths(geometry: Geometry, live: LiveUnits, rules: ChoiceRules, balance: float) -> dict[str, int]:
-    """`balance` times the widths of a model of the target's size in which every kind of `types` has kept the same share
-    of its units, rounded up. That share, of widths that need not be whole, is found by halving an interval."""
-    table, shapes = weight_table(geometry), weight_shapes(geometry, live)
+    """`balance` times the widths of a model within the target in which every kind of `types` has kept the same share of
+    its units, rounded up. That share, of widths that need not be whole, is found by halving an interval."""
+    table, shapes = weight_table(geometry, live), weight_shapes(geometry, live)
     shrinking = {*rules.types, *((KV_HEAD,) if HEAD in rules.types else ())}
+    idle = () if geometry.tied else ("model.embed_tokens.weight",)
+    whole = costs(geometry, live, rules.seq_length)
 
-    def parameters(share: float) -> float:
+    def is_within(share: float) -> bool:
         dims = {name: sum(kind in shrinking for kind in table[name].kinds) for name in table}
-        return sum(math.prod(shapes[name]) * share ** dims[name] for name in table)
+        for name in table:
+            dims[name] += LAYER in shrinking and name.startswith("model.layers.")
+        sizes = {name: math.prod(shapes[name]) * share ** dims[name] for name in table}
+        matrices = sum(n for name, n in sizes.items() if len(shapes[name]) == 2 and name not in idle)
+        heads = share ** ((HEAD in rules.types) + (LAYER in rules.types))
+        attended = sum(len(live.of(HEAD, n)) * geometry.head_dim for n in live.layers)
+        now = {
+            "params": sum(sizes.values()),
+            "flops_per_token": 2 * matrices + 4 * rules.seq_length * attended * heads,
+            "kv_cache_per_token": whole["kv_cache_per_token"] * heads,
+        }
+        return all(now[name] <= most for name, most in rules.target.items())
 
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if parameters(middle) > rules.target_params else (middle, high)
-    return {kind: math.ceil(balance * low * len(live.of(kind, 0)) - 1e-9) for kind in KINDS}
+        low, high = (middle, high) if is_within(middle) else (low, middle)
+    return {kind: math.ceil(balance * low * len(live.of(kind, 0)) - 1e-9) for kind in ALL_KINDS}
 
 
 def choose(
@@ -248,13 +298,14 @@ def choose(
     """
     eligible = list(found)
     if rules.finish == "exact":
-        eligible = [c for c in found if c.parameters_after >= rules.target_params * (1 - 0.005)]
-        eligible = eligible or [max(found, key=lambda c: c.parameters_after)]
+        target = next(iter(rules.target.values()))
+        eligible = [c for c in found if c.size >= target * (1 - 0.005)]
+        eligible = eligible or [max(found, key=lambda c: c.size)]
     eligible = [c for c in eligible if c.left >= rules.balanced.get(c.kind, 0)] or eligible
     eligible = [c for c in eligible if c.kind not in resting]
     if not eligible:
         return None
-    best = min(eligible, key=lambda candidate: (candidate.score, KINDS.index(candidate.kind)))
+    best = min(eligible, key=lambda candidate: (candidate.score, ALL_KINDS.index(candidate.kind)))
     rivals = [candidate.score for candidate in eligible if candidate is not best]
     runner_up = min([best.runner_up, *rivals])
     return best, (runner_up - best.score) / max(abs(best.score), 1e-30)

@@ -21,7 +21,7 @@ from megatron_prune.testing.reference.oracle_scores import damped_hessian
 
 def readers(geometry: Geometry, kind: str, before: LiveUnits, after: LiveUnits) -> Iterator[tuple[str, Tensor]]:
     """(name, int64 positions of its surviving columns); the embedding reads nothing, and a tied LM head is one."""
-    for name, (layer, kinds) in weight_table(geometry).items():
+    for name, (layer, kinds) in weight_table(geometry, after).items():
         if len(kinds) == 2 and kinds[1] == kind and name != "model.embed_tokens.weight":
             yield name, element_index(geometry, kind, layer, before, after)
 

@@ -55,7 +55,7 @@ class OracleSettings:
         score_idle: score (and smooth) at scheduled iterations that have no credit to remove anything, too.
         types: kinds of groups that may go. limits: how many of a kind may go by one iteration's scores.
         balance: share of the width that a kind would have if all shrank alike; one at it waits for the others.
-        min_heads, min_ffn, min_hidden: widths that are kept.
+        min_heads, min_ffn, min_hidden, min_layers: widths that are kept.
         gqa: the unit of a head group, see `oracle_scores.head_options`.
         schedule: `ratio`, or the `cubic` or `linear` curve of sizes over tokens.
         curve: tokens at which the curve begins and ends.
@@ -63,6 +63,7 @@ class OracleSettings:
         first_prune_iter: iteration from which every g-th one is scheduled, itself included (0: g, 2 g, 3 g, ...).
         group_cost: pruning steps that a group of each kind uses up; default head_dim, 1, 1.
         target_params: pruning ends once parameters <= target; None never prunes.
+        limits_besides: other limits that have to be kept too (`oracle_geometry.costs`), at `seq_length` tokens.
         distillation: (weight, temperature) of the teacher's distribution in the loss; weight 0: none.
         distilled_scores: with distillation, scores are from the `distilled` loss, or iterations that score train on
             `cross_entropy`.
@@ -88,10 +89,11 @@ class OracleSettings:
     score_idle: bool = False
     types: tuple[str, ...] = oracle_scores.KINDS
     balance: float = 0.6
-    limits: Mapping[str, int] = field(default_factory=lambda: {oracle_scores.HEAD: 1})
+    limits: Mapping[str, int] = field(default_factory=lambda: {oracle_scores.HEAD: 1, oracle_scores.LAYER: 1})
     min_heads: int = 1
     min_ffn: int = 1
     min_hidden: int = 1
+    min_layers: int = 1
     gqa: str = "kv_group"
     schedule: str = "ratio"
     curve: tuple[int, int] = (0, 1)
@@ -99,6 +101,8 @@ class OracleSettings:
     first_prune_iter: int = 0
     group_cost: Mapping[str, float] = field(default_factory=dict)
     target_params: int | None = None
+    limits_besides: Mapping[str, float] = field(default_factory=dict)
+    seq_length: int = 0
     distillation: tuple[float, float] = (0.0, 1.0)
     distilled_scores: str = "distilled"
     optimizer_state: str = "carry"
@@ -112,19 +116,26 @@ class OracleSettings:
     @property
     def floors(self) -> dict[str, int]:
         """Widths that are kept, by kind."""
-        floors = (self.min_heads, self.min_ffn, self.min_hidden)
-        return {kind: max(1, floor) for kind, floor in zip(oracle_scores.KINDS, floors, strict=True)}
+        floors = (self.min_heads, self.min_ffn, self.min_hidden, self.min_layers)
+        return {kind: max(1, floor) for kind, floor in zip(oracle_scores.ALL_KINDS, floors, strict=True)}
 
     @property
     def choice_rules(self) -> oracle_scores.ChoiceRules:
         """The part that the choice of a group depends on; only where there is a target."""
-        assert self.target_params is not None
+        assert self.target
         return oracle_scores.ChoiceRules(
             head_score=self.head_score,
             normalize=self.normalize,
             gqa=self.gqa,
             types=tuple(self.types),
             min_widths=self.floors,
-            target_params=self.target_params,
+            target=self.target,
+            seq_length=self.seq_length,
             finish=self.finish,
         )
+
+    @property
+    def target(self) -> dict[str, float]:
+        """All limits, that of the parameters first."""
+        own = {} if self.target_params is None else {"params": self.target_params}
+        return {**own, **self.limits_besides}

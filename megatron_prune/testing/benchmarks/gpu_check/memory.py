@@ -18,7 +18,7 @@ from megatron_prune.checkpoint import AsyncSaver, save_checkpoint
 from megatron_prune.config import ParallelConfig
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank
-from megatron_prune.pruning.groups import group_names
+from megatron_prune.pruning.groups import default_names
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import close_mesh, init_mesh
 from megatron_prune.testing.benchmarks.costs import Clock
@@ -58,7 +58,7 @@ def _peaks(context: Context, run: SteppedRun, meter: PeakMemory) -> Iterator[Row
             run.plain_step()
         peaks[name] = meter.peak()
         if name == "pruning":
-            for kind in group_names():
+            for kind in default_names():
                 run.retire_quantum(kind)
     plain = peaks["plain"]
     goal = GOAL_PEAK if context.is_cuda else float("inf")  # a CPU's allocator tells little of so small a model

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.pruning.groups import find_group, group_names
+from megatron_prune.pruning.groups import default_names, find_group
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.testing.benchmarks.costs import Clock
@@ -107,7 +107,7 @@ def _pruning(context: Context, shapes: Shapes, run: SteppedRun) -> Iterator[Row]
     yield Row("pruning step without a compaction, plain / pruning", f"{ratio:.3f}", value=ratio)
     yield from _removals(context, run, clock, plain)
     compactions = []
-    for kind in group_names():
+    for kind in default_names():
         run.retire_quantum(kind)
         if context.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -135,7 +135,7 @@ def _removals(context: Context, run: SteppedRun, clock: Clock, plain: float) -> 
     text = ", ".join(f"{piece} {1000 * spent.wall:.1f}" for piece, spent in pieces.items())
     total = sum(spent.wall for spent in pieces.values()) / 3
     yield Row("pieces of a removal, ms", text)
-    for kind in group_names():
+    for kind in default_names():
         yield Row(f"retirement of one group, {kind}", counted(context, lambda: run.retire(kind)))  # noqa: B023
     yield Row("three removals with their scoring / plain step", f"{3 * total / plain:.3f}", value=3 * total / plain)
 

@@ -1,0 +1,146 @@
+"""Time models of a source's family with transformers, for `pruning.target: {latency: ..., latency_table: FILE}`.
+
+    megatron-prune measure-latency --hf-model SmolLM-360M --save table.json
+    megatron-prune measure-latency --hf-model exported
+
+The first measures the source's shape and smaller ones (fewer heads, narrower FFN, smaller hidden size, fewer layers)
+with random weights; run it on the machine and with the threads that the pruned model is for. The second says how long
+one model takes, measured alike.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_prune.commands.running import check_file, run_command, say
+from megatron_prune.config.options import option
+from megatron_prune.errors import UserError, first_line
+from megatron_prune.model.shape import LlamaShape
+
+SHARES = (0.75, 0.5)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """The command's options."""
+
+    hf_model: str = option(None, "folder with config.json", metavar="DIR", required=True)
+    save: str | None = option(None, "the table; without it only the model itself is measured", metavar="FILE")
+    phase: str = option(
+        "decode", "decode: milliseconds per token with a cache; prefill: of the whole prompt", metavar="P"
+    )
+    prompt_length: int = option(128, "tokens of the prompt", at_least=1)
+    decoded_tokens: int = option(32, "tokens after it", at_least=2)
+    batch_size: int = option(1, "sequences at once", at_least=1)
+    repeats: int = option(3, "times that everything is done; the median counts", at_least=1)
+    threads: int | None = option(None, "CPU threads; null: as torch has them", at_least=1)
+    dtype: str = option("float32", ", ".join(DTYPES), metavar="T")
+    device: str = option("cpu", "of torch, such as cpu or cuda")
+
+
+def measure(arguments: LatencyOptions) -> int:
+    """Measure, and write the table; the exit status. Raises UserError."""
+    for name, value, known in (("phase", arguments.phase, ("decode", "prefill")), ("dtype", arguments.dtype, DTYPES)):
+        if value not in known:
+            raise UserError(f"--{name} {value}: unknown; use {', '.join(known)}")
+    if find_spec("transformers") is None:
+        raise UserError("measure-latency needs transformers: install megatron-prune[hf]")
+    from megatron_prune.data.hub_files import read_json
+    from megatron_prune.huggingface.config import shape_from_config
+    from megatron_prune.pruning.latency import LatencyTable, Point, around
+
+    config = read_json(Path(arguments.hf_model) / "config.json")
+    shape = shape_from_config(config)
+    what = f"{arguments.phase}, {arguments.batch_size} x {arguments.prompt_length} tokens, {arguments.dtype}"
+    if arguments.save is None:
+        say(f"{arguments.hf_model}: {timed(arguments, config, shape):.3f} ms ({what})")
+        return 0
+    check_file("--save", arguments.save)
+    points = [
+        Point(each, timed(arguments, config, each))
+        for each in tqdm(around(shape, SHARES), unit="model", disable=not sys.stderr.isatty())
+    ]
+    table = LatencyTable(f"{what}, {arguments.device}, {platform.machine()}", tuple(points))
+    Path(arguments.save).write_text(json.dumps(table.to_json(), indent=1) + "\n", encoding="utf-8")
+    for point in points:
+        s = point.shape
+        say(
+            f"{s.num_layers} layers, hidden {s.hidden_size}, {s.num_attention_heads} heads, {s.num_query_groups} KV "
+            f"heads, FFN {s.ffn_hidden_size}: {point.milliseconds:.3f} ms"
+        )
+    say(f"{arguments.save}: {len(points)} models ({what}); the fit is off by {table.worst:.1%} at most")
+    return 0
+
+
+def timed(arguments: LatencyOptions, config: dict[str, Any], shape: LlamaShape) -> float:
+    """Milliseconds of one token (decode) or of the prompt (prefill), of a model of this shape with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    fields = {
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+    }
+    left_out = ("architectures", "torch_dtype", "layer_types")
+    known = {name: value for name, value in config.items() if name not in left_out}
+    model_type = known.pop("model_type")
+    dtype = getattr(torch, arguments.dtype)
+    try:
+        device = torch.device(arguments.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {arguments.device}: {first_line(error)}") from error
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**known, **fields}))
+    model = model.to(device=device, dtype=dtype).eval()
+    tokens = torch.randint(shape.vocab_size, (arguments.batch_size, arguments.prompt_length), device=device)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    found = []
+    with torch.inference_mode():
+        for _ in range(1 + arguments.repeats):
+            prefill, decode = _one_round(model, tokens, arguments.decoded_tokens, wait)
+            found.append(decode if arguments.phase == "decode" else prefill)
+    return 1000 * statistics.median(found[1:])  # the first one warms up
+
+
+def _one_round(model: Any, tokens: Any, decoded: int, wait: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of the prompt, and the median of those of each token after it."""
+    wait()
+    start = time.perf_counter()
+    output = model(tokens, use_cache=True)
+    wait()
+    prefill, steps = time.perf_counter() - start, []
+    for _ in range(decoded):
+        token = output.logits[:, -1:].argmax(dim=-1)
+        wait()
+        start = time.perf_counter()
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        wait()
+        steps.append(time.perf_counter() - start)
+    return prefill, statistics.median(steps)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return run_command("measure-latency", LatencyOptions, measure, argv, "interrupted; nothing was written")

@@ -1,0 +1,64 @@
+"""A whole layer: both its output projections become zero, so that it hands on what it gets, and then it is gone."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.kinds import LAYER
+from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups.kind import GroupKind, Offer, Rules
+from megatron_prune.saliency.scores import UnitScores
+
+
+class LayerGroups(GroupKind):
+    """One layer with all its units. Its score is the criterion summed over the columns of its output projections, that
+    is over the units that own them."""
+
+    def default_cost(self, shape: LlamaShape) -> int:
+        """As a head costs one per column and layer that it takes: the columns of one layer, shared out over all."""
+        columns = shape.num_attention_heads * shape.kv_channels + shape.ffn_hidden_size
+        return -(-columns // shape.num_layers)
+
+    @property
+    def is_default(self) -> bool:
+        """Not: a configuration has to name it."""
+        return False
+
+    @property
+    def default_limit(self) -> int:
+        """One: what a layer is worth depends on those that are left."""
+        return 1
+
+    def offer(self, scores: UnitScores, architecture: Architecture, rules: Rules) -> Offer:
+        """The layer with the least score."""
+        outputs = [row for row in architecture.table.rows if row.is_output]
+        sums = {
+            layer: math.fsum(float(scores.of(row.dims[1].kind, layer).sum()) for row in outputs if row.layer == layer)
+            for layer in architecture.layers
+        }
+        first, *others = sorted(sums, key=lambda layer: (sums[layer], layer))
+        swap = sums[others[0]] - sums[first] if others else math.inf
+        return Offer(group_of(architecture, first), sums[first], swap)
+
+    def shrunk(self, architecture: Architecture, groups: int, rules: Rules, *, cheapest: bool = False) -> Architecture:
+        """`architecture` without so many layers: the last ones, or those with most parameters (`cheapest`)."""
+        layers = list(architecture.layers)
+        if cheapest:
+            layers.sort(key=lambda layer: architecture.cost(group_of(architecture, layer)))
+        for layer in reversed(layers[len(layers) - groups :]):
+            architecture = architecture.without(group_of(architecture, layer))
+        return architecture
+
+
+def group_of(architecture: Architecture, layer: int) -> Group:
+    """`layer` and all units that it has of its own."""
+    gone = {
+        kind: tuple(tuple(ids.tolist()) if at == layer else () for at, ids in enumerate(sites))
+        for kind, sites in architecture.live.items()
+        if not kind.is_shared
+    }
+    return Group(LAYER.name, {LAYER: ((layer,),), **gone})
+
+
+LAYERS = LayerGroups("layer", LAYER)
