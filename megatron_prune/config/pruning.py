@@ -2,7 +2,8 @@
 comes after the target (`continued`).
 
 The defaults of `pruning` are what measured best on small real models (docs/method.md): whole KV heads as the unit,
-signed scores per removed parameter, smoothed over steps, kinds in balance, a cubic curve over the first fifth of the
+the curvature's part of the predicted loss per removed
+parameter, smoothed over steps, kinds in balance, a cubic curve over the first fifth of the
 run. The settings of the paper (EfficientLLM, arXiv 2502.06663) are in its recipes under `examples/configs/`.
 
 Kinds of groups: `head` removes one query head (or, by `gqa`, a whole KV head) in every layer, `ffn` one channel of the
@@ -188,7 +189,7 @@ class PruningConfig:
         ("head", "ffn", "stem"), "kinds of groups that may be removed, by name", metavar="NAME", unique=True
     )
     metric: str = option(
-        "taylor_signed",
+        "obd",
         "element-wise saliency criterion by its registered name: taylor_first, taylor_second, taylor_mix, "
         "taylor_signed, obd, obc, wanda, flap, minitron, magnitude, random",
     )

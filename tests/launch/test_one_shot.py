@@ -27,7 +27,7 @@ from tests.model.random_models import the_one
 CONFIG = tiny_config(vocab_size=VOCABULARY)
 WEIGHTS = random_llama_weights(CONFIG)
 BATCHES, MICRO_BATCH = 4, 2
-SCORES = {"criterion": "taylor_signed", "fisher_unit": "token"}
+SCORES = {"criterion": "obd", "fisher_unit": "token"}
 ONCE = {"saliency_momentum": 0.0, "ratio": (999, 1), "group_cost": {"head": 1, "ffn": 1, "stem": 1}, "limits": {}}
 
 
