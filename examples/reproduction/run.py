@@ -179,6 +179,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         facts |= {f"source_{name}": stages["source"][name] for name in ("parameters", "validation_loss")}
     if stages.get("pruned", final)["tokens"] < final["tokens"]:
         facts["pruned"] = {name: stages["pruned"][name] for name in ("tokens", "parameters", "validation_loss")}
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["pruning"]
+    facts |= {name: settings[name] for name in ("metric", "balance")}  # which defaults it was made with
     history = folder / "pruning_history.jsonl"
     lines = [json.loads(line) for line in history.read_text().splitlines()] if history.is_file() else []
     removals = [line for line in lines if line.get("gone")]

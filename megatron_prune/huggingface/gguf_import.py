@@ -75,9 +75,7 @@ class GgufModel:
 
     def __init__(self, file: str | Path) -> None:
         self.file, self._gguf = Path(file), gguf_package()
-        reader = _open(self.file, self._gguf)
-        self.fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.fields, self._tensors = _read(self.file, self._gguf)
         self.shape = self._read_shape()
         self._names = tensor_names(self.shape)
         self._turned = turned_heads(self.shape)
@@ -226,12 +224,15 @@ def _decimal(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _open(file: Path, gguf: Any) -> Any:
+def _read(file: Path, gguf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metadata by name, tensors by name); tensors stay in the file, which is mapped."""
     if not file.is_file():
         raise UserError(f"--gguf {file}: is no file")
     if is_lfs_pointer(file):
         raise UserError(f"{file}: {LFS_HINT}")
     try:
-        return gguf.GGUFReader(str(file))
+        reader = gguf.GGUFReader(str(file))
+        fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise UserError(f"{file}: is cut off, damaged or no GGUF file: {error}") from error
+    return fields, {tensor.name: tensor for tensor in reader.tensors}

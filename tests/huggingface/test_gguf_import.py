@@ -165,6 +165,8 @@ def test_anything_else_is_one_line(text: Path, tmp_path: Path, capsys: Any) -> N
     cut.write_bytes(good.read_bytes()[:-5000])
     empty.write_bytes(b"")
     other.write_bytes(b"PK\x03\x04" + bytes(4000))
+    garbled = tmp_path / "garbled.gguf"
+    garbled.write_bytes(good.read_bytes().replace(b"llama", b"llam\xff", 1))
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine").write_text("x")
@@ -173,6 +175,7 @@ def test_anything_else_is_one_line(text: Path, tmp_path: Path, capsys: Any) -> N
         (cut, [], "is cut off, damaged or no GGUF file"),
         (empty, [], "is cut off, damaged or no GGUF file"),
         (other, [], "is cut off, damaged or no GGUF file"),
+        (garbled, [], "is cut off, damaged or no GGUF file"),
         (changed(good, tmp_path / "1.gguf", general__architecture="gemma"), [], "'gemma' is not read"),
         (changed(good, tmp_path / "2.gguf", llama__block_count=3), [], "lacks 'blk.2."),
         (changed(good, tmp_path / "3.gguf", llama__block_count=1), [], "holds, beside the model's tensors, 'blk.1."),
