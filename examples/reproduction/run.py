@@ -235,35 +235,46 @@ def best_rates(results: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], li
     }
 
 
-def spread(losses: Mapping[tuple[int, str], Sequence[float]], steps: int) -> float | None:
-    """Standard deviation of one run over seeds, pooled over the methods; None where no method has two seeds."""
-    several = [values for (length, _), values in losses.items() if length == steps and len(values) > 1]
-    if not several:
-        return None
-    return math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in several) / sum(len(v) - 1 for v in several))
+def spread(
+    content: Mapping[str, Any], losses: Mapping[tuple[int, str], Sequence[float]], steps: int, method: str
+) -> float:
+    """Standard deviation of one run over seeds, pooled over the methods that start alike; NaN where none has two seeds.
+
+    Runs from random weights spread more than those from the source's.
+    """
+
+    def begins(name: str) -> bool:
+        return "--init random" in content["methods"][name].get("train", "")
+
+    alike = [v for (length, name), v in losses.items() if length == steps and begins(name) == begins(method)]
+    freedom = sum(len(values) - 1 for values in alike)
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in alike if len(values) > 1)
+    return math.sqrt(squares / freedom) if freedom else math.nan
 
 
-def verdict(difference: float, error: float | None) -> str:
-    """What a difference (positive: as claimed) with its standard error says."""
-    if error is None or abs(difference) < SURE * error:
+def verdict(difference: float, error: float) -> str:
+    """What a difference (positive: as claimed) with its standard error says; NaN: it is not known."""
+    if not abs(difference) >= SURE * error:
         return OPEN
     return HOLDS if difference > 0 else FAILS
 
 
 def judge(
-    claims: Mapping[str, Sequence[str]], losses: Mapping[tuple[int, str], Sequence[float]]
+    content: Mapping[str, Any], losses: Mapping[tuple[int, str], Sequence[float]]
 ) -> Iterator[tuple[str, str, int, str, str]]:
-    """Rows: claim, the method compared with, steps, difference with its standard error, verdict."""
-    for claim, (better, *others) in claims.items():
+    """Rows: claim, the methods compared, steps, difference with its standard error, verdict."""
+    for claim, (better, *others) in content["claims"].items():
         for other in others:
             lengths = [steps for steps, method in losses if method == better and (steps, other) in losses]
             if not lengths:
                 yield claim, f"{better} < {other}", 0, "", NOT_RUN
             for steps in sorted(lengths):
-                a, b, deviation = losses[steps, better], losses[steps, other], spread(losses, steps)
-                error = deviation * math.sqrt(1 / len(a) + 1 / len(b)) if deviation is not None else None
+                a, b = losses[steps, better], losses[steps, other]
+                error = math.hypot(
+                    *(spread(content, losses, steps, m) / math.sqrt(len(v)) for m, v in ((better, a), (other, b)))
+                )
                 difference = statistics.mean(b) - statistics.mean(a)
-                shown = f"{difference:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
+                shown = f"{difference:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
                 yield claim, f"{better} < {other}", steps, shown, verdict(difference, error)
 
 
@@ -279,7 +290,7 @@ def markdown(content: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     losses = best_rates(results)
     lines = ["| claim | compared | steps | difference of loss | verdict |", "| --- | --- | ---: | ---: | --- |"]
     lines += [" | ".join(["", claim, f"`{what}`", str(steps or ""), shown, said, ""]).strip()
-              for claim, what, steps, shown, said in judge(content["claims"], losses)]  # fmt: skip
+              for claim, what, steps, shown, said in judge(content, losses)]  # fmt: skip
     lengths = sorted({steps for steps, _ in losses})
     tokens = {result["steps"]: result["tokens"] for result in results}
     heads = [f"{steps} steps, {tokens[steps] / 1e6:.2f} M tokens" for steps in lengths]

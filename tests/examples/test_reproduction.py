@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_names_with_spaces_stay_one_word(content: dict[str, Any], tmp_path: Path
     assert train[train.index("--lr-warmup-iters") + 1] == "3" and "--hf-model" not in train
 
 
-def test_verdicts_ask_for_two_standard_errors(content: dict[str, Any]) -> None:
+def test_verdicts_ask_for_two_standard_errors() -> None:
     def result(method: str, steps: int, seed: int, loss: float, rate: float = 1.0) -> dict[str, Any]:
         return {"method": method, "steps": steps, "seed": seed, "learning_rate": rate, "loss": loss, "tokens": steps}
 
@@ -84,14 +85,19 @@ def test_verdicts_ask_for_two_standard_errors(content: dict[str, Any]) -> None:
     losses = run.best_rates(results)
     assert losses[60, "b"] == [1.10, 1.12]
     claims = {"x": ["a", "b", "c"], "y": ["b", "a"], "z": ["a", "d"]}
-    rows = [(claim, what, said) for claim, what, _, _, said in run.judge(claims, losses)]
+    methods = {name: {"train": "--init random" if name == "e" else ""} for name in "abcde"}
+    plan = {"claims": claims, "methods": methods}
+    rows = [(claim, what, said) for claim, what, _, _, said in run.judge(plan, losses)]
     assert rows == [
         ("x", "a < b", run.HOLDS),
         ("x", "a < c", run.OPEN),
         ("y", "b < a", run.FAILS),
         ("z", "a < d", run.NOT_RUN),
     ]
-    assert run.spread({(60, "a"): [1.0]}, 60) is None and run.verdict(1.0, None) == run.OPEN
+    # Seeds of runs from random weights say nothing of the others' spread.
+    losses = {(60, "a"): [1.0], (60, "e"): [3.0, 4.0]}
+    assert math.isnan(run.spread(plan, losses, 60, "a")) and run.spread(plan, losses, 60, "e") > 0.5
+    assert run.verdict(1.0, math.nan) == run.OPEN
 
 
 def test_agreement_is_what_seeds_share() -> None:
