@@ -32,7 +32,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
     test-eval test-slurm soak lint types dry-run checks demo smollm2 bench gpu-wheels gpu-check clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## set up .venv with the versions in constraints.txt: torch first, then the package and its tools
 	@:
