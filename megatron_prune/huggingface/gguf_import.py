@@ -9,9 +9,12 @@ that the gguf package cannot undo: each is one line. A quantized model is a roun
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
+import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer
 from megatron_prune.data.leftovers import claim_folder, sole_writer, staging
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, first_line
 from megatron_prune.huggingface.config import WRITTEN_FOR, config_json, shape_from_config
 from megatron_prune.huggingface.gguf_file import (
     ROPE_FACTORS,
@@ -36,6 +39,7 @@ from megatron_prune.huggingface.shards import DTYPES, ShardEntry, dtype_name, wr
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.table import ParamTable
+from megatron_prune.reading import open_file
 
 # GGUF's architecture -> the model_type whose computation it is.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -56,6 +60,20 @@ _SCALING = {"rope.scaling.type", "rope.scaling.factor"}
 _SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 # Llama 3's scaling is in the file as factors only; these numbers give them, but for the largest factor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_BYTES = {
+    0: 1,
+    1: 1,
+    2: 2,
+    3: 2,
+    4: 4,
+    5: 4,
+    6: 4,
+    7: 1,
+    10: 8,
+    11: 8,
+    12: 8,
+}  # of a value, by its type
+_TEXT, _ARRAY = 8, 9
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -75,6 +93,10 @@ class GgufModel:
 
     def __init__(self, file: str | Path) -> None:
         self.file, self._gguf = Path(file), gguf_package()
+        with _damaged(self.file):
+            self._understand()
+
+    def _understand(self) -> None:
         self.fields, self._tensors = _read(self.file, self._gguf)
         self.shape = self._read_shape()
         self._names = tensor_names(self.shape)
@@ -199,7 +221,8 @@ def write_folder(model: GgufModel, folder: str | Path, dtype: str | None = None)
         with sole_writer(target, "--hf-model"), claim_folder(staged):
             for name, content in (("config.json", config), ("generation_config.json", generation)):
                 (staged / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            write_tokenizer(model.fields, staged, model.shape, str(model.file))
+            with _damaged(model.file):
+                write_tokenizer(model.fields, staged, model.shape, str(model.file))
             write_shards(staged, [entries], fetch)
             _write_card(model, staged)
             if target.exists():
@@ -230,9 +253,59 @@ def _read(file: Path, gguf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"--gguf {file}: is no file")
     if is_lfs_pointer(file):
         raise UserError(f"{file}: {LFS_HINT}")
-    try:
-        reader = gguf.GGUFReader(str(file))
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{file}: is cut off, damaged or no GGUF file: {error}") from error
+    _check_head(file)
+    reader = gguf.GGUFReader(str(file))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
     return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+@contextlib.contextmanager
+def _damaged(file: Path) -> Iterator[None]:
+    """What reading a damaged file raises as a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError, struct.error) as error:
+        raise UserError(f"{file}: is cut off, damaged or no GGUF file: {first_line(error)}") from error
+
+
+def _check_head(file: Path) -> None:
+    """Step over all that comes before the tensors, whose counts the file must have room for: gguf's reader counts on
+    beyond the end. Raises ValueError and the like where it has not.
+    """
+    with open_file(file) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
+
+        def numbers(kinds: str, at: int) -> tuple[int, ...]:
+            return struct.unpack_from(order + kinds, data, at)
+
+        def room(at: int) -> int:
+            if at > len(data):
+                raise ValueError(f"ends before byte {at}")
+            return at
+
+        def past_text(at: int) -> int:
+            return room(at + 8 + numbers("Q", at)[0])
+
+        def past_value(kind: int, at: int) -> int:
+            if kind == _TEXT:
+                return past_text(at)
+            if kind != _ARRAY:
+                return room(at + _BYTES[kind])
+            inner, count = numbers("IQ", at)
+            at += 12
+            if inner in _BYTES:
+                return room(at + count * _BYTES[inner])
+            for _ in range(count):  # each takes up room, or the end is reached
+                at = past_value(inner, at)
+            return at
+
+        tensors, fields = numbers("QQ", 8)
+        at = 24
+        for _ in range(fields):
+            at = past_text(at)
+            at = past_value(numbers("I", at)[0], at + 4)
+        for _ in range(tensors):
+            at = past_text(at)
+            at = room(at + 16 + 8 * numbers("I", at)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 pytest.importorskip("gguf", reason="needs the package gguf: install megatron-prune[gguf]")
 pytest.importorskip("transformers")
 import gguf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +29,7 @@ from megatron_prune.huggingface.gguf_tokenizer import SPLITS
 from megatron_prune.huggingface.tokenizer_export import NASTY_TEXTS
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
+from tests.strange import is_read_or_refused
 
 from .tokenizer_layouts import CHATML, byte_level
 
@@ -209,3 +213,25 @@ def test_a_number_that_is_not_understood_is_refused(
     file = convert(folder_with(tmp_path / "source", text), tmp_path / "m.gguf", "f32").file
     with pytest.raises(UserError, match=r"llama\.expert_count: is not understood"):
         GgufModel(file)
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    return convert(folder_with(folder / "source", text), folder / "m.gguf", "f32").file.read_bytes()
+
+
+@pytest.mark.timeout(1200)
+@settings(suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 1 << 32))
+def test_a_mutated_head_is_read_or_refused_in_one_line(
+    seed: int, whole: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Counts of 2^56 among them, which are never reached."""
+    random, content = Random(seed), bytearray(whole)
+    head = whole.index(b"blk.0") + 2000
+    for _ in range(random.randint(1, 3)):
+        content[random.randrange(head)] = random.choice([0, 1, 9, 127, 255, random.randrange(256)])
+    file = tmp_path_factory.getbasetemp() / "mutated.gguf"
+    file.write_bytes(content)
+    is_read_or_refused(lambda: GgufModel(file))
