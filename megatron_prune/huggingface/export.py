@@ -175,7 +175,11 @@ def _write_weights(
         assert tuple(tensor.shape) == live[name], f"{name}: {tuple(tensor.shape)} instead of {live[name]}"
         stored = dtypes.of(name)
         result = plan.apply(part, layer, tensor).to(stored)
-        return finite(result, f"{name} as {dtype_name(stored)}", "export with --dtype float32")
+        if not result.isfinite().all():
+            raise UserError(
+                f"--dtype {dtype_name(stored)}: {name} holds values beyond its range; export with --dtype float32"
+            )
+        return result
 
     files = write_shards(folder, plan_shards(entries, max_bytes), fetch)
     return files, sum(entry.elements for entry in entries)
