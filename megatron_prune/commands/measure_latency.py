@@ -26,6 +26,7 @@ from tqdm import tqdm
 from megatron_prune.commands.running import check_file, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError, first_line
+from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
 
 SHARES = (0.75, 0.5)
@@ -61,15 +62,14 @@ def measure(arguments: LatencyOptions) -> int:
     from megatron_prune.huggingface.config import shape_from_config
     from megatron_prune.pruning.latency import LatencyTable, Point, around
 
-    config = read_json(Path(arguments.hf_model) / "config.json")
-    shape = shape_from_config(config)
+    shape = shape_from_config(read_json(Path(arguments.hf_model) / "config.json"))
     what = f"{arguments.phase}, {arguments.batch_size} x {arguments.prompt_length} tokens, {arguments.dtype}"
     if arguments.save is None:
-        say(f"{arguments.hf_model}: {timed(arguments, config, shape):.3f} ms ({what})")
+        say(f"{arguments.hf_model}: {timed(arguments, shape):.3f} ms ({what})")
         return 0
     check_file("--save", arguments.save)
     points = [
-        Point(each, timed(arguments, config, each))
+        Point(each, timed(arguments, each))
         for each in tqdm(around(shape, SHARES), unit="model", disable=not sys.stderr.isatty())
     ]
     table = LatencyTable(f"{what}, {arguments.device}, {platform.machine()}", tuple(points))
@@ -84,31 +84,25 @@ def measure(arguments: LatencyOptions) -> int:
     return 0
 
 
-def timed(arguments: LatencyOptions, config: dict[str, Any], shape: LlamaShape) -> float:
+def timed(arguments: LatencyOptions, shape: LlamaShape) -> float:
     """Milliseconds of one token (decode) or of the prompt (prefill), of a model of this shape with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from megatron_prune.huggingface.config import config_json
+
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    fields = {
-        "num_hidden_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.kv_channels,
-    }
-    left_out = ("architectures", "torch_dtype", "layer_types")
+    config = config_json(Architecture.full(shape), arguments.dtype, shape.num_query_groups)  # as exports have it
+    left_out = ("architectures", "model_type", "torch_dtype", "transformers_version")
     known = {name: value for name, value in config.items() if name not in left_out}
-    model_type = known.pop("model_type")
     dtype = getattr(torch, arguments.dtype)
     try:
         device = torch.device(arguments.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {arguments.device}: {first_line(error)}") from error
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**known, **fields}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **known))
     model = model.to(device=device, dtype=dtype).eval()
     tokens = torch.randint(shape.vocab_size, (arguments.batch_size, arguments.prompt_length), device=device)
 

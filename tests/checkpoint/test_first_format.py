@@ -53,8 +53,9 @@ def resume(_rank, _world_size, folder):
 def test_a_run_goes_on_to_the_same_end(run):
     assert run_ranks(resume, 1, str(run)) == [0]
     mine, theirs = read_history(run / "run/pruning_history.jsonl"), read_history(run / "end_history.jsonl")
-    assert [(r.iteration, r.group, r.parameters, r.widths) for r in mine] == [
-        (r.iteration, r.group, r.parameters, r.widths) for r in theirs
+    old = ("head", "ffn", "stem")  # lines of then do not count layers
+    assert [(r.iteration, r.group, r.parameters, {k: r.widths[k] for k in old}) for r in mine] == [
+        (r.iteration, r.group, r.parameters, {k: r.widths[k] for k in old}) for r in theirs
     ]
     for one, other in zip(mine, theirs, strict=True):
         assert one.scores == pytest.approx(other.scores, rel=1e-4)
