@@ -142,6 +142,8 @@ def arguments_for(shape: LlamaShape, dtype: torch.dtype) -> argparse.Namespace:
     Raises:
         UserError: the model's rotary scaling is none of Megatron's.
     """
+    if shape.no_rope_layers:
+        raise UserError("layers without rotary embedding (SmolLM3's) are not written as Megatron-LM's checkpoint")
     return argparse.Namespace(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

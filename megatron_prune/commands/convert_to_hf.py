@@ -72,6 +72,7 @@ class ExportOptions:
     verify_tolerance: float | None = option(
         None, "largest difference of fp32 logits; judged by the model's own rounding unless given"
     )
+    deploy_check: bool = option(False, "say which runtimes take this shape, and why not (docs/deploy.md)")
     refresh_code: str | None = option(
         None, "only bring the code in an export of --kv-policy cluster up to date", metavar="DIR"
     )
@@ -134,6 +135,11 @@ def convert(arguments: ExportOptions) -> int:
     )
     say(f"KV heads: {kv_heads(done, a)}")
     say(f"tokenizer: {tokenizer or 'none'}")
+    if arguments.deploy_check:
+        from megatron_prune.data.hub_files import read_json
+        from megatron_prune.huggingface.deployment import table, verdicts
+
+        say(table(list(verdicts(read_json(Path(done.folder) / "config.json")))))
     if not arguments.verify:
         return 0
     is_same = tokenizer is None or verify_tokenizer(arguments, done, tokenizer, tokenizer_type)

@@ -51,6 +51,10 @@ def queries_per_kv_head(architecture: Architecture) -> list[list[int]]:
 
 def config_json(architecture: Architecture, dtype: str, special_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The `config.json` of a model whose layers keep their own numbers of KV heads; see `config.config_json`."""
+    if architecture.shape.no_rope_layers:
+        raise UserError(
+            "--kv-policy cluster: layers without rotary embedding are not in its code; use native or expand"
+        )
     queries = queries_per_kv_head(architecture)
     config = stock.config_json(architecture, dtype, max(map(len, queries)), special_ids)
     for field in ("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers"):

@@ -30,9 +30,21 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+# Read as another family that computes the same; only names and packing of weights differ (see `weights.split_fused`).
+SAME_AS = {"phi3": "llama"}
+# What users ask for, and why it is not computed here.
+REFUSED = {
+    "gemma": "norms scale by 1 + weight, and embeddings by the root of hidden_size",
+    "gemma2": "norms stand on both sides of a block, logits are capped, and half of the layers attend in windows",
+    "gemma3": "it is a model of text and images",
+    "gemma3_text": "norms stand on both sides of a block and scale by 1 + weight, and most layers attend in windows",
+    "olmo2": "norms stand behind attention and FFN, and queries and keys are normalised over all heads together",
+    "phi": "attention and FFN stand side by side, with LayerNorm and biases",
 }
 # The oldest transformers that computes an export: before, Mistral took no rope_scaling and Qwen2 no head_dim.
-OLDEST_TRANSFORMERS = {"llama": "4.45", "mistral": "4.48", "qwen2": "4.48", "qwen3": "4.51"}
+OLDEST_TRANSFORMERS = {"llama": "4.45", "mistral": "4.48", "qwen2": "4.48", "qwen3": "4.51", "smollm3": "4.53"}
 WRITTEN_FOR = "5.0.0"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE_IGNORED = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -115,8 +127,12 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
     """`read_shape` for a `config.json` already read; `where` begins every complaint."""
     fields = Fields(config, where)
     model_type = fields.word("model_type")
+    if model_type in SAME_AS:
+        model_type = SAME_AS[model_type]
+    if model_type in REFUSED:
+        raise fields.refuse("model_type", f"{model_type} is not supported: {REFUSED[model_type]}")
     if model_type is None or model_type not in CLASSES:
-        supported = ", ".join(CLASSES)
+        supported = ", ".join((*CLASSES, *SAME_AS))
         raise fields.refuse("model_type", f"{shown(model_type)} is not supported ({supported} are)")
     _refuse_unsupported(fields, model_type)
     defaults: dict[str, Any] = _LLAMA_DEFAULTS if model_type == "llama" else {}
@@ -127,7 +143,7 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
     if heads % kv_heads:
         raise fields.refuse("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads ({heads})")
     context = fields.whole("max_position_embeddings", defaults.get("max_position_embeddings"))
-    _check_window(fields, model_type, context)
+    _check_window(fields, str(fields.word("model_type")), context)
     theta, scaling = _rope(fields, context)
     layers, ffn = fields.whole("num_hidden_layers"), fields.whole("intermediate_size")
     if layers * (heads + ffn) > MOST_UNITS:
@@ -146,11 +162,25 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         norm_epsilon=fields.number("rms_norm_eps", 1e-6),
         rotary_base=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=fields.switch("tie_word_embeddings"),
+        tie_word_embeddings=fields.switch("tie_word_embeddings", model_type == "smollm3"),
         add_qkv_bias=model_type == "qwen2",
         qk_layernorm=model_type == "qwen3",
         model_type=model_type,
+        no_rope_layers=_without_rope(fields, layers) if model_type == "smollm3" else (),
     )
+
+
+def _without_rope(fields: Fields, layers: int) -> tuple[int, ...]:
+    """Layers that know no positions: a 0 in `no_rope_layers`, else every `no_rope_layer_interval`th."""
+    if not any(name in fields.config for name in ("rope_theta", "rope_parameters", "rope_scaling")):
+        raise fields.refuse("rope_theta", "is missing; SmolLM3's default is not Llama's")
+    turns = fields.get("no_rope_layers")
+    if turns is None:
+        interval = fields.whole("no_rope_layer_interval", 4)
+        return tuple(range(interval - 1, layers, interval))
+    if not isinstance(turns, list) or len(turns) < layers or any(one not in (0, 1) for one in turns):
+        raise fields.refuse("no_rope_layers", f"{shown(turns)} is no list of 0 and 1 for {layers} layers")
+    return tuple(layer for layer, turn in enumerate(turns[:layers]) if not turn)
 
 
 def _refuse_unsupported(fields: Fields, model_type: str) -> None:
@@ -179,7 +209,7 @@ def _check_window(fields: Fields, model_type: str, context: int) -> None:
     window = fields.get("sliding_window")
     if model_type == "mistral" and "sliding_window" not in fields.config:
         window = 4096  # the default of transformers' MistralConfig
-    if model_type.startswith("qwen") and not fields.switch("use_sliding_window"):
+    if model_type.startswith(("qwen", "smollm")) and not fields.switch("use_sliding_window"):
         return
     if model_type != "llama" and window is not None and fields.whole("sliding_window", window) < context:
         raise fields.refuse(
@@ -304,5 +334,8 @@ def config_json(
         config["sliding_window"] = None
     else:
         config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": shape.num_layers}
-        config |= {"attention_bias": False} if kind == "qwen3" else {}
+        config |= {} if kind == "qwen2" else {"attention_bias": False}
+    if kind == "smollm3":
+        turns = [int(layer not in shape.no_rope_layers) for layer in range(shape.num_layers)]
+        config |= {"mlp_bias": False, "no_rope_layers": turns, "no_rope_layer_interval": 4}
     return config | {name: (special_ids or {}).get(name) for name in SPECIAL_IDS}

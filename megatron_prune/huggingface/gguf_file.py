@@ -39,7 +39,7 @@ from megatron_prune.pruning.groups import known_groups
 # --dtype -> GGUF's type of matrices.
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # What config.json calls numbers of units -> what GGUF does.
 _NUMBERS = {
     "num_attention_heads": "head_count",
@@ -112,7 +112,7 @@ def convert(
     weights.check(shape)
     vocabulary = read_vocabulary(folder, shape.vocab_size)
     entries = list(_entries(weights, shape, DTYPES[dtype]))
-    architecture = _ARCHITECTURES[shape.model_type]
+    architecture = ARCHITECTURES[shape.model_type]
     writer = gguf.GGUFWriter(None, architecture)
     _write_metadata(writer, gguf, shape, folder, dtype)
     _write_vocabulary(writer, vocabulary)
@@ -166,8 +166,10 @@ def _shape(folder: Path) -> LlamaShape:
             "GGUF; export the checkpoint with --kv-policy expand, which gives the same logits"
         )
     shape = read_shape(folder)
+    if shape.model_type not in ARCHITECTURES:
+        raise UserError(f"{file}: {shape.model_type} models are not written as GGUF ({', '.join(ARCHITECTURES)} are)")
     kind = (shape.rope_scaling or {}).get("rope_type")
-    if kind == "llama3" and _ARCHITECTURES[shape.model_type] != "llama":
+    if kind == "llama3" and ARCHITECTURES[shape.model_type] != "llama":
         raise UserError(f"{file}: rope_scaling llama3 of a {shape.model_type} model does not map to GGUF")
     return shape
 
@@ -194,7 +196,7 @@ def tensor_names(shape: LlamaShape) -> dict[str, str]:
     `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`.
     """
     gguf = gguf_package()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_ARCHITECTURES[shape.model_type].upper()], shape.num_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[shape.model_type].upper()], shape.num_layers)
     found = {
         name: names.get_name(name, try_suffixes=(".weight", ".bias"))
         for name in ParamTable.build(shape).hf_shapes(Architecture.full(shape))
@@ -205,7 +207,7 @@ def tensor_names(shape: LlamaShape) -> dict[str, str]:
 
 def turned_heads(shape: LlamaShape) -> dict[str, int]:
     """Names of what llama.cpp has in another order, the rows of q and k, and how many heads each has; mostly none."""
-    if _ARCHITECTURES[shape.model_type] != "llama":
+    if ARCHITECTURES[shape.model_type] != "llama":
         return {}
     stacked = (part for row in ParamTable.build(shape).rows if row.role in (QKV, BIAS) for part in row.parts[:2])
     return {part.hf_name: part.dims[0].kind.size(shape) for part in stacked}

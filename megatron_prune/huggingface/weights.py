@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_prune.checkpoint.guarded_reader import load_plain
 from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer, present, read_json, what_else
 from megatron_prune.errors import UserError
+from megatron_prune.huggingface.config import read_shape
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.llama import take
 from megatron_prune.model.shape import LlamaShape
@@ -51,11 +52,15 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is and what it is, known without reading it; `dtype` is torch's, or the file's own word for it."""
+    """Where a tensor is and what it is, known without reading it; `dtype` is torch's, or the file's own word for it.
+
+    `fused`: the tensor that it is a part of, and its first row there.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype | str
+    fused: tuple[str, int] | None = None
 
     @property
     def is_float(self) -> bool:
@@ -91,6 +96,7 @@ class FolderWeights:
                 continue  # tied models may list one that nobody stores; `check` misses it where it is needed
             if name not in self.stored or self.stored[name].file != file:
                 raise UserError(f"{file}: {name} is not in it, though the index says so; download the folder again")
+        self.stored = split_fused(self.stored, self.folder)
 
     def __call__(self, hf_name: str) -> Tensor:
         """The tensor of that name, perhaps mapped from its file: not to be written to.
@@ -102,6 +108,12 @@ class FolderWeights:
 
     def _read(self, hf_name: str) -> Tensor:
         stored = self.stored[hf_name]
+        if stored.fused is not None:
+            name, start = stored.fused
+            return self._tensor(stored, name)[start : start + stored.shape[0]]
+        return self._tensor(stored, hf_name)
+
+    def _tensor(self, stored: Stored, hf_name: str) -> Tensor:
         if stored.file.suffix != ".safetensors":
             return self._legacy(stored.file)[hf_name].detach()
         from safetensors import SafetensorError, safe_open
@@ -206,6 +218,36 @@ class FolderWeights:
         if not is_mapped:
             self._unmapped = (file, tensors)
         return tensors
+
+
+def split_fused(stored: dict[str, Stored], folder: Path) -> dict[str, Stored]:
+    """The same with Phi-3's fused tensors as their parts: `qkv_proj` is queries, keys, values, `gate_up_proj` halves.
+
+    Raises:
+        UserError: there are such tensors, and `config.json` does not fit them.
+    """
+    if not any(name.endswith(("qkv_proj.weight", "gate_up_proj.weight")) for name in stored):
+        return stored
+    shape = read_shape(folder)
+    query, kv = (count * shape.kv_channels for count in (shape.num_attention_heads, shape.num_query_groups))
+    fused = {
+        "qkv_proj.weight": {"q_proj.weight": query, "k_proj.weight": kv, "v_proj.weight": kv},
+        "gate_up_proj.weight": dict.fromkeys(("gate_proj.weight", "up_proj.weight"), shape.ffn_hidden_size),
+    }
+    found = {}
+    for name, whole in stored.items():
+        last = ".".join(name.split(".")[-2:])
+        if last not in fused:
+            found[name] = whole
+            continue
+        if whole.shape[0] != sum(fused[last].values()):
+            raise UserError(f"{whole.file}: {name} has {whole.shape[0]} rows, config.json {sum(fused[last].values())}")
+        start = 0
+        for part, rows in fused[last].items():
+            place = name.removesuffix(last)
+            found[f"{place}{part}"] = Stored(whole.file, (rows, *whole.shape[1:]), whole.dtype, (name, start))
+            start += rows
+    return found
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:

@@ -220,7 +220,9 @@ class Architecture:
 
     def renumbered(self) -> Architecture:
         """The layers that are left as those of a source that has no others, for whoever counts layers from 0 on."""
-        shape, live = dataclasses.replace(self.shape, num_layers=len(self.layers)), dict(self.live)
+        without = (at for at, layer in enumerate(self.layers) if layer in self.shape.no_rope_layers)
+        shape = dataclasses.replace(self.shape, num_layers=len(self.layers), no_rope_layers=tuple(without))
+        live = dict(self.live)
         live[LAYER] = (_frozen(np.arange(shape.num_layers)),)
         return Architecture(shape, {k: live[k] if k.is_shared else self.live_sites(k) for k in self.table.prunable})
 

@@ -122,6 +122,7 @@ class PrunableSelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.knows_positions = True  # else the rotary embedding is left out
         self.pg_collection = pg_collection
         query, kv = config.num_attention_heads, config.num_query_groups
         assert query is not None and kv is not None and config.kv_channels is not None
@@ -164,7 +165,7 @@ class PrunableSelfAttention(MegatronModule):
         q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        if rotary_pos_emb is not None:
+        if rotary_pos_emb is not None and self.knows_positions:
             rotary = {"config": self.config, "cp_group": self.pg_collection.cp}
             q, k = (apply_rotary_pos_emb(t, rotary_pos_emb, **rotary) for t in (q, k))
         if self.recomputes_core and self.training:

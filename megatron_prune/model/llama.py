@@ -142,6 +142,9 @@ def hold_layers(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh, options
     """Let the stage have the layers that `layout` stores and that are its own (see `PrunableLlama.hold`)."""
     llama, stages = inner_model(model), stages_of(layout, mesh, options)
     llama.hold(stages[mesh.pp_rank], first=sum(map(len, stages[: mesh.pp_rank])))
+    for layer, module in llama.numbered():
+        if hasattr(module, "self_attention"):  # a HybridModel's FFN has none
+            module.self_attention.knows_positions = layer not in layout.architecture.shape.no_rope_layers
     llama.to(mesh.device.device)
     _mark_sharding(llama, layout.architecture.table)
 

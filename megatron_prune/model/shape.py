@@ -20,7 +20,8 @@ SCALING_NUMBERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The source model's shape, in Megatron's nouns. `kv_channels` is the head dimension and never changes."""
+    """The source model's shape, in Megatron's nouns. `kv_channels` is the head dimension and never changes;
+    `no_rope_layers` are those whose attention knows no positions (NoPE)."""
 
     num_layers: int
     hidden_size: int
@@ -37,6 +38,7 @@ class LlamaShape:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     model_type: str = "llama"
+    no_rope_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -52,7 +54,9 @@ class LlamaShape:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON object with the field names of this class."""
-        return dataclasses.asdict(self)
+        found = dataclasses.asdict(self)
+        without = found.pop("no_rope_layers")
+        return {**found, "no_rope_layers": list(without)} if without else found
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LlamaShape:
@@ -63,6 +67,9 @@ class LlamaShape:
                 is_fit = type(value) is type(default)
             elif isinstance(default, float):
                 is_fit = type(value) in (int, float) and 0 < value < 1e18
+            elif isinstance(default, tuple):
+                is_fit = isinstance(value, (list, tuple)) and all(type(n) is int and 0 <= n < 1 << 12 for n in value)
+                data = {**data, name: tuple(value)} if is_fit else data
             elif default is None:
                 is_fit = value is None or _is_scaling(value)
             else:

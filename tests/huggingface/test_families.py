@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.huggingface.config import read_shape
+from megatron_prune.errors import UserError
+from megatron_prune.huggingface.config import read_shape, shape_from_config
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.kv_policy import EXPAND, NATIVE
 from megatron_prune.huggingface.source_facts import read_source
@@ -24,6 +25,7 @@ from megatron_prune.huggingface.verify_export import stock_logits
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import FFN, HEAD, STEM
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.reference import oracle_model
 from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
@@ -56,6 +58,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None, "num_key_value_heads": 4, "head_dim": 12}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "qwen3": ("qwen3", {"num_key_value_heads": 4, "head_dim": 16}),
+    "smollm3": ("smollm3", {"num_key_value_heads": 4, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
 }
 
 
@@ -101,6 +104,7 @@ def prune(case: str, full: Architecture) -> Architecture:
         "one_query_per_kv_head": lambda: some_groups(heads_left(full, [0, 2, 4], [1, 3, 7], [0, 3, 5]), 0, 2, 1, 4),
         "qwen2_clusters": lambda: some_groups(heads_left(full, *uneven), 0, 4, 5, seed=5),
         "qwen3_pruned": lambda: some_groups(full, 2, 4, 5, seed=6),
+        "smollm3_groups": lambda: some_groups(heads_left(full, *[[0, 1, 4, 5, 6, 7]] * 3), 0, 3, 4, seed=8),
         "llama3_heads_and_ffn": lambda: some_groups(full, 3, 10, 0, seed=7),
     }[case]()
 
@@ -113,6 +117,7 @@ PRUNED = {  # case -> family, KV policy in force, class of the export
     "qwen2_clusters": ("qwen2", EXPAND, "Qwen2ForCausalLM"),
     "qwen3_pruned": ("qwen3", EXPAND, "Qwen3ForCausalLM"),
     "llama3_heads_and_ffn": ("llama3", EXPAND, "MistralForCausalLM"),
+    "smollm3_groups": ("smollm3", NATIVE, "SmolLM3ForCausalLM"),
 }
 CASES = [*FAMILIES, *PRUNED]
 
@@ -213,6 +218,51 @@ def test_training_model_equals_the_dense_oracle(case: str, world: World) -> None
     names = FolderWeights(world.source(case)).stored
     expected = oracle_model.logits(TOKENS, {name: read(name) for name in names}, geometry, live)
     assert largest_difference(world.trained[case], expected) < TOLERANCE
+
+
+def test_phi3_is_a_llama_with_fused_weights(tmp_path: Path) -> None:
+    """Phi-3 in, a Llama out: the same logits whole, and pruned as the oracle computes them from the parts."""
+    source = make_source(tmp_path / "phi3", "phi3", {"num_key_value_heads": 4, "pad_token_id": 0})
+    weights, shape = FolderWeights(source), read_shape(source)
+    weights.check(shape)
+    assert weights.total_bytes == 4 * Architecture.full(shape).parameters
+    done = export(weights, Architecture.full(shape), tmp_path / "out")
+    assert done.class_name == "LlamaForCausalLM"
+    expected = stock_logits(source, TOKENS)
+    assert largest_difference(stock_logits(tmp_path / "out", TOKENS), expected) < TOLERANCE
+    pruned = some_groups(heads_left(Architecture.full(shape), *[[0, 1, 4, 5, 6, 7]] * 3), 0, 3, 4, seed=9)
+    (trained,) = run_ranks(
+        logits_of_training_model, 1, [(str(source), Architecture.full(shape)), (str(source), pruned)]
+    )
+    assert largest_difference(torch.from_numpy(trained[0]), expected) < TOLERANCE
+    export(live_view(weights, pruned), pruned, tmp_path / "pruned")
+    assert largest_difference(torch.from_numpy(trained[1]), stock_logits(tmp_path / "pruned", TOKENS)) < TOLERANCE
+    with pytest.raises(UserError, match="rows"):
+        content = json.loads((source / "config.json").read_text()) | {"intermediate_size": 43}
+        (source / "config.json").write_text(json.dumps(content))
+        FolderWeights(source)
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "gemma3_text", "gemma2"])
+def test_families_that_are_not_computed_are_refused_with_the_reason(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type, **SIZES).to_dict()
+    with pytest.raises(UserError, match=f"model_type: {model_type} is not supported: .*norm"):
+        shape_from_config(config)
+
+
+def test_smollm3_without_its_list_has_the_intervals_layers() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("smollm3", **(SIZES | {"num_hidden_layers": 9})).to_dict()
+    stated = shape_from_config(config)
+    assert stated.no_rope_layers == (3, 7) and stated.tie_word_embeddings
+    assert LlamaShape.from_json(json.loads(json.dumps(stated.to_json()))) == stated
+    assert shape_from_config({**config, "no_rope_layers": None}) == stated
+    for wrong in ([1, 0], [1, 2] * 9, "all"):
+        with pytest.raises(UserError, match="no_rope_layers"):
+            shape_from_config({**config, "no_rope_layers": wrong})
 
 
 def test_pruned_heads_and_channels_equal_the_masked_source(world: World, tmp_path: Path) -> None:

@@ -139,6 +139,17 @@ SPECIAL: dict[str, OracleCase] = {
         MODELS["qwen3"],
         {"criterion": "taylor_first", "head_score": "sum"},
     ),
+    "layers-without-positions": (
+        Case(tp=2, pp=2, quanta=COARSE),
+        tiny_config(
+            intermediate_size=64,
+            model_type="smollm3",
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            no_rope_layers=[1, 0, 1, 0],
+        ),
+        {"gqa": "cluster"},
+    ),
     "coarse-quanta": (
         Case(dp=2, distributed_optimizer=True, quanta=rounded(ffn=8, stem=8, vocab=8)),
         MODELS["mqa"],

@@ -26,14 +26,15 @@ from megatron_prune.errors import UserError
 
 HEAD, KV_HEAD, FFN, STEM, VOCAB, FIXED = "head", "kv_head", "ffn", "stem", "vocab", "fixed"
 LAYER = "layer"
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of the source model. `queries_per_kv` query heads in a row share one KV head; `head_dim` never changes.
 
-    `rope` holds `rope_theta` and, where the frequencies are scaled, `rope_type` and its parameters.
+    `rope` holds `rope_theta` and, where the frequencies are scaled, `rope_type` and its parameters; `no_rope` are the
+    layers without rotary embedding (`no_rope_layers`, where 0 says so).
     """
 
     num_layers: int
@@ -48,6 +49,7 @@ class Geometry:
     tied: bool
     qkv_bias: bool
     qk_norm: bool
+    no_rope: tuple[int, ...] = ()
 
     @property
     def queries_per_kv(self) -> int:
@@ -87,9 +89,10 @@ class Geometry:
             vocab=int(config["vocab_size"]),
             epsilon=float(config.get("rms_norm_eps", 1e-6)),
             rope=rope,
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=bool(config.get("tie_word_embeddings", model_type == "smollm3")),
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
+            no_rope=tuple(n for n, turns in enumerate(config.get("no_rope_layers") or ()) if not turns),
         )
 
 

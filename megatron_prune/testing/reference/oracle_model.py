@@ -76,8 +76,12 @@ def attention(
     geometry: Geometry,
     kv_index: list[int],
     record: Record | None = None,
+    rotates: bool = True,
 ) -> Tensor:
-    """Causal self-attention of one layer; `kv_index[h]` is the position of query head h's KV head. [B, S, C]."""
+    """Causal self-attention of one layer; `kv_index[h]` is the position of query head h's KV head. [B, S, C].
+
+    Without `rotates` (NoPE) queries and keys know nothing of their positions.
+    """
     B, S, _ = x_BSC.shape
     D = geometry.head_dim
 
@@ -90,7 +94,7 @@ def attention(
             y = rms_norm(y, weights[f"{prefix}{name}_norm.weight"], geometry.epsilon)
         return y.transpose(1, 2)
 
-    frequencies = rope_frequencies(geometry)
+    frequencies = rope_frequencies(geometry) if rotates else torch.zeros(D // 2)
     q_BHSD = rotate(project("q"), frequencies)
     k_BHSD = rotate(project("k"), frequencies)[:, kv_index]
     v_BHSD = project("v")[:, kv_index]
@@ -121,7 +125,9 @@ def logits(
     for layer in live.layers:
         prefix = f"model.layers.{layer}."
         normed = rms_norm(x_BSC, weights[prefix + "input_layernorm.weight"], geometry.epsilon)
-        x_BSC = x_BSC + attention(normed, weights, prefix + "self_attn.", geometry, live.kv_index(layer), record)
+        rotates = layer not in geometry.no_rope
+        kv_index = live.kv_index(layer)
+        x_BSC = x_BSC + attention(normed, weights, prefix + "self_attn.", geometry, kv_index, record, rotates)
         normed = rms_norm(x_BSC, weights[prefix + "post_attention_layernorm.weight"], geometry.epsilon)
         x_BSC = x_BSC + mlp(normed, weights, prefix + "mlp.", record)
     normed = rms_norm(x_BSC, weights["model.norm.weight"], geometry.epsilon)

@@ -1,0 +1,90 @@
+"""Which runtimes take an exported model of this shape, and why not: `convert-to-hf --deploy-check`.
+
+    verdicts   config.json of an export -> a verdict per runtime
+    table      verdicts -> text
+
+transformers and llama.cpp were run on exports (docs/deploy.md); what is said of vLLM and SGLang is what their sources
+require of a model's sizes, and was not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune.huggingface.cluster import MODEL_TYPE
+from megatron_prune.huggingface.config import OLDEST_TRANSFORMERS
+from megatron_prune.huggingface.gguf_file import ARCHITECTURES
+
+TP_SIZES = (1, 2, 4, 8)
+Q8_BLOCK, K_BLOCK = 32, 256  # elements of a row that llama.cpp quantizes together
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one runtime makes of a model: `takes` is yes, no or partly."""
+
+    runtime: str
+    takes: str
+    why: str
+
+
+def verdicts(config: Mapping[str, Any]) -> Iterator[Verdict]:
+    """A verdict per runtime on the model that the `config.json` of an export describes."""
+    kind = config["model_type"]
+    if kind == MODEL_TYPE:
+        code = "its code comes with the folder: trust_remote_code=True"
+        yield Verdict("transformers", "yes", code)
+        stock = "KV heads serve different numbers of query heads; export with --kv-policy expand"
+        yield from (Verdict(name, "no", stock) for name in ("llama.cpp", "vLLM", "SGLang"))
+        return
+    yield Verdict("transformers", "yes", f"{config['architectures'][0]}, from {OLDEST_TRANSFORMERS[kind]} on")
+    yield from _llama_cpp(config)
+    for name in ("vLLM", "SGLang"):
+        yield _server(name, config)
+
+
+def _llama_cpp(config: Mapping[str, Any]) -> Iterator[Verdict]:
+    kind = config["model_type"]
+    rope = (config.get("rope_scaling") or {}).get("rope_type")
+    if kind not in ARCHITECTURES or (rope == "llama3" and ARCHITECTURES[kind] != "llama"):
+        what = f"{kind} models" if kind not in ARCHITECTURES else f"llama3 scaling of {kind} models"
+        yield Verdict("llama.cpp", "no", f"{what} are not written by convert-to-gguf")
+        return
+    yield Verdict("llama.cpp f16", "yes", "any width: the head dimension is stated")
+    for name, block in (("q8_0", Q8_BLOCK), ("q4_k", K_BLOCK)):
+        uneven = [f"{what} {size}" for what, size in _rows(config).items() if size % block]
+        takes = "yes" if not uneven else "no" if len(uneven) == len(_rows(config)) else "partly"
+        rounded = f"no multiple of {block}: {', '.join(uneven)}; such matrices stay in a larger type (round_to={block})"
+        yield Verdict(f"llama.cpp {name}", takes, rounded if uneven else f"all rows are multiples of {block}")
+
+
+def _rows(config: Mapping[str, Any]) -> dict[str, int]:
+    """Lengths of the rows of matrices, by what they are made of."""
+    heads = config["num_attention_heads"] * config["head_dim"]
+    return {"hidden size": config["hidden_size"], "FFN": config["intermediate_size"], "heads x dimension": heads}
+
+
+def _server(name: str, config: Mapping[str, Any]) -> Verdict:
+    if config["model_type"] not in ("llama", "mistral", "qwen2", "qwen3"):
+        return Verdict(name, "unknown", f"not looked at for {config['model_type']}; see its list of models")
+    heads, kv, ffn = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
+    fits = [
+        size
+        for size in TP_SIZES
+        if heads % size == 0 and ffn % size == 0 and (kv % size == 0 if kv >= size else size % kv == 0)
+    ]
+    sizes = ", ".join(map(str, fits))
+    why = f"tensor parallel {sizes}" + ("" if 2 in fits else f" alone: {heads} heads ({kv} KV), FFN {ffn}")
+    implied = config["hidden_size"] // heads
+    if config["head_dim"] != implied:
+        why += f"; needs a release that reads head_dim ({config['head_dim']}, not hidden/heads)"
+    return Verdict(name, "yes", f"by its sources, not run: {why}")
+
+
+def table(found: Sequence[Verdict]) -> str:
+    """A line per runtime."""
+    rows = [("runtime", "takes it", "why"), *((one.runtime, one.takes, one.why) for one in found)]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in rows)

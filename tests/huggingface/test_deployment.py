@@ -1,0 +1,51 @@
+"""`convert-to-hf --deploy-check`: what is said of a shape follows from what the runtimes ask of it."""
+
+import pytest
+
+from megatron_prune.huggingface.config import config_json
+from megatron_prune.huggingface.deployment import table, verdicts
+from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.shape import LlamaShape
+
+
+def told(shape, **changes):
+    config = config_json(Architecture.full(shape), "float32", shape.num_query_groups) | changes
+    return {one.runtime: one for one in verdicts(config)}
+
+
+def llama(hidden=512, ffn=1536, heads=8, kv=4, d=64, **more):
+    return LlamaShape(2, hidden, ffn, heads, kv, d, 100, 64, **more)
+
+
+def test_a_shape_of_round_widths_is_taken_everywhere():
+    found = told(llama())
+    assert {one.takes for one in found.values()} == {"yes"} and len(found) == 6
+    assert found["vLLM"].why.endswith("tensor parallel 1, 2, 4, 8")
+    text = table(list(found.values()))
+    assert len(text.splitlines()) == 7 and "LlamaForCausalLM, from 4.45 on" in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "runtime", "takes", "why"),
+    [
+        (llama(hidden=547), "llama.cpp q8_0", "partly", "hidden size 547"),
+        (llama(ffn=1504), "llama.cpp q4_k", "partly", "FFN 1504"),
+        (llama(ffn=1504), "llama.cpp q8_0", "yes", "multiples of 32"),
+        (llama(hidden=547, ffn=1101, heads=3, kv=1, d=20), "llama.cpp q4_k", "no", "heads x dimension 60"),
+        (llama(heads=9, kv=3), "vLLM", "yes", "tensor parallel 1 alone: 9 heads (3 KV), FFN 1536; needs a release"),
+        (llama(ffn=1538), "SGLang", "yes", "tensor parallel 1, 2"),
+        (llama(kv=1, heads=8), "vLLM", "yes", "tensor parallel 1, 2, 4, 8"),
+        (llama(hidden=500), "transformers", "yes", "MistralForCausalLM"),
+    ],
+)
+def test_what_does_not_fit_is_named(shape, runtime, takes, why):
+    verdict = told(shape)[runtime]
+    assert verdict.takes == takes and why in verdict.why, verdict
+
+
+def test_what_is_no_stock_model_is_refused_by_those_who_know_stock_models():
+    found = told(llama(), model_type="cluster_llama")
+    assert found["transformers"].takes == "yes" and "trust_remote_code" in found["transformers"].why
+    assert all("--kv-policy expand" in found[name].why for name in ("llama.cpp", "vLLM", "SGLang"))
+    smollm3 = told(llama(model_type="smollm3", no_rope_layers=(1,)))
+    assert smollm3["llama.cpp"].takes == "no" and smollm3["vLLM"].takes == "unknown"
