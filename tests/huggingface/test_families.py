@@ -24,7 +24,7 @@ from megatron_prune.huggingface.source_facts import read_source
 from megatron_prune.huggingface.verify_export import stock_logits
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import Architecture, Group
-from megatron_prune.model.kinds import FFN, HEAD, STEM
+from megatron_prune.model.kinds import FFN, HEAD, LAYER, STEM
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.reference import oracle_model
@@ -260,6 +260,12 @@ def test_smollm3_without_its_list_has_the_intervals_layers() -> None:
     assert stated.no_rope_layers == (3, 7) and stated.tie_word_embeddings
     assert LlamaShape.from_json(json.loads(json.dumps(stated.to_json()))) == stated
     assert shape_from_config({**config, "no_rope_layers": None}) == stated
+    live = {
+        kind: sites if kind.is_shared else tuple(ids[:0] if n == 1 else ids for n, ids in enumerate(sites))
+        for kind, sites in Architecture.full(stated).live.items()
+    }
+    live[LAYER] = (np.array([0, 2, 3, 4, 5, 6, 7, 8], dtype=np.int32),)
+    assert Architecture(stated, live).renumbered().shape.no_rope_layers == (2, 6), "they stay the same layers"
     for wrong in ([1, 0], [1, 2] * 9, "all"):
         with pytest.raises(UserError, match="no_rope_layers"):
             shape_from_config({**config, "no_rope_layers": wrong})
