@@ -30,6 +30,7 @@ HEADS = ([0, 1, 2, 4, 6], [0, 1, 2, 3, 7], [1, 3, 5, 6, 7], [0, 2, 4, 6, 7])
 PRUNED = Architecture(
     FULL.shape,
     {
+        **FULL.live,
         HEAD: tuple(np.array(ids, dtype=np.int32) for ids in HEADS),
         FFN: tuple(np.array([i for i in range(48) if i % 7 != layer], dtype=np.int32)[:40] for layer in range(4)),
         STEM: (np.array([i for i in range(32) if i not in (0, 9, 31)], dtype=np.int32),),
