@@ -80,6 +80,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],  # those tested
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
     package_data={"megatron_prune.report": ["page.*"]},
     install_requires=REQUIRES,

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer[._]|rng_state|rerun_state|.*_extra_state")
 LAYER = "decoder.layers."
 _ARGUMENTS = "common_state/shard_0_1"  # what was common.pt before 0.19
+_RENAMED = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p"}  # later: before
 _BLOCKS = ("self_attention", "mlp")  # of a layer of a Llama; layers of their own in a HybridModel
 TOP = {  # Hugging Face name -> a GPTModel's, a HybridModel's
     "model.embed_tokens.weight": ("embedding.word_embeddings.weight",),
@@ -295,7 +296,8 @@ def _stored_arguments(folder: Path, metadata: Metadata, options: ShapeOptions) -
             raise UserError(f"{error}; it is not needed when {flags} are given") from error
         logger.warning("%s; left unread, since the flags say what the model is", error)
     arguments = common.get("args") if isinstance(common, dict) else None
-    return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+    stored = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return {_RENAMED.get(name, name): value for name, value in stored.items()}
 
 
 _LLAMA: dict[str, tuple[Any, ...]] = {  # what a Llama has of arguments that no tensor shows

@@ -1,11 +1,13 @@
-"""Write weights as Megatron-LM keeps those of a GPTModel: a `torch_dist` checkpoint that stock classes load.
+"""Write a model as Megatron-LM keeps a GPTModel: a `torch_dist` checkpoint that stock classes load.
 
     stock_misfit       what keeps a shape from being tensor-parallel on some ranks, and what to prune it to
-    save_for_megatron  weights and Megatron's arguments -> DIR/iter_...
+    AdamState          Adam of a run, to go beside the weights
+    save_for_megatron  weights, Megatron's arguments and, where given, Adam -> DIR/iter_...
 
 The reverse of `checkpoint.megatron`, by the same names. megatron-core's own `dist_checkpointing` writes, so that the
 format is that of the installed release: arguments in common.pt, or from 0.19 on among the tensors. A HybridModel loads
-the folder, too, as megatron-core 0.19 lets it load a GPTModel's. All weights are in memory at once.
+the folder, too, as megatron-core 0.19 lets it load a GPTModel's. Adam is written in the form `fully_reshardable` of
+the distributed optimizer, where each tensor is of its weight's shape and name. All is in memory at once.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,42 @@ _WITH_EXTRA_STATE = (
     *(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention")),
     *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
+_ADAM = {"main": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # ours -> Megatron's
+_ADAM_FORM = "fully_reshardable"
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Adam as a run left it, with what it was trained with; field names are Megatron's.
+
+    Args:
+        read: (`exp_avg`, `exp_avg_sq` or `main`, Hugging Face name) -> fp32 tensor of the weight's shape.
+        step: steps taken.
+    """
+
+    read: Callable[[str, str], Tensor]
+    step: int
+    lr: float
+    min_lr: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+
+    def common(self) -> dict[str, Any]:
+        """What is of no weight's shape: parameter groups, and a learning rate schedule that a run overrides."""
+        adam = torch.optim.AdamW(
+            [torch.zeros(1)], self.lr, (self.adam_beta1, self.adam_beta2), self.adam_eps, self.weight_decay
+        )
+        group = {name: value for name, value in adam.param_groups[0].items() if name != "params"}
+        group |= {"step": self.step, "bias_correction": True, "max_lr": self.lr, "min_lr": self.min_lr}
+        group |= {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "default_config": True}
+        schedule = {"max_lr": self.lr, "min_lr": self.min_lr, "lr_decay_style": "constant", "lr_warmup_steps": 0}
+        schedule |= {"lr_decay_steps": 1, "num_steps": 0, "start_wd": self.weight_decay, "end_wd": self.weight_decay}
+        schedule |= {"wd_incr_style": "constant", "wd_incr_steps": 1}
+        with_decay, without = ({**group, "wd_mult": wd, "weight_decay": wd * self.weight_decay} for wd in (1.0, 0.0))
+        groups = {"optimizer": {"param_groups": [with_decay, without]}, "param_state_sharding_type": _ADAM_FORM}
+        return {"optimizer": groups, "opt_param_scheduler": schedule}
 
 
 def stock_misfit(shape: LlamaShape, tp: int) -> str | None:
@@ -58,6 +98,7 @@ def save_for_megatron(
     dtype: torch.dtype,
     padded_vocab_size: int,
     more: dict[str, Any],
+    adam: AdamState | None = None,
 ) -> Path:
     """Write DIR/iter_... and move `latest` on to it; torch.distributed must be up, with one rank.
 
@@ -66,11 +107,13 @@ def save_for_megatron(
         read: Hugging Face name -> tensor of `shape`.
         padded_vocab_size: rows of the stored embedding; those beyond the vocabulary are zero.
         more: further arguments to store.
+        adam: of the same shape; None: weights alone.
 
     Raises:
         UserError: the model's rotary scaling is none of Megatron's.
         OSError: the folder cannot be written.
     """
+    more = {"no_save_rng": True, "no_save_optim": adam is None, "use_distributed_optimizer": adam is not None} | more
     known = vars(arguments_for(shape, dtype)) | {"padded_vocab_size": padded_vocab_size, "iteration": iteration} | more
     state: dict[str, Any] = {
         "args": argparse.Namespace(**known),
@@ -79,6 +122,15 @@ def save_for_megatron(
     }
     for key, tensor in _tensors(shape, read, dtype, padded_vocab_size):
         state[key] = ShardedTensor.from_rank_offsets(key, tensor)
+    content = None
+    if adam:
+        for ours, theirs in _ADAM.items():
+            for name, tensor in _tensors(shape, partial(adam.read, ours), torch.float32, padded_vocab_size):
+                key = f"optimizer.state.{theirs}.{name}"
+                state[key] = ShardedTensor.from_rank_offsets(key, tensor)
+        state |= adam.common()
+        content = {"distrib_optim_sharding_type": _ADAM_FORM, "chained_optim_avoid_prefix": True}
+        content["singleton_local_shards"] = False
     for layer in range(shape.num_layers):
         for name in _WITH_EXTRA_STATE:
             key = f"{LAYER}{name}._extra_state"
@@ -86,7 +138,7 @@ def save_for_megatron(
     folder = begin(directory, iteration)
     try:
         with quiet():
-            dist_checkpointing.save(state, str(folder))
+            dist_checkpointing.save(state, str(folder), content_metadata=content)
         return publish(folder, directory, iteration)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -164,7 +216,9 @@ def arguments_for(shape: LlamaShape, dtype: torch.dtype) -> argparse.Namespace:
         **_scaling(shape.rope_scaling or {}),
         normalization="RMSNorm",
         norm_epsilon=shape.norm_epsilon,
+        layernorm_epsilon=shape.norm_epsilon,  # so called by newer releases
         apply_layernorm_1p=False,
+        layernorm_zero_centered_gamma=False,
         swiglu=True,
         squared_relu=False,
         add_bias_linear=False,

@@ -1,18 +1,19 @@
 """Make a checkpoint that stock Megatron-LM loads out of one of ours: GPTModel's names, `torch_dist` format.
 
-    megatron-prune convert-to-megatron --load RUN --save MEGATRON_DIR [--tensor-model-parallel-size 2]
+    megatron-prune convert-to-megatron --load RUN --save DIR [--tensor-model-parallel-size N] [--optimizer-state]
 
-Live units only, weights without optimizer state (`--finetune` or `--no-load-optim` in Megatron-LM), the model's
-arguments beside them (`--use-checkpoint-args`). Stock layers know one number of heads, KV heads and FFN channels, and
-share them out evenly over tensor-parallel ranks.
+Live units only: the weights (`--finetune` or `--no-load-optim` in Megatron-LM), with `--optimizer-state` also Adam's
+state for its distributed optimizer; the model's arguments beside them (`--use-checkpoint-args`). Stock layers know one
+number of heads, KV heads and FFN channels, and share them out evenly over tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.to_megatron import AdamState
     from megatron_prune.huggingface.kv_policy import KvPlan
     from megatron_prune.model.architecture import Architecture
     from megatron_prune.model.shape import LlamaShape
@@ -45,6 +50,7 @@ class MegatronExportOptions:
         "it is exact, else expand",
         metavar="P",
     )
+    optimizer_state: bool = option(False, "Adam's state, too, for Megatron-LM's distributed optimizer")
     dtype: str | None = option(None, "float32, bfloat16 or float16; the checkpoint's unless given", metavar="T")
 
 
@@ -60,6 +66,31 @@ def stock_shape(architecture: Architecture, plan: KvPlan) -> LlamaShape:
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=plan.num_key_value_heads,
     )
+
+
+def adam_of(reader: CheckpointReader, plan: KvPlan) -> AdamState:
+    """The run's optimizer. Raises UserError where it is not there, or repeated KV heads have none."""
+    from megatron_prune.checkpoint.record import CONFIG_FILE
+    from megatron_prune.checkpoint.to_megatron import AdamState
+    from megatron_prune.config import read_file
+    from megatron_prune.huggingface.weights import layers_left
+
+    if not reader.record.facts.optimizer:
+        raise UserError(f"--optimizer-state: {reader.path} holds weights alone")
+    if plan.repeats is not None:
+        raise UserError(
+            "--optimizer-state: KV heads are repeated (--kv-policy expand), and copies have no state of their own; "
+            "leave the flag out"
+        )
+    used = read_file(reader.path / CONFIG_FILE).optimizer
+    names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps")
+    settings = {name: getattr(used, name) for name in names}
+
+    @cache
+    def of_kind(kind: str) -> Callable[[str], Tensor]:
+        return layers_left(partial(reader.read_optimizer, kind), reader.architecture)[0]
+
+    return AdamState(lambda kind, hf_name: of_kind(kind)(hf_name), reader.record.facts.adam_step, **settings)
 
 
 def convert(arguments: MegatronExportOptions) -> int:
@@ -84,6 +115,7 @@ def convert(arguments: MegatronExportOptions) -> int:
     read_left, architecture = layers_left(reader.read, reader.architecture)
     plan = KvPlan.choose(architecture, arguments.kv_policy)
     shape = stock_shape(architecture, plan)
+    adam = adam_of(reader, plan) if arguments.optimizer_state else None
     misfit = stock_misfit(shape, tp)
     if misfit:
         raise UserError(f"--tensor-model-parallel-size {tp}: {misfit}")
@@ -104,7 +136,7 @@ def convert(arguments: MegatronExportOptions) -> int:
                 part, layer = parts[hf_name]
                 return plan.apply(part, layer, read_left(hf_name))
 
-            written = save_for_megatron(save, reader.record.iteration, shape, read, dtype, padded, more)
+            written = save_for_megatron(save, reader.record.iteration, shape, read, dtype, padded, more, adam)
     finally:
         close_mesh()
     fits = [str(n) for n in range(1, MOST_RANKS + 1) if stock_misfit(shape, n) is None]
@@ -112,6 +144,11 @@ def convert(arguments: MegatronExportOptions) -> int:
         f"{written}: GPTModel, {shape.num_layers} layers, hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, "
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} KV heads ({plan.policy}), {dtype}"
     )
+    if adam:
+        say(
+            f"Adam after {adam.step} steps; Megatron-LM goes on with it given --lr {adam.lr} --min-lr {adam.min_lr} "
+            "--use-distributed-optimizer --override-opt-param-scheduler"
+        )
     if padded > shape.vocab_size:
         say(f"{padded - shape.vocab_size} rows of padding take part in Megatron's softmax, and do not here")
     say(f"tensor-parallel sizes that share it out evenly: {', '.join(fits)}")

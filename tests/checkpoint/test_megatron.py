@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import pickle
+import random
 import re
 
 import pytest
@@ -16,54 +17,11 @@ from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
 from megatron_prune.errors import UserError
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.testing.helpers.ranks import run_ranks
-from tests.checkpoint.small_run import Kind, build, mesh_of
+from tests.checkpoint.small_run import SEQ, Kind, build, mesh_of
+from tests.checkpoint.stock_models import HAS_HYBRID, gpt_model, hybrid_model, train_step, wrapped
 
 TIED = LlamaShape(2, 24, 20, 6, 3, 4, 61, 64, rotary_base=5000.0, tie_word_embeddings=True)
 UNTIED = LlamaShape(3, 16, 12, 4, 4, 8, 50, 64, norm_epsilon=1e-6, add_qkv_bias=True, model_type="qwen2")
-PADDED, SEQ = 64, 16
-
-
-def gpt_model(shape):
-    """megatron-core's own model, with its own layers."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer import TransformerConfig
-
-    config = TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.kv_channels,
-        layernorm_epsilon=shape.norm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.add_qkv_bias,
-        qk_layernorm=shape.qk_layernorm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        use_cpu_initialization=True,
-        init_method_std=0.2,
-    )
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_layernorm),
-        vocab_size=PADDED,
-        max_sequence_length=shape.max_position_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rotary_base,
-        share_embeddings_and_output_weights=shape.tie_word_embeddings,
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases of 1 and 0 would hide mistakes
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def arguments_of(shape):
@@ -129,9 +87,50 @@ def save_stock(rank, world, folder, shape, with_arguments, form="gpt"):
     tokens = torch.randint(0, shape.vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(2))
     mask = torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1)
     logits = model(tokens, torch.arange(SEQ).unsqueeze(0).expand(2, -1), mask)
+    return tokens, gathered(logits, world)[..., : shape.vocab_size]
+
+
+def save_hybrid(rank, world, folder, shape):
+    """A HybridModel after two steps of the distributed optimizer, all of it saved under its own names as Megatron-LM
+    does, and its logits."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.enums import AttnBackend
+
+    mesh = mesh_of(Kind(tp=world))
+    model = hybrid_model(shape)
+    ddp, optimizer = wrapped(model, distributed=True)
+    decay = {"start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 9, "wd_incr_style": "constant"}
+    schedule = OptimizerParamScheduler(optimizer, 0.0, 3e-3, 0.0, 0, 9, "cosine", **decay)
+    tokens = torch.randint(0, shape.vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(2))
+    positions, mask = torch.arange(SEQ).expand(2, -1), torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1)
+    for _ in range(2):
+        train_step(ddp, optimizer, optimizer.step, tokens, positions, mask, tokens.roll(-1, 1))
+        schedule.step(1)
+    named = vars(arguments_of(shape)) | {"layernorm_epsilon": shape.norm_epsilon}  # as newer releases call it
+    del named["norm_epsilon"]
+    named |= {"num_layers": 2 * shape.num_layers, "hybrid_layer_pattern": "*-" * shape.num_layers}
+    named |= {"attention_backend": AttnBackend.auto, "layernorm_zero_centered_gamma": False, "cp_comm_type": ["p2p"]}
+    kinds = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
+    state = {"args": argparse.Namespace(**named), "iteration": 7, "checkpoint_version": 3.0}
+    state |= {"opt_param_scheduler": schedule.state_dict(), "num_floating_point_operations_so_far": 0.0}
+    state["model"] = model.sharded_state_dict(metadata=kinds)
+    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=kinds)
+    rng = [{"random_rng_state": random.getstate(), "torch_rng_state": torch.get_rng_state()}]
+    state["rng_state"] = ShardedObject("rng_state", rng, (1, world), (0, mesh.tp_rank))
+    target = f"{folder}/iter_0000007"
+    if rank == 0:
+        os.makedirs(target)
+    torch.distributed.barrier()
+    dist_checkpointing.save(state, target, content_metadata=kinds)
+    return tokens, gathered(model(tokens, positions, mask), world)[..., : shape.vocab_size]
+
+
+def gathered(logits, world):
     shards = [torch.empty_like(logits) for _ in range(world)]
     torch.distributed.all_gather(shards, logits.detach().contiguous())
-    return tokens, torch.cat(shards, dim=-1)[..., : shape.vocab_size]
+    return torch.cat(shards, dim=-1)
 
 
 def import_it(rank, world, load, save, more):
@@ -167,6 +166,18 @@ def test_logits_are_those_of_megatrons_own_model(tmp_path, shape, ranks, form):
     assert reader.architecture.shape == shape
     (found,) = run_ranks(logits_here, 1, save, shape, tokens)
     assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_HYBRID, reason="this megatron-core has no HybridModel")
+@pytest.mark.parametrize(("shape", "ranks"), [(TIED, 1), (UNTIED, 2)], ids=["tied-gqa-tp1", "untied-bias-tp2"])
+def test_logits_are_those_of_megatrons_own_hybrid_model(tmp_path, shape, ranks):
+    stock, save = str(tmp_path / "stock"), str(tmp_path / "imported")
+    tokens, expected = run_ranks(save_hybrid, ranks, stock, shape)[0]
+    ((status, out, err),) = run_ranks(import_it, 1, f"{stock}/iter_0000007", save, [])
+    assert status == 0 and "all accounted for" in out, err
+    assert CheckpointReader(save).architecture.shape == shape
+    (found,) = run_ranks(logits_here, 1, save, shape, tokens)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import os
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.checkpoint import RunRecord, load_checkpoint, save_weights
+from megatron_prune.checkpoint import RunRecord, load_checkpoint, save_checkpoint, save_weights
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
 from megatron_prune.checkpoint.to_megatron import arguments_for
 from megatron_prune.errors import UserError
@@ -20,19 +19,25 @@ from megatron_prune.model.kinds import KV_HEAD
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.testing.helpers.ranks import run_ranks
-from tests.checkpoint.small_run import SEQ, Kind, build, mesh_of
-from tests.checkpoint.test_megatron import gpt_model
+from tests.checkpoint.small_run import SEQ, STATE, Kind, build, mesh_of, train
+from tests.checkpoint.stock_models import GPT_INTEROP, gpt_model, hybrid_model, train_step, wrapped
+from tests.optimizer.test_fused_adam import GroupStepAdam, adam_of_megatron_core
 
 TIED = LlamaShape(3, 24, 20, 8, 4, 4, 64, 64, rotary_base=5000.0, tie_word_embeddings=True)
 UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False, add_qkv_bias=True, qk_layernorm=True, model_type="qwen3")
 STEPS, LR = 10, 3e-3
 
 
-def pruned(shape, heads=((0, 1, 4, 5),) * 3):
-    """Query heads given by layer (two whole clusters), four FFN channels per layer, three stem channels less."""
-    whole = Architecture.full(shape)
+def groups_of(shape, heads=((0, 1, 4, 5),) * 3):
+    """Query heads given by layer (two whole clusters), four FFN channels per layer, three stem channels."""
     ffn = tuple((layer, 5, 9, 11 + layer) for layer in range(shape.num_layers))
-    for group in (Group.of("head", heads), Group.of("ffn", ffn), Group.of("stem", ((2, 3, 17),))):
+    return Group.of("head", heads), Group.of("ffn", ffn), Group.of("stem", ((2, 3, 17),))
+
+
+def pruned(shape, *heads):
+    """Without the groups."""
+    whole = Architecture.full(shape)
+    for group in groups_of(shape, *heads):
         whole = whole.without(group)
     return whole
 
@@ -50,6 +55,18 @@ def save_pruned(rank, world, folder, architecture):
         return tensor
 
     save_weights(mesh_of(Kind()), folder, 3, architecture, live, torch.float32, {"tokenizer_model": "some.model"})
+
+
+def train_and_save(rank, world, folder, shape, dtype):
+    """A run that prunes between its steps, with Adam."""
+    model = build(Kind(bf16=dtype == "bfloat16"), shape)
+    for step, group in enumerate(groups_of(shape)):
+        train(model, step)
+        model.synchronise()
+        model.retire(group)
+    train(model, 3)
+    config = f"optimizer: {{lr: {LR}, min_lr: 0.0001, weight_decay: 0.1, adam_beta2: 0.95}}\n"
+    save_checkpoint(model, folder, 4, STATE | {"config": config, "history": []})
 
 
 def export_it(rank, world, load, save, more):
@@ -78,19 +95,12 @@ def gathered(logits, vocab):
     return torch.cat(shards, dim=-1)[..., :vocab]
 
 
-def steps_of(model, ddp, optimizer_step, mask):
+def steps_of(ddp, optimizer, step, mask):
     """Losses of ten steps."""
-    from megatron.core.distributed import finalize_model_grads
-
     losses = []
-    for step in range(STEPS):
-        tokens, positions, labels = batch(step % 2)
-        ddp.zero_grad_buffer()
-        loss = model(tokens, positions, mask, labels=labels).float().mean()
-        loss.backward()
-        finalize_model_grads([ddp])
-        optimizer_step()
-        losses.append(float(loss.detach()))
+    for number in range(STEPS):
+        tokens, positions, labels = batch(number % 2)
+        losses.append(train_step(ddp, optimizer, step, tokens, positions, mask, labels))
     return losses
 
 
@@ -98,8 +108,6 @@ def stock(rank, world, folder, shape, model_class):
     """Logits of megatron-core's own model with the exported weights, and its losses while it trains with its own DDP
     and Adam."""
     from megatron.core import dist_checkpointing
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     mesh_of(Kind(tp=world))
     model = gpt_model(shape) if model_class == "gpt" else hybrid_model(shape)
@@ -115,65 +123,58 @@ def stock(rank, world, folder, shape, model_class):
     tokens, positions, _ = batch(100)
     with torch.no_grad():
         logits = gathered(model(tokens, positions, MASK), shape.vocab_size)
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-    adam = OptimizerConfig(optimizer="adam", lr=LR, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0)
-    optimizer = get_megatron_optimizer(adam, [ddp], use_gloo_process_groups=False)
-    return logits, steps_of(ddp, ddp, optimizer.step, MASK), common["args"], common["iteration"]
+    ddp, optimizer = wrapped(model, LR)
+    return logits, steps_of(ddp, optimizer, optimizer.step, MASK), common["args"], common["iteration"]
 
 
-def hybrid_model(shape):
-    """megatron-core's HybridModel on local layers; it has no other final norm than TransformerEngine's."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.hybrid import hybrid_block
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from megatron.core.ssm.mlp_layer import MLPLayer
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+def with_adam(rank, world, folder, shape, tp, bf16, takes_it):
+    """Losses of megatron-core's own model, from exported weights and (`takes_it`) Adam, loaded as Megatron-LM does."""
+    from megatron.core.optimizer import distrib_optimizer
 
-    hybrid_block.TENorm = WrappedTorchNorm
-    gpt = gpt_model(shape)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_layernorm)
-    own = layer.submodules
-    names = {"sharded_state_dict_keys_map": own.sharded_state_dict_keys_map}
-    attention = TransformerLayerSubmodules(
-        input_layernorm=own.input_layernorm,
-        self_attention=own.self_attention,
-        self_attn_bda=own.self_attn_bda,
-        **names,
-    )
-    ffn = TransformerLayerSubmodules(pre_mlp_layernorm=own.pre_mlp_layernorm, mlp=own.mlp, mlp_bda=own.mlp_bda, **names)
-    stack = ModuleSpec(
-        hybrid_block.HybridStack,
-        submodules=hybrid_block.HybridStackSubmodules(
-            attention_layer=ModuleSpec(layer.module, submodules=attention),
-            mlp_layer=ModuleSpec(MLPLayer, submodules=ffn),
-        ),
-    )
-    return HybridModel(
-        dataclasses.replace(gpt.config, num_layers=2 * shape.num_layers),
-        stack,
-        vocab_size=gpt.vocab_size,
-        max_sequence_length=shape.max_position_embeddings,
-        hybrid_layer_pattern="*-" * shape.num_layers,
-        position_embedding_type="rope",
-        rotary_base=shape.rotary_base,
-        share_embeddings_and_output_weights=shape.tie_word_embeddings,
-    )
+    mesh_of(Kind(tp=tp))
+    model = gpt_model(shape, bf16)
+    with pytest.MonkeyPatch.context() as patch, adam_of_megatron_core(GroupStepAdam):
+        patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)  # with torch's own Adam it does not load this form
+        patch.setattr(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+        ddp, optimizer = wrapped(model, LR, distributed=True, min_lr=1e-4)
+        return _losses_with(ddp, optimizer, folder, takes_it)
 
 
-def ours(rank, world, folder, shape):
+def _losses_with(ddp, optimizer, folder, takes_it):
+    from megatron.core import dist_checkpointing
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    metadata = dist_checkpointing.load_content_metadata(folder)
+    model = getattr(ddp.module, "module", ddp.module)
+    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    if takes_it:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+    loaded = dist_checkpointing.load(state, folder)
+    model.load_state_dict(loaded["model"])
+    optimizer.reload_model_params()
+    rules = {"use_checkpoint_opt_param_scheduler": False, "override_opt_param_scheduler": True}
+    decay = {"start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 9, "wd_incr_style": "constant"}
+    schedule = OptimizerParamScheduler(optimizer, 0.0, LR, 1e-4, 0, 9, "constant", **decay, **rules)
+    if takes_it:
+        optimizer.load_state_dict(loaded["optimizer"])
+        schedule.load_state_dict(loaded["opt_param_scheduler"])
+    return steps_of(ddp, optimizer, optimizer.step, MASK)
+
+
+def ours(rank, world, folder, shape, tp=None, bf16=False):
     """The same of our model, from our own checkpoint."""
-    model = build(Kind(tp=world), shape, RunRecord.read(folder))
+    model = build(Kind(tp=tp or world, bf16=bf16), shape, RunRecord.read(folder))
     load_checkpoint(model, folder)
+    if tp:  # as a schedule sets it
+        for group in model.optimizer.param_groups:
+            group["weight_decay"] *= group["wd_mult"]
     tokens, positions, _ = batch(100)
     with torch.no_grad():
         logits = gathered(model.module(tokens, positions, None), shape.vocab_size)
-    return logits, steps_of(model.ddp, model.ddp, model.step, None)
+    return logits, steps_of(model.ddp, model.optimizer, model.step, None)
 
 
-INTEROP = "megatron.core.dist_checkpointing.gpt_checkpoint_interop"
-CLASSES = ["gpt", *(["hybrid"] if importlib.util.find_spec(INTEROP) else [])]
+CLASSES = ["gpt", *(["hybrid"] if GPT_INTEROP else [])]
 
 
 @pytest.fixture(scope="module", params=[TIED, UNTIED], ids=["tied", "untied"])
@@ -201,6 +202,30 @@ def test_stock_classes_load_it_and_train_as_ours_do(exported, tp, model_class):
     assert losses == pytest.approx(trained, rel=1e-5)
     assert iteration == 3 and isinstance(stored, argparse.Namespace)
     assert (stored.num_query_groups, stored.padded_vocab_size, stored.tokenizer_model) == (2, 64, "some.model")
+
+
+@pytest.mark.parametrize(("dtype", "tp"), [("float32", 1), ("float32", 2), ("bfloat16", 1)])
+def test_adam_goes_on_in_the_stock_distributed_optimizer(tmp_path, dtype, tp):
+    """On two ranks: tensor-parallel ones, or two that share out the optimizer. Without its state, losses differ."""
+    load, save, bf16 = str(tmp_path / "ours"), str(tmp_path / "megatron"), dtype == "bfloat16"
+    run_ranks(train_and_save, 1, load, UNTIED, dtype)
+    words = ["--make-vocab-size-divisible-by", "32", "--optimizer-state"]
+    ((status, out, err),) = run_ranks(export_it, 1, load, save, words)
+    assert status == 0, err
+    assert f"Adam after 4 steps; Megatron-LM goes on with it given --lr {LR} --min-lr 0.0001 --use-dist" in out
+    shape = dataclasses.replace(UNTIED, hidden_size=21, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2)
+    folder = f"{save}/iter_0000004"
+    expected = run_ranks(ours, 2, load, UNTIED, tp, bf16)[0][1]
+    tolerance = 3e-3 if bf16 else 1e-5
+    assert run_ranks(with_adam, 2, folder, shape, tp, bf16, True)[0] == pytest.approx(expected, rel=tolerance)
+    without = run_ranks(with_adam, 2, folder, shape, tp, bf16, False)[0]
+    assert max(abs(a / b - 1) for a, b in zip(without, expected)) > 5 * tolerance
+
+
+def test_adam_is_not_made_up(tmp_path):
+    status, _, err = exports(tmp_path, pruned(TIED), "--optimizer-state")
+    assert status == 2 and err.count("\n") == 1 and "iter_0000003 holds weights alone" in err
+    assert not (tmp_path / "megatron").exists()
 
 
 def test_it_comes_back_as_it_was(exported, tmp_path):
