@@ -39,7 +39,8 @@ def run(schedule, order):
 
 def test_the_published_widths_are_the_published_size():
     live = {kind: (np.arange(width, dtype=np.int32),) for kind, width in FINAL.items()}
-    final = Architecture(SMOL_1_7B, {kind: sites * kind.sites(SMOL_1_7B) for kind, sites in live.items()})
+    sites = {kind: sites * kind.sites(SMOL_1_7B) for kind, sites in live.items()}
+    final = Architecture(SMOL_1_7B, {**Architecture.full(SMOL_1_7B).live, **sites})
     assert final.parameters == pytest.approx(469e6, rel=0.01)
 
 
