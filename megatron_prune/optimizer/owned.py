@@ -1,7 +1,7 @@
 """What of the optimizer this rank owns, the same view for every optimizer megatron-core builds.
 
     OwnedShard      a flat range of one local parameter with its main weight, gradient and Adam moments
-    owned_shards    all of them
+    owned_shards    all of them; `owned_spans`: what each rank of a distributed optimizer owns
     blocks          a flat range of a matrix as up to three rectangles; `rectangles`: some of its rows and columns
     steps_taken     Adam's count, for bias correction
     forget          Adam as before its first step
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -24,6 +25,7 @@ from megatron_prune.model.llama import NamedRow
 from megatron_prune.model.table import Param, Runs
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Span = tuple[int, int]  # a flat range: first element, past-last
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,20 @@ def owned_shards(rows: Iterable[NamedRow], optimizer: MegatronOptimizer) -> Iter
             key = getattr(parameter, "main_param", None)
             key = parameter if key is None else key
         yield OwnedShard(name, parameter, row, start, end, key, inner.optimizer.state[key])
+
+
+def owned_spans(rows: Iterable[NamedRow], ddp: DistributedDataParallel, owners: int) -> dict[str, list[Span]]:
+    """By name, the flat range of each parameter that each rank of a distributed optimizer owns, (0, 0) where it owns
+    nothing: every bucket of `ddp` is cut into as many equal shards. No communication."""
+    found: dict[torch.nn.Parameter, list[Span]] = {}
+    for buffer in ddp.buffers:
+        for parameter, (first, last, number) in buffer.param_index_map.items():
+            bucket = buffer.buckets[number]
+            shard = bucket.grad_data.numel() // owners
+            shards = (bucket.offset + rank * shard for rank in range(owners))
+            ends = [(max(first, start) - first, min(last, start + shard) - first) for start in shards]
+            found[parameter] = [(a, b) if a < b else (0, 0) for a, b in ends]
+    return {name: found[parameter] for name, parameter, _ in rows}
 
 
 def steps_taken(optimizer: MegatronOptimizer) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_prune.model.llama import NamedRow, PrunableLlama, named_linears, named_rows, replace_parameters
 from megatron_prune.model.table import Param, ParamTable
 from megatron_prune.optimizer.build import OptimizerOptions, wrap
-from megatron_prune.optimizer.owned import OwnedShard, forget, owned_shards, set_steps, steps_taken
+from megatron_prune.optimizer.owned import OwnedShard, Span, forget, owned_shards, owned_spans, set_steps, steps_taken
 from megatron_prune.runtime.mesh import Mesh
 
 
@@ -60,6 +60,10 @@ class WrappedModel:
     def owned(self) -> Iterator[OwnedShard]:
         """What this rank's optimizer steps, in model order."""
         return owned_shards(self.rows(), self.optimizer)
+
+    def owned_spans(self) -> dict[str, list[Span]]:
+        """By name, the flat range of each local parameter that each of the distributed optimizer's owners steps."""
+        return owned_spans(self.rows(), self.ddp, self.mesh.over("owners").size)
 
     def rewrap(self, before_optimizer: Callable[[DistributedDataParallel], None]) -> None:
         """New DDP and optimizer for the parameters that the module has now; see `build.wrap`."""

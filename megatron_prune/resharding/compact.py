@@ -6,8 +6,8 @@ Order, chosen so that no more memory is needed than a training step holds anyway
     2. move the model weights, parameter by parameter (units at range borders travel point to point over TP; where
        layers have left, others go to the next pipeline stage, from each rank to its counterpart)
     3. free the old parameter buffers, build DDP anew, free its gradient buffers for the moment, build the optimizer
-    4. move the optimizer's state, tensor by tensor, freeing the old as it goes; with the distributed optimizer one
-       parameter's flat ranges are put together over DP first, since old and new ranges cut it at different places
+    4. move the optimizer's state, tensor by tensor, freeing the old as it goes; with the distributed optimizer old and
+       new ranges cut a parameter at different places, and what changes its owner goes there directly (`ranges`)
     5. get the gradient buffers back
 
 Losses and graphs from before the compaction must be dropped first: they would keep the old memory alive.
@@ -30,7 +30,10 @@ from megatron_prune.model.table import Param
 from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, set_moments
 from megatron_prune.optimizer.wrapped import WrappedModel
 from megatron_prune.resharding.plan import TransferPlan, plan_transfer
+from megatron_prune.resharding.ranges import Exchange
 from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
+
+MAIN = "main"  # main weights, among the names of an optimizer's state
 
 Stage = tuple[int, ...]  # original numbers of a pipeline stage's layers
 
@@ -48,8 +51,6 @@ class _Journey:
 class _OldState:
     """One owned range of the old optimizer; `tensors` (main weight, moments) are dropped as they are moved."""
 
-    start: int
-    end: int
     tensors: dict[str, Tensor]
 
 
@@ -69,6 +70,9 @@ class Compaction:
         self._model, self._old_layout, self._new_layout = model, old, new
         self._step = model.adam_step()
         self._groups = [dict(group, params=None) for group in model.optimizer.param_groups]
+        self._exchange = None
+        if model.options.use_distributed_optimizer and model.mesh.over("owners").size > 1:
+            self._exchange, self._spans = Exchange(model.mesh), model.owned_spans()
         rank, stays = model.mesh.tp_rank, {name for name, _, row in model.rows() if row.lives_in(new.architecture)}
         aside = [(shard.name, _set_aside(shard)) for shard in model.owned()]
         self._old = {name: state for name, state in aside if name in stays}
@@ -107,24 +111,39 @@ class Compaction:
     def move_optimizer(self) -> None:
         """Steps 3 to 5 of the module: new DDP and optimizer around the moved weights, with the old one's state."""
         model, gradients = self._model, _GradientMemory()
-        names = {key for state in self._old.values() for key in state.tensors} | set(_state_names(model, self._step))
+        names = sorted(
+            {key for state in self._old.values() for key in state.tensors} | set(_state_names(model, self._step))
+        )
         model.rewrap(before_optimizer=gradients.free)
         for group, previous in zip(model.optimizer.param_groups, self._groups, strict=True):
             group.update({key: value for key, value in previous.items() if key not in ("params", "step")})
         new, leaves = {shard.name: shard for shard in model.owned()}, {journey.row.name for journey in self._journeys}
-        for name, plan in self.plans.items():
-            for key in sorted(names) if name not in leaves else ():
-                moved = move(self._whole_state(name, key), plan, model.mesh)
-                _set_state(key, moved.reshape(-1), new.get(name))
+        self._exchange_state(names, new, leaves)
+        for name, plan in self.plans.items() if self._exchange is None else ():
+            for key in names if name not in leaves else ():
+                _set_state(new.get(name), {key: move(self._whole_state(name, key), plan, model.mesh)})
         for journey in self._journeys:
             name = journey.row.name
-            for key in sorted(names):
+            for key in names:
                 source = self._whole_state(name, key) if journey.start == model.mesh.pp_rank else None
                 arrived = self._carried(journey, source, torch.float32)
-                if arrived is not None:
-                    _set_state(key, arrived.reshape(-1), new.get(name))
+                if arrived is not None and name in new:
+                    _set_state(new[name], {key: arrived.view(-1)[new[name].start : new[name].end].clone()})
         gradients.restore()
         model.set_adam_step(self._step)
+
+    def _exchange_state(self, names: list[str], new: dict[str, OwnedShard], leaves: set[str]) -> None:
+        """Between the owners of a distributed optimizer, what stays in its pipeline stage: directly."""
+        if self._exchange is None:
+            return
+        nothing = torch.empty(0, dtype=torch.float32, device=self._model.mesh.device.device)
+        spans = self._model.owned_spans()
+        for name, plan in self.plans.items():
+            if name not in leaves:
+                old = self._old.pop(name, _OldState({}))
+                tensors = [old.tensors.pop(key, nothing) for key in names]
+                moved = self._exchange.move(tensors, plan, self._spans[name], spans[name])
+                _set_state(new.get(name), dict(zip(names, moved, strict=True)))
 
     def _carried(self, journey: _Journey, source: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The new local tensor where `journey` ends, None elsewhere; every rank calls it for the same journeys in the
@@ -146,10 +165,10 @@ class Compaction:
         """One state tensor of one parameter in its old local shape; its ranges are put together over their owners."""
         mesh, old = self._model.mesh, self._old.get(name)
         source = old.tensors.pop(key) if old is not None else None
-        if self._model.options.use_distributed_optimizer and mesh.over("owners").size > 1:
+        if self._exchange is not None:
             full = torch.zeros(math.prod(self._shapes[name]), dtype=torch.float32, device=mesh.device.device)
-            if source is not None and old is not None:
-                full[old.start : old.end] = source
+            if source is not None:
+                full[slice(*self._spans[name][mesh.over("owners").rank])] = source
             all_reduce_sum(full, mesh.over("owners"))
         else:
             assert source is not None
@@ -208,7 +227,7 @@ def _select(tensor: Tensor, dim: int, old: np.ndarray, new: np.ndarray, length: 
 
 def _state_names(model: WrappedModel, step: int) -> list[str]:
     """Which tensors every owned shard has, known on ranks that own nothing too."""
-    return [*(MOMENTS if step else ()), *(["main"] if model.dtype != torch.float32 else [])]
+    return [*(MOMENTS if step else ()), *([MAIN] if model.dtype != torch.float32 else [])]
 
 
 def _set_aside(shard: OwnedShard) -> _OldState:
@@ -216,20 +235,20 @@ def _set_aside(shard: OwnedShard) -> _OldState:
     tensors = dict(shard.moments)
     shard.state.clear()
     if shard.has_separate_main:
-        tensors["main"] = shard.main
+        tensors[MAIN] = shard.main
         shard.key.data = shard.main.new_empty(0)
-    return _OldState(shard.start, shard.end, tensors)
+    return _OldState(tensors)
 
 
-def _set_state(key: str, moved: Tensor, new: OwnedShard | None) -> None:
-    """Give the new owner its range of a flat state tensor; nothing, where this rank owns none."""
+def _set_state(new: OwnedShard | None, moved: dict[str, Tensor]) -> None:
+    """Give `moved` to its new owner; a rank that owns nothing of the parameter has nothing of it."""
     if new is None:
         return
-    piece = moved[new.start : new.end]
-    if key == "main":
-        new.main.copy_(piece)
-    else:
-        set_moments(new, {key: piece.clone() if piece.numel() < moved.numel() else piece})
+    for key, value in moved.items():
+        if key == MAIN:
+            new.main.copy_(value.view(-1))
+        else:
+            set_moments(new, {key: value})
 
 
 def _free_gradients(model: WrappedModel) -> None:

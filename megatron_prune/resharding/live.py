@@ -5,7 +5,8 @@
     LiveModel.compact    rebuild weights, optimizer and gradient buffers without the empty slots
     LiveModel.rebuilt    who wants to know when the optimizer is another one
 
-Weights are in step on all ranks before either touches them. What each does to tensors is in `retire` and `compact`.
+Weights are in step on all ranks before a compaction touches them; a retirement needs no gather. What each does to
+tensors is in `retire` and `compact`.
 """
 
 from __future__ import annotations
@@ -89,8 +90,11 @@ class LiveModel(WrappedModel):
 
     @torch.no_grad()
     def retire(self, group: Group) -> None:
-        """Empty the slots of `group` in weights, main weights and moments. A collective over DP at most."""
-        self.synchronise()
+        """Empty the slots of `group` in weights, main weights and moments. No communication.
+
+        Where a rank still holds old values of what others own, those are emptied too, and the owners empty what the
+        next gather will bring: gathered before or after, it is the same.
+        """
         zero_units(self, group, self._layout)
         self._bind(self._layout.without(group))
 

@@ -28,6 +28,7 @@ class TransferPlan:
         local: per dim, (old positions, new positions) of elements that stay on this rank.
         sharded_dim: the dim that is split over tensor-parallel ranks, or None.
         sends: rank -> old positions along `sharded_dim`; recvs: rank -> new positions along `sharded_dim`.
+        arrivals: rank -> new positions there of what `sends` names; origins: old positions there of what `recvs` names.
     """
 
     old_shape: tuple[int, ...]
@@ -36,6 +37,13 @@ class TransferPlan:
     sharded_dim: int | None
     sends: dict[int, np.ndarray]
     recvs: dict[int, np.ndarray]
+    arrivals: dict[int, np.ndarray]
+    origins: dict[int, np.ndarray]
+
+    def moves(self, to: bool) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """rank -> (old positions, new positions) along `sharded_dim` of what goes to it, or (`to` is False) comes."""
+        olds, news = (self.sends, self.arrivals) if to else (self.origins, self.recvs)
+        return {rank: (olds[rank], news[rank]) for rank in olds}
 
     @property
     def is_identity(self) -> bool:
@@ -76,16 +84,18 @@ def plan_transfer(row: Param, old: ShardLayout, new: ShardLayout, rank: int) -> 
     ids_new = [_tagged_ids(row, dim, new, rank) for dim in range(len(dims))]
     sends: dict[int, np.ndarray] = {}
     recvs: dict[int, np.ndarray] = {}
+    arrivals: dict[int, np.ndarray] = {}
+    origins: dict[int, np.ndarray] = {}
     if sharded is not None:
         for other in range(old.tp):
             if other == rank:
                 continue
-            outgoing, _ = _common(ids_old[sharded], _tagged_ids(row, sharded, new, other))
-            _, incoming = _common(_tagged_ids(row, sharded, old, other), ids_new[sharded])
+            outgoing, arrival = _common(ids_old[sharded], _tagged_ids(row, sharded, new, other))
+            origin, incoming = _common(_tagged_ids(row, sharded, old, other), ids_new[sharded])
             if len(outgoing):
-                sends[other] = outgoing
+                sends[other], arrivals[other] = outgoing, arrival
             if len(incoming):
-                recvs[other] = incoming
+                recvs[other], origins[other] = incoming, origin
     return TransferPlan(
         old_shape=row.local_shape(old, rank),
         new_shape=row.local_shape(new, rank),
@@ -93,4 +103,6 @@ def plan_transfer(row: Param, old: ShardLayout, new: ShardLayout, rank: int) -> 
         sharded_dim=sharded,
         sends=sends,
         recvs=recvs,
+        arrivals=arrivals,
+        origins=origins,
     )

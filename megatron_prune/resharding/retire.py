@@ -18,8 +18,8 @@ from megatron_prune.optimizer.wrapped import WrappedModel
 
 @torch.no_grad()
 def zero_units(model: WrappedModel, group: Group, layout: ShardLayout) -> None:
-    """Zero the units of `group` in weights, main weights and moments of `model`, which are in `layout` and in step on
-    all ranks. No communication."""
+    """Zero the units of `group` in weights, main weights and moments of `model`, which are in `layout`. No
+    communication: old values of what others own become zero here and now, and what comes of the owners later."""
     slots, gone = layout.group_slots(group, model.mesh.tp_rank), dict[str, tuple[Runs, ...]]()
     weights = list[Tensor]()
     for name, parameter, row in model.rows():

@@ -64,29 +64,47 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
 
 
 def bytes_of_a_compaction(run: SteppedRun) -> list[tuple[str, int, int]]:
-    """Each weight and moment of a unit that changes its rank is sent once; a moment that is split over DP is summed."""
+    """Each weight of a unit that changes its rank is sent once, and each moment that changes its owner."""
     run.retire("ffn", 8)
     run.retire("stem", 3)
     model, layout, rank = run.model, run.model.layout, run.mesh.tp_rank
-    moved = stored = 0
-    for _, parameter, row in model.rows():
+    moved = 0
+    for _, _, row in model.rows():
         plan = plan_transfer(row, layout, layout.compacted(), rank)
-        stored += parameter.numel()
         for positions in plan.sends.values():
             across = [size for dim, size in enumerate(plan.new_shape) if dim != plan.sharded_dim]
             moved += len(positions) * int(np.prod(across))
-    moments = 2
+    moments, before = 2, owned_elements(run)
     with BytesSent() as meter:
         run.compact()
     is_split = run.setup.case.dp > 1 and run.setup.case.distributed_optimizer
+    handed_on = len(before - owned_elements(run)) if is_split else moved
     rest = {name: size for name, size in meter.by_operator.items() if name not in ("send", "allreduce_")}
     checks = 2 * INT64  # Adam's step, and the count of live parameters
     found = [
-        ("compaction, sends", meter.by_operator["send"], FP32 * moved * (1 + moments)),
-        ("compaction, all-reduce", meter.by_operator["allreduce_"], FP32 * stored * moments * is_split + checks),
+        ("compaction, sends", meter.by_operator["send"], FP32 * (moved + moments * handed_on)),
+        ("compaction, all-reduce", meter.by_operator["allreduce_"], checks),
         ("what megatron-core's optimizers agree on is small", int(sum(rest.values()) < 1000), 1),
     ]
     close_mesh()
+    return found
+
+
+def owned_elements(run: SteppedRun) -> set[tuple[str, int, int]]:
+    """(parameter, row, column) in canonical numbers of every live element that this rank's optimizer steps."""
+    model, found = run.model, set[tuple[str, int, int]]()
+    for shard in model.owned():
+        rows, columns = (
+            *(shard.row.element_ids(dim, model.layout, run.mesh.tp_rank) for dim in range(len(shard.row.dims))),
+            np.zeros(1, int),
+        )[:2]
+        parts = np.repeat(
+            np.arange(len(shard.row.parts)), [b - a for _, a, b in shard.row.part_rows(model.layout, run.mesh.tp_rank)]
+        )
+        for at in range(shard.start, shard.end):
+            row, column = divmod(at, len(columns))
+            if rows[row] >= 0 and columns[column] >= 0:
+                found.add((f"{shard.name} {parts[row]}", int(rows[row]), int(columns[column])))
     return found
 
 

@@ -244,7 +244,9 @@ def estimate(
     route = plan_route(config, architecture)
     iterations = removal_iters(pruning_schedule(config, architecture), route, config.tokens_per_iteration)
     target_layout = ShardLayout.pack(route.target, placement.tp, quanta(config))
-    on_top, compaction = pruning_traffic(config, layout, placement, start.stage, fisher)
+    count = compactions(layout, route, iterations)
+    first = ShardLayout.pack(route.after(-(-len(route.kinds) // count)), placement.tp, quanta(config))
+    on_top, compaction = pruning_traffic(config, layout, placement, start.stage, fisher, first)
     return Estimate(
         world_size=world_size,
         placement=placement,
@@ -257,7 +259,7 @@ def estimate(
         traffic=traffic,
         pruning_traffic=on_top,
         compaction=compaction,
-        compactions=compactions(layout, route, iterations),
+        compactions=count,
     )
 
 

@@ -102,15 +102,27 @@ class GradientBuffer:
         """Elements that belong to parameters."""
         return sum(end - start for start, end in self.spans)
 
+    def size(self, number: int) -> int:
+        """Elements of a parameter by its number in `spans`."""
+        first, last = self.spans[number]
+        return last - first
+
     def owned(self, dp_rank: int, dp: int) -> list[int]:
         """Elements of each parameter of which `dp_rank` owns some, when every bucket is cut into `dp` equal shards."""
-        pieces = []
+        return [last - first for _, first, last in self.ranges(dp_rank, dp)]
+
+    def ranges(self, dp_rank: int, dp: int) -> list[tuple[int, int, int]]:
+        """(number of the parameter in `spans`, first, past-last element of it) of what `dp_rank` owns."""
+        found = []
         for first, last in self.buckets:
             shard = (last - first) // dp
             start, end = first + dp_rank * shard, first + (dp_rank + 1) * shard
-            overlaps = (min(end, b) - max(start, a) for a, b in self.spans)
-            pieces += [overlap for overlap in overlaps if overlap > 0]
-        return pieces
+            found += [
+                (number, max(start, a) - a, min(end, b) - a)
+                for number, (a, b) in enumerate(self.spans)
+                if max(start, a) < min(end, b)
+            ]
+        return found
 
 
 def gradient_buffer(

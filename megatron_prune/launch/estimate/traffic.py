@@ -3,6 +3,7 @@
     Traffic           a line: what, bytes, and when
     training_traffic  what every iteration sends
     pruning_traffic   what iterations that score send on top, and what a compaction moves
+    handed_on         elements that change their owner in a compaction
     compactions       how many compactions lie on the way to the target
 
 A ring all-reduce over n ranks sends 2 (n - 1) / n of the data, a reduce-scatter or all-gather half of that. Small
@@ -19,12 +20,13 @@ from megatron_prune.config import Config
 from megatron_prune.launch.estimate.activations import FP32, element_size, micro_batch_tokens
 from megatron_prune.launch.estimate.hessian_costs import hessian_traffic
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.launch.estimate.rank_memory import output_elements, stage_buffer
+from megatron_prune.launch.estimate.rank_memory import GradientBuffer, output_elements, stage_buffer
 from megatron_prune.launch.estimate.route import Route
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.saliency.scores import score_length
 
 _MOMENTS = 2
+_SAMPLED = 16  # owners that are looked at
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,33 @@ def _tensor_parallel(config: Config, layout: ShardLayout, placement: Placement, 
     return placement.micro_batches * passes * activations * half_ring(placement.tp)
 
 
+def handed_on(before: GradientBuffer, after: GradientBuffer, dp: int) -> float:
+    """Elements that an owner hands to others when `before` becomes `after`, of several owners the one with most; what
+    leaves a parameter is taken to leave evenly."""
+    most = 0.0
+    for rank in range(0, dp, -(-dp // _SAMPLED)):
+        kept, sent = {number: (a, b) for number, a, b in after.ranges(rank, dp)}, 0.0
+        for number, *held in before.ranges(rank, dp):
+            (old, new), span = (buffer.size(number) for buffer in (before, after)), kept.get(number, (0, 0))
+            a, b = max(held[0] / old, span[0] / new), min(held[1] / old, span[1] / new)
+            sent += new * ((held[1] - held[0]) / old - max(b - a, 0.0))
+        most = max(most, sent)
+    return most
+
+
 def pruning_traffic(
-    config: Config, layout: ShardLayout, placement: Placement, stage: int, needs_fisher: bool
+    config: Config,
+    layout: ShardLayout,
+    placement: Placement,
+    stage: int,
+    needs_fisher: bool,
+    compacted: ShardLayout | None = None,
 ) -> tuple[list[Traffic], Traffic]:
-    """(what an iteration that scores sends on top, what one compaction sends) for a rank of `stage`."""
+    """(what an iteration that scores sends on top, what one compaction sends) for a rank of `stage`.
+
+    Args:
+        compacted: the layout that a compaction of `layout` brings; None: nothing is compacted.
+    """
     sharded, numbers = config.parallel.use_distributed_optimizer, score_length(layout.architecture)
     model_parallel = placement.tp * placement.pp
     share = half_ring(model_parallel) + (half_ring(placement.dp) if sharded else 0)
@@ -97,11 +122,11 @@ def pruning_traffic(
         Traffic("Hessians (of an FFN removal, or of all layers for obc): inputs over TP, sums over DP", hessians)
     )
     moved = 0.0
-    if sharded:  # the flat ranges of one parameter are put together over DP before they are cut anew
-        tensors = _MOMENTS + config.training.bf16
-        elements = stage_buffer(config, layout, placement, stage).unpadded
-        moved = 2 * FP32 * tensors * elements * half_ring(placement.dp)
-    return [line for line in lines if line.bytes], Traffic("one compaction: optimizer state over DP", moved)
+    if sharded and compacted is not None:  # flat ranges are cut at other places then
+        before, after = (stage_buffer(config, shards, placement, stage) for shards in (layout, compacted))
+        moved = FP32 * (_MOMENTS + config.training.bf16) * handed_on(before, after, placement.dp)
+    what = "one compaction: optimizer state that changes its owner over DP"
+    return [line for line in lines if line.bytes], Traffic(what, moved)
 
 
 def compactions(layout: ShardLayout, route: Route, iterations: np.ndarray) -> int:
