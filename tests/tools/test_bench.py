@@ -41,9 +41,18 @@ def bytes_of_a_pruning_step(_rank: int, _world: int, case: Case) -> list[tuple[s
     whole = sum(p.numel() for _, p, row in model.rows() if row.is_output)
     with BytesSent() as meter:
         squares = fisher.reduce()
-    scattered = case.dp * max(agree(mesh, owned)) if case.distributed_optimizer else 0
+    shares = agree(mesh, (mesh.tp_rank, owned))
+    everywhere = [n for tp_rank, n in shares if tp_rank == mesh.tp_rank]
+    share = -(-sum(everywhere) // case.dp)
+    scattered = case.dp * share if case.distributed_optimizer else 0
     summed = whole if case.dp > 1 and not case.distributed_optimizer else 0
     found.append(("squares, reduce-scatter", meter.by_operator["_reduce_scatter_base_"], FP32 * scattered))
+    first = sum(everywhere[: mesh.over("owners").rank])  # where this rank's own lie among all, owner after owner
+    place = mesh.over("owners").rank * share
+    here = min(share, sum(everywhere) - place)
+    own = max(min(first + owned, place + share) - max(first, place), 0)
+    handed = (here - own) * case.distributed_optimizer
+    found.append(("squares, shares to their owners", meter.by_operator["send"], FP32 * handed))
     found.append(("squares, all-reduce", meter.by_operator["allreduce_"], FP32 * summed))
 
     elements = run.score(squares)

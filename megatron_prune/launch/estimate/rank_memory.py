@@ -11,8 +11,10 @@ loses, the collectives' own buffers, the CUDA context.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_prune.config import Config
 from megatron_prune.launch.estimate.activations import (
@@ -117,12 +119,16 @@ class GradientBuffer:
         for first, last in self.buckets:
             shard = (last - first) // dp
             start, end = first + dp_rank * shard, first + (dp_rank + 1) * shard
-            found += [
-                (number, max(start, a) - a, min(end, b) - a)
-                for number, (a, b) in enumerate(self.spans)
-                if max(start, a) < min(end, b)
-            ]
+            for number in range(bisect_right(self._ends, start), len(self.spans)):
+                a, b = self.spans[number]
+                if a >= end:
+                    break
+                found.append((number, max(start, a) - a, min(end, b) - a))
         return found
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [end for _, end in self.spans]
 
 
 def gradient_buffer(

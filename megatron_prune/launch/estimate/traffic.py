@@ -13,6 +13,7 @@ messages (losses, norms, decisions) are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from megatron_prune.config import Config
 from megatron_prune.launch.estimate.activations import FP32, element_size, micro_batch_tokens
 from megatron_prune.launch.estimate.hessian_costs import hessian_traffic
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.launch.estimate.rank_memory import GradientBuffer, output_elements, stage_buffer
+from megatron_prune.launch.estimate.rank_memory import GradientBuffer, output_elements, stage_buffer, stage_rows
 from megatron_prune.launch.estimate.route import Route
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.saliency.scores import score_length
@@ -82,6 +83,28 @@ def _tensor_parallel(config: Config, layout: ShardLayout, placement: Placement, 
     return placement.micro_batches * passes * activations * half_ring(placement.tp)
 
 
+def _shares_of_others(
+    config: Config, layout: ShardLayout, placement: Placement, stage: int, dp_rank: int | None
+) -> int:
+    """Of an equal share of the output weights, the elements that others own; of the rank with most without `dp_rank`
+    (see `saliency.fisher`)."""
+    buffer = stage_buffer(config, layout, placement, stage)
+    rows = [row for row, _ in stage_rows(layout.architecture.table, placement, stage)]
+    is_output = [row.is_output for row in reversed(rows)]
+    lengths = [
+        sum(b - a for number, a, b in buffer.ranges(rank, placement.dp) if is_output[number])
+        for rank in range(placement.dp)
+    ]
+    ends, share = list(accumulate(lengths, initial=0)), -(-sum(lengths) // placement.dp)
+
+    def sent(rank: int) -> int:
+        here = min(share, max(ends[-1] - rank * share, 0))
+        own = min(ends[rank + 1], (rank + 1) * share) - max(ends[rank], rank * share)
+        return here - max(own, 0)
+
+    return sent(dp_rank) if dp_rank is not None else max(map(sent, range(placement.dp)))
+
+
 def handed_on(before: GradientBuffer, after: GradientBuffer, dp: int) -> float:
     """Elements that an owner hands to others when `before` becomes `after`, of several owners the one with most; what
     leaves a parameter is taken to leave evenly."""
@@ -103,20 +126,23 @@ def pruning_traffic(
     stage: int,
     needs_fisher: bool,
     compacted: ShardLayout | None = None,
+    dp_rank: int | None = None,
 ) -> tuple[list[Traffic], Traffic]:
     """(what an iteration that scores sends on top, what one compaction sends) for a rank of `stage`.
 
     Args:
-        compacted: the layout that a compaction of `layout` brings; None: nothing is compacted.
+        compacted: the layout that a compaction of `layout` brings; None: nothing is compacted. dp_rank: which
+            rank; None: the one that sends most.
     """
     sharded, numbers = config.parallel.use_distributed_optimizer, score_length(layout.architecture)
     model_parallel = placement.tp * placement.pp
     share = half_ring(model_parallel) + (half_ring(placement.dp) if sharded else 0)
     lines = [Traffic(f"scores: {numbers:,} numbers, all-reduce, fp32", 2 * FP32 * numbers * share)]
     if needs_fisher:
-        outputs = FP32 * output_elements(layout, placement, stage) * half_ring(placement.dp)
-        how = "reduce-scatter" if sharded else "all-reduce"
-        lines.append(Traffic(f"Fisher of the output projections over DP: {how}, fp32", outputs * (1 if sharded else 2)))
+        outputs = output_elements(layout, placement, stage) * half_ring(placement.dp)
+        how = "reduce-scatter, shares to their owners" if sharded else "all-reduce"
+        sent = outputs + _shares_of_others(config, layout, placement, stage, dp_rank) if sharded else 2 * outputs
+        lines.append(Traffic(f"Fisher of the output projections over DP: {how}, fp32", FP32 * sent))
     hessians = hessian_traffic(config, layout, placement, stage)
     lines.append(
         Traffic("Hessians (of an FFN removal, or of all layers for obc): inputs over TP, sums over DP", hessians)
