@@ -31,9 +31,12 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one job on this rank; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words in (["--help"], ["-h"]):  # answered before anything slow is imported
+        return _run(words)
     from megatron_prune.runtime.failures import exit_status
 
-    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
+    return exit_status(lambda: _run(words))
 
 
 def _run(argv: list[str]) -> int:

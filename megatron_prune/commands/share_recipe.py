@@ -22,7 +22,6 @@ from megatron_prune.config.options import option
 from megatron_prune.config.recipe import read_recipe, shared_settings, write_recipe
 from megatron_prune.data.indexed import read_metadata
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.provenance import source_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class RecipeOptions:
 
 def recipe_of(record: RunRecord) -> dict[str, Any]:
     """What `write_recipe` wants of a run, as its newest checkpoint tells it. Raises UserError: nothing was pruned."""
+    from megatron_prune.huggingface.provenance import source_of  # imports torch
+
     a, state = record.architecture, record.state
     if not record.history:
         raise UserError(f"{record.path}: nothing was pruned in this run, so there is nothing to repeat")

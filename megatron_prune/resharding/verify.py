@@ -18,8 +18,9 @@ from megatron_prune.runtime.mesh import all_reduce_sum
 def live_parameters(model: LiveModel) -> int:
     """Live elements in this model's optimizers, over all ranks, copies not counted (a collective)."""
     mesh, total = model.mesh, 0
+    names = {row.name for row in model.table.rows}
     for shard in model.owned():
-        is_tied_copy = shard.name not in {row.name for row in model.table.rows}
+        is_tied_copy = shard.name not in names
         is_tp_copy = not shard.row.is_sharded and mesh.tp_rank != 0
         is_dp_copy = not model.options.use_distributed_optimizer and mesh.over("replicas").rank != 0
         if not (is_tied_copy or is_tp_copy or is_dp_copy):

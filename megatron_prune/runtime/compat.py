@@ -19,9 +19,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # also for importers
+if TYPE_CHECKING:  # also for importers
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 _GPT = "megatron.core.datasets.gpt_dataset:GPTDataset"
 _POOL = "concurrent.futures:ProcessPoolExecutor()"
@@ -37,6 +38,15 @@ PRIVATE = {  # module:name, with () where it is an instance's
     f"{_POOL}._call_queue._reader": "the same",
     "transformers:PretrainedConfig._attn_implementation": "as in transformers' own models; in exported code only",
 }
+
+
+def __getattr__(name: str) -> Any:
+    """TorchDispatchMode, when it is first asked for: who needs another name of here need not wait for torch."""
+    if name != "TorchDispatchMode":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode
 
 
 def storage_info() -> Any:

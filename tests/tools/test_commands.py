@@ -28,6 +28,15 @@ def test_help_lists_every_command_in_a_line_and_imports_no_torch():
     assert all(len(line) < 120 for line in done.stdout.splitlines())
 
 
+def test_help_of_every_command_imports_neither_torch_nor_transformers():
+    check = "import sys; from megatron_prune.commands import COMMANDS, main\n"
+    check += "for name in set(COMMANDS) - {'bench', 'bench-save', 'soak', 'gpu-check'}:\n"  # they only measure
+    check += (
+        " main([name, '--help']); found = {'torch', 'transformers'} & set(sys.modules); assert not found, (name, found)"
+    )
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, stdout=subprocess.DEVNULL, check=True, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
