@@ -90,6 +90,8 @@ class Compaction:
         """
         model = self._model
         _free_gradients(model)
+        if model.ddp.use_forward_hook:  # the old DDP lets go of its modules while it still knows all of them
+            model.ddp.disable_forward_pre_hook(param_sync=False)
         weights = {name: parameter.data for name, parameter, _ in model.rows()}
         arrived = {
             journey.row.name: tensor
@@ -260,12 +262,10 @@ def _free_gradients(model: WrappedModel) -> None:
 
 
 def _free_parameter_buffers(model: WrappedModel) -> None:
-    """Free the storage of the old parameter buffers and unhook the old DDP; the weights live outside of it by now."""
+    """Free the storage of the old parameter buffers; the weights live outside of them by now."""
     for buffer in model.ddp.buffers:
         if buffer.param_data is not None:
             buffer.param_data.untyped_storage().resize_(0)
-    if model.ddp.use_forward_hook:
-        model.ddp.disable_forward_pre_hook(param_sync=False)
 
 
 class _GradientMemory:
