@@ -37,6 +37,20 @@ _WITH_EXTRA_STATE = (
     *(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention")),
     *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
+# Megatron-Bridge reads these without asking whether they are there.
+_PLAIN: dict[str, Any] = {
+    **dict.fromkeys(
+        ("fp16_lm_cross_entropy", "fp8_param_gather", "init_method_xavier_uniform", "is_hybrid_model"), False
+    ),
+    **dict.fromkeys(("init_model_with_meta_device", "moe_grouped_gemm", "multi_latent_attention"), False),
+    **dict.fromkeys(("bias_gelu_fusion", "no_persist_layer_norm", "overlap_p2p_comm", "qk_l2_norm"), False),
+    **dict.fromkeys(("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "mtp_num_layers"), None),
+    **dict.fromkeys(("heterogeneous_layers_config_path", "hybrid_layer_pattern", "spec"), None),
+    "bias_swiglu_fusion": True,
+    "config_logger_dir": "",
+    "cp_comm_type": ["p2p"],
+    "transformer_impl": "transformer_engine",
+}
 _ADAM = {"main": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # ours -> Megatron's
 _ADAM_FORM = "fully_reshardable"
 
@@ -197,6 +211,7 @@ def arguments_for(shape: LlamaShape, dtype: torch.dtype) -> argparse.Namespace:
     if shape.no_rope_layers:
         raise UserError("layers without rotary embedding (SmolLM3's) are not written as Megatron-LM's checkpoint")
     return argparse.Namespace(
+        **_PLAIN,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,

@@ -278,6 +278,19 @@ def test_layers_that_differ_are_refused(tmp_path):
     assert status == 2 and "layers of a stock model are alike, and these have" in err and "FFN channels 15 to 16" in err
 
 
+def test_the_arguments_make_megatron_cores_configuration():
+    """As Megatron-Bridge makes it: every field that is among the arguments."""
+    from megatron.core.transformer import TransformerConfig
+
+    stored = vars(arguments_for(dataclasses.replace(UNTIED, norm_epsilon=1e-6), torch.bfloat16))
+    fields = {f.name: stored[f.name] for f in dataclasses.fields(TransformerConfig) if f.name in stored}
+    config = TransformerConfig(**{**fields, "cp_comm_type": stored["cp_comm_type"][0], "gated_linear_unit": True})
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (3, 24, 20)
+    assert (config.num_query_groups, config.kv_channels, config.layernorm_epsilon) == (4, 4, 1e-6)
+    assert config.normalization == "RMSNorm" and config.qk_layernorm and config.add_qkv_bias and config.bf16
+    assert not (config.add_bias_linear or config.layernorm_zero_centered_gamma or config.multi_latent_attention)
+
+
 def test_rotary_scaling_is_megatrons_or_refused():
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     known = dataclasses.replace(TIED, rope_scaling={**llama3, "original_max_position_embeddings": 8192})
