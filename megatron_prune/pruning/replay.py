@@ -50,7 +50,7 @@ class Replay:
                 break
             if not _lives(removal.group, architecture):
                 raise UserError(
-                    f"{FIELD}: {path}:{number}: its group is not in this source; replay on one of its shape"
+                    f"{FIELD}: {path}:{number}: its group is not in this source; replay on a source of the same shape"
                 )
             architecture = architecture.without(removal.group)
             if architecture.parameters != removal.parameters:
