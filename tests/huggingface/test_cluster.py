@@ -69,8 +69,8 @@ def architecture_of(case: str) -> Architecture:
     def some(count: int, gone: set[int]) -> np.ndarray:
         return np.array(sorted(set(range(count)) - gone), dtype=np.int32)
 
-    full = full
     live = {
+        **full.live,
         HEAD: tuple(np.array(ids, dtype=np.int32) for ids in heads),
         FFN: tuple(some(48, {layer, 20, 30 + layer}) for layer in range(4)),
         STEM: (some(32, {0, 9, 31}),),
