@@ -1,5 +1,8 @@
 """Ten kills at named moments, in chains: each resumed run is the next victim. `make soak` draws hundreds at random."""
 
+from importlib import import_module
+from operator import attrgetter
+
 import pytest
 
 from megatron_prune.pretrain import main
@@ -35,6 +38,12 @@ def run_chain(folder, name, kills):
         assert attempt.was_killed, f"{kill}: the run went on to iteration {attempt.iteration}"
     assert soak.attempt(None).is_finished
     soak.close_chain()
+
+
+@pytest.mark.parametrize("moment", sorted(MOMENTS))
+def test_every_moment_is_a_function_of_the_code(moment):
+    module, dotted, _ = MOMENTS[moment]
+    assert callable(attrgetter(dotted)(import_module(module)))
 
 
 @pytest.mark.timeout(300)
