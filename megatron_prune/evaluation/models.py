@@ -21,7 +21,7 @@ import torch
 from megatron_prune.data.hub_files import present, read_json
 from megatron_prune.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, build_tokenizer
 from megatron_prune.data.tokenizer_files import VOCABULARY_FILES, find_tokenizer, holds_tokenizer
-from megatron_prune.data.tokenizer_library import adds_bos
+from megatron_prune.data.tokenizer_library import adds_bos, load_library
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.provenance import source_of, tokenizer_of
@@ -72,11 +72,13 @@ class ModelFolder:
         return build_tokenizer(SENTENCEPIECE if both else None, str(self.tokenizer_source))
 
     def adds_bos(self) -> bool:
-        """Whether calling the tokenizer, as transformers loads it, begins with the begin-of-sequence id."""
-        from transformers import AutoTokenizer
+        """Whether calling the tokenizer, as transformers loads it, begins with the begin-of-sequence id.
 
+        Raises:
+            UserError: it cannot be read.
+        """
         folder = self.tokenizer_folder
-        return folder is not None and adds_bos(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
+        return folder is not None and adds_bos(load_library(find_tokenizer(folder)))
 
 
 def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model: str | None = None) -> ModelFolder:

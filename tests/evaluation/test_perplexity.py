@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,12 @@ def test_a_token_without_a_row_is_named(real_data: Path, tmp_path: Path) -> None
     assert text_corpus(TextOptions(str(tmp_path / "plain.txt")), tokenizer, 8, 512).text_bytes in (17, 18)
     with pytest.raises(UserError, match="there is no row for id 512"):
         text_corpus(TextOptions(str(tmp_path / "marked.txt")), tokenizer, 8, 512)
+
+
+def test_a_tokenizer_that_is_no_text_is_one_line(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folders[0], tmp_path / "model")
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    (folder / "tokenizer.json").write_bytes(b'{"a": "\xff"}')
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(UserError, match="tokenizer.json"):
+        open_candidate(folder, "garbled", tmp_path / "scratch").adds_bos()
