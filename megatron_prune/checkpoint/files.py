@@ -242,7 +242,7 @@ def read_manifest(folder: Path) -> dict[str, Digest]:
     try:
         files = json.loads(text)["files (bytes, CRC-32)"]
         is_sound = _manifest_text(files) == text
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a list of checksums ({error})") from error
     if not is_sound:
         raise ValueError("does not match its own sum")

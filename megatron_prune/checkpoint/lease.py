@@ -143,7 +143,7 @@ class Owner:
             values = json.loads(text)
             above = tuple((int(pid), start) for pid, start in values.pop("above"))
             owner = cls(**values, above=above)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(str(error)) from error
         if not isinstance(owner.pid, int) or not isinstance(owner.restarts, int):
             raise ValueError("pid and restarts are numbers")

@@ -429,7 +429,7 @@ def read_status(save: Path) -> str | None:
     """The status that the training process left behind, or None."""
     try:
         return str(json.loads(read_content(save / STATUS_FILE))["status"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -51,7 +51,7 @@ def soak(arguments: SoakOptions) -> dict[str, Any]:
     if (folder / RECORD).exists():
         try:
             record |= json.loads(read_words(folder / RECORD))
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"--dir {folder}: {RECORD} is damaged; remove it to begin a new count") from error
     soaks = [Soak(folder / variant.name, variant, pretrain) for variant in VARIANTS]
     with tqdm(total=arguments.kills, initial=record["kills"], unit="kill", dynamic_ncols=True) as bar:

@@ -24,6 +24,7 @@ from megatron_prune.config.pruning import Target
 from megatron_prune.config.schema import Config
 from megatron_prune.config.yaml_file import read_yaml, yaml_value
 from megatron_prune.errors import UserError, first_line
+from megatron_prune.reading import read_content
 
 FORMAT = "megatron_prune recipe 1"
 _SHARED = ("training", "optimizer", "pruning", "distillation", "continued")
@@ -72,7 +73,7 @@ def _digest(facts: Mapping[str, Any]) -> str:
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The file's object. Raises UserError: it cannot be read, is no recipe, or was edited."""
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(read_content(path))
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -27,6 +27,7 @@ from megatron_prune.model.kinds import LAYER
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.table import ATTENTION_OUTPUT, EMBEDDING, FFN_DOWN, FFN_UP, LM_HEAD, NORM, QKV, ParamTable
 from megatron_prune.pruning.budget import Counts
+from megatron_prune.reading import read_words
 
 WORST = 0.25  # relative error of a point beyond which a table is refused
 
@@ -114,7 +115,7 @@ class LatencyTable:
     def read(cls, path: str | Path) -> LatencyTable:
         """The table in a file. Raises UserError, naming it, if it is none, or if no sum of the features fits it."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(read_words(path))
             table = cls(str(data["what"]), tuple(_point(entry) for entry in data["points"]))
             if len(table.points) <= 1:
                 raise ValueError("fewer than two points")

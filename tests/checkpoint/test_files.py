@@ -6,7 +6,19 @@ import zlib
 import pytest
 
 from megatron_prune.checkpoint import files
-from megatron_prune.checkpoint.files import Digest, Retention, begin, damages, publish, resolve, steps, write_files
+from megatron_prune.checkpoint.files import (
+    Digest,
+    Retention,
+    begin,
+    damages,
+    publish,
+    read_manifest,
+    resolve,
+    steps,
+    write_files,
+)
+from megatron_prune.checkpoint.lease import Owner
+from megatron_prune.checkpoint.record import STATUS_FILE, read_status
 from megatron_prune.errors import UserError
 
 
@@ -158,3 +170,14 @@ def test_deleting_leaves_the_others(tmp_path):
     assert steps(tmp_path) == [20, 30]
     shutil.rmtree(tmp_path / "iter_0000020")
     assert Retention(keep_last=1).apply(tmp_path, 30) == []
+
+
+def test_what_is_nested_too_deeply_is_damaged(tmp_path):
+    deep = "[" * 100_000
+    (tmp_path / "checksums.json").write_text(deep)
+    with pytest.raises(ValueError, match="not a list of checksums"):
+        read_manifest(tmp_path)
+    with pytest.raises(ValueError, match="recursion"):
+        Owner.from_json(deep.encode())
+    (tmp_path / STATUS_FILE).write_text(deep)
+    assert read_status(tmp_path) is None
