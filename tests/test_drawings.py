@@ -1,18 +1,16 @@
 """The drawings of docs/design.md show the code as it is."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import load_script
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def drawings():
-    spec = importlib.util.spec_from_file_location("draw_design", DOCS / "draw_design.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.DRAWINGS
+    return load_script(DOCS / "draw_design.py").DRAWINGS
 
 
 @pytest.mark.parametrize("name", drawings())

@@ -23,7 +23,7 @@ from megatron_prune.checkpoint.files import resolve, steps
 from megatron_prune.checkpoint.record import CONFIG_FILE, read_brief, read_status
 from megatron_prune.config import Config, read_file, yaml_value
 from megatron_prune.config.options import all_options
-from megatron_prune.data.hub_files import present
+from megatron_prune.data.hub_files import present, read_json
 from megatron_prune.errors import UserError, first_line
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture
@@ -260,12 +260,4 @@ def _evaluation(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not present(path):
-        return {}
-    try:
-        found = json.loads(read_words(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: no JSON object")
-    return found
+    return read_json(path) if present(path) else {}

@@ -1,21 +1,18 @@
 """The measure behind docs/criteria_correlation.md."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.scripts import load_script
 
 PATH = Path(__file__).resolve().parents[2] / "examples" / "criteria_correlation.py"
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("criteria_correlation", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PATH)
 
 
 def test_rank_correlation(study):

@@ -6,12 +6,9 @@ The whole demo takes minutes and is run by `make demo`; its two configurations a
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
-import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -20,6 +17,7 @@ from megatron_prune.config.validation import validate
 from megatron_prune.data.tokenizer import SentencePieceTokenizer
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.model.architecture import Architecture
+from tests.scripts import load_script
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 MODULE = '''"""What the module is for.
@@ -41,17 +39,9 @@ TEXT = """no docstring"""
 '''
 
 
-def script(name: str) -> ModuleType:
-    """A script of the demo, imported from its file."""
-    spec = importlib.util.spec_from_file_location(f"demo_{name}", DEMO / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-build_corpus, train_tokenizer, report = script("build_corpus"), script("train_tokenizer"), script("report")
+build_corpus, train_tokenizer, report = (
+    load_script(DEMO / f"{name}.py") for name in ("build_corpus", "train_tokenizer", "report")
+)
 
 
 def test_docstrings_and_source_of_a_file_share_no_text() -> None:

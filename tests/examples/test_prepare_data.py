@@ -1,7 +1,6 @@
 """examples/prepare_data.sh says what it would do, encodes files that are there, skips what is done."""
 
 import gzip
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,18 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "prepare_data.sh"
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fetch_corpus = load(ROOT / "examples" / "fetch_corpus.py")
+fetch_corpus = load_script(ROOT / "examples" / "fetch_corpus.py")
 
 
 def run(*words, folder):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,21 +16,13 @@ import yaml
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.model.architecture import Architecture
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "reproduction"
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduction_run", FOLDER / "run.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-run = script()
+run = load_script(FOLDER / "run.py")
 
 
 @pytest.fixture

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from megatron_prune.config import load_config
 from megatron_prune.config.validation import validate
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "smollm2"
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("smollm2_report", FOLDER / "report.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-report = script()
+report = load_script(FOLDER / "report.py")
 
 
 def test_nothing_is_said_about_pruning_but_the_target() -> None:
