@@ -37,6 +37,7 @@ from megatron_prune.checkpoint.crc import crc32
 from megatron_prune.checkpoint.lease import FolderBusyError, refuse_others
 from megatron_prune.errors import UserError
 from megatron_prune.reading import open_file, read_content
+from megatron_prune.runtime.folders import replace_file, write_file
 
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "checksums.json"
@@ -228,7 +229,7 @@ def _size(path: Path) -> int | None:
 
 def write_manifest(folder: Path, digests: Mapping[str, Digest]) -> None:
     """Write checksums.json; it carries a sum over itself as well."""
-    _write(folder / MANIFEST, _manifest_text({name: [d.size, d.crc32] for name, d in sorted(digests.items())}))
+    write_file(folder / MANIFEST, _manifest_text({name: [d.size, d.crc32] for name, d in sorted(digests.items())}))
 
 
 def _manifest_text(files: dict[str, list[int]]) -> bytes:
@@ -309,7 +310,7 @@ def _settle(replaced: Path) -> None:
 def write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, Digest]:
     """Write and flush small files; their digests."""
     for name, content in files.items():
-        _write(folder / name, content)
+        write_file(folder / name, content)
     return {name: Digest(len(content), crc32(content)) for name, content in files.items()}
 
 
@@ -339,23 +340,6 @@ def publish(folder: Path, directory: Path, iteration: int, goes_back: bool = Fal
     _sync_folder(directory)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write and flush `path` at once: a reader finds either the old content or the new. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        _write(temporary, content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -42,12 +42,12 @@ from megatron_prune.checkpoint.files import (
     holds_checkpoint,
     read_manifest,
     refuse_damaged,
-    replace_file,
     resolve,
     step_folder,
 )
 from megatron_prune.errors import UserError, first_line
 from megatron_prune.reading import read_content
+from megatron_prune.runtime.folders import replace_file
 
 if TYPE_CHECKING:
     from megatron_prune.config import Config

@@ -28,6 +28,7 @@ from megatron_prune.config.options import option
 from megatron_prune.errors import UserError, first_line
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.runtime.folders import replace_file
 
 SHARES = (0.75, 0.5)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -73,7 +74,7 @@ def measure(arguments: LatencyOptions) -> int:
         for each in tqdm(around(shape, SHARES), unit="model", disable=not sys.stderr.isatty())
     ]
     table = LatencyTable(f"{what}, {arguments.device}, {platform.machine()}", tuple(points))
-    Path(arguments.save).write_text(json.dumps(table.to_json(), indent=1) + "\n", encoding="utf-8")
+    replace_file(Path(arguments.save), (json.dumps(table.to_json(), indent=1) + "\n").encode())
     for point in points:
         s = point.shape
         say(

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.commands.running import check_file, check_plot, run_on_ranks
 from megatron_prune.config import Config, Given, configured
 from megatron_prune.config.options import option, sections_of
+from megatron_prune.runtime.folders import replace_file
 
 ALL = "all"
 

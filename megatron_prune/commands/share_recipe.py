@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.checkpoint.record import RunRecord
 from megatron_prune.commands.running import check_file, named_first, run_command, say
 from megatron_prune.config import read_yaml
@@ -22,6 +21,7 @@ from megatron_prune.config.options import option
 from megatron_prune.config.recipe import read_recipe, shared_settings, write_recipe
 from megatron_prune.data.indexed import read_metadata
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.folders import replace_file
 
 
 @dataclass(frozen=True)

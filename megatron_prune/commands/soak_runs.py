@@ -21,12 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 from megatron_prune.pretrain import main as pretrain
 from megatron_prune.reading import read_words
+from megatron_prune.runtime.folders import replace_file
 from megatron_prune.testing.benchmarks.soak import VARIANTS, Attempt, Soak, SoakError
 
 RECORD = "soak.json"

@@ -25,7 +25,6 @@ from typing import Any
 
 import yaml
 
-from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.checkpoint.record import STATE_FIELDS, check_fields
 from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
@@ -33,6 +32,7 @@ from megatron_prune.errors import UserError, first_line
 from megatron_prune.model import first_format
 from megatron_prune.model.kinds import find_kind
 from megatron_prune.reading import read_words
+from megatron_prune.runtime.folders import replace_file
 
 FIRST, LAST = ("ratio", "pruning tokens", "all tokens", "parameters"), ("loss at the target", "final loss")
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.perplexity import Perplexity
 from megatron_prune.evaluation.zero_shot import Failure, Score, average
 from megatron_prune.model.kinds import known_kinds
+from megatron_prune.runtime.folders import replace_file
 
 JSON_NAME, MARKDOWN_NAME = "evaluation.json", "evaluation.md"
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.data.leftovers import sole_writer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import config as stock
 from megatron_prune.huggingface.replacing import refresh_list
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import KV_HEAD
+from megatron_prune.runtime.folders import replace_file
 
 MODEL_TYPE, CLASS = "cluster_llama", "ClusterLlamaForCausalLM"
 CONFIGURATION, MODELING = "configuration_cluster_llama", "modeling_cluster_llama"

@@ -24,6 +24,7 @@ from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture, Group, Units
 from megatron_prune.model.kinds import Kind, find_kind
 from megatron_prune.reading import read_words
+from megatron_prune.runtime.folders import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,7 @@ class HistoryWriter:
         self._is_whole = True
 
     def _written(self) -> IO[str]:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(removal) for removal in self._all))
-        temporary.replace(self.path)
+        replace_file(self.path, "".join(_line(removal) for removal in self._all).encode())
         return self.path.open("a")
 
     def append(self, removal: Removal) -> None:

@@ -15,10 +15,10 @@ from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.errors import UserError
 from megatron_prune.report.packing import pack
 from megatron_prune.report.story import Story, read_story
+from megatron_prune.runtime.folders import replace_file
 
 HERE = Path(__file__).parent
 FILE_NAME = "report.html"

@@ -1,7 +1,9 @@
-"""Whether a folder can be written, tried before the work whose result goes there.
+"""Writing for readers who may come at any moment, and whether a folder can be written at all.
 
-probe_folder   make it, write a block, leave nothing but the folder
+probe_folder   make it, write a block, leave nothing but the folder: before the work whose result goes there
 hindrance      what can be seen of that without touching anything
+write_file     a new file, on the disk when the call returns
+replace_file   a file's new content in the place of the old, in one piece
 """
 
 from __future__ import annotations
@@ -42,3 +44,26 @@ def hindrance(folder: str | Path) -> str | None:
     if not nearest.is_dir():
         return f"{nearest} is a file"
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} may not be written"
+
+
+def write_file(path: Path, content: bytes, lasting: bool = True) -> None:
+    """Write `path`; `lasting`: it survives a power cut from here on. Raises OSError that names the file."""
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if lasting:
+                os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # the system names none where a write fails, as on a full disk
+        raise
+
+
+def replace_file(path: Path, content: bytes, lasting: bool = True) -> None:
+    """As `write_file`; a reader finds either the old content or the new, and a failure leaves the old and no more."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write_file(temporary, content, lasting)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

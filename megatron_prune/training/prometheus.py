@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_prune.runtime.folders import replace_file
+
 FILE_NAME = "metrics.prom"
 
 
@@ -34,6 +36,4 @@ def _escaped(text: str) -> str:
 
 def write_metrics(values: Mapping[str, float], run: str, path: Path) -> None:
     """Replace `path`; a reader finds the old numbers or the new ones. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")  # no .prom: nobody collects it
-    temporary.write_text(exposition(values, run), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, exposition(values, run).encode(), lasting=False)

@@ -58,10 +58,8 @@ class Sinks:
 
     def publish(self, iteration: int, scores: Mapping[str, np.ndarray]) -> None:
         """The last numbers for Prometheus; `scores` of units by kind, of which TensorBoard draws histograms."""
-        if self._board is not None:
-            for name, values in scores.items():
-                if np.isfinite(values).all():
-                    self._board.add_histogram(f"scores/{name}", values, iteration)
+        finite = {name: values for name, values in scores.items() if np.isfinite(values).all()}
+        self._draw(lambda board: [board.add_histogram(f"scores/{name}", finite[name], iteration) for name in finite])
         if self._metrics is None:
             return
         try:
@@ -73,36 +71,31 @@ class Sinks:
     def record(self, scalars: Mapping[str, float], iteration: int) -> None:
         """Numbers by name, of one iteration."""
         self._last |= scalars
-        if self._board is not None:
-            try:
-                for name, value in scalars.items():
-                    self._board.add_scalar(name, value, iteration)
-            except OSError as error:  # a full disk ends the figures, not the run
-                self._board = None
-                logger.warning("no more TensorBoard scalars: %s", error.strerror)
+        self._draw(lambda board: [board.add_scalar(name, value, iteration) for name, value in scalars.items()])
         if self._wandb is not None:
             self._wandb.log({**scalars, "iteration": iteration})
 
     def flush(self) -> None:
         """Write to TensorBoard's files what is not in them yet."""
-        self._end(lambda board: board.flush())
+        self._draw(lambda board: board.flush())
 
     def close(self, report: Path | None = None) -> None:
         """Flush and close what is open; Weights & Biases keeps the `report` as an artifact of the run."""
-        self._end(lambda board: board.close())
+        self._draw(lambda board: board.close())
         if self._wandb is None:
             return
         if report is not None:
             self._wandb.log_artifact(str(report), name=f"report-{self._wandb.id}", type="report")
         self._wandb.finish()
 
-    def _end(self, write: Callable[[Any], None]) -> None:
+    def _draw(self, write: Callable[[Any], object]) -> None:
+        """`write` to TensorBoard, if it is there; a full disk, met here or by its writing thread, ends only that."""
         if self._board is not None:
             try:
                 write(self._board)
             except OSError as error:
                 self._board = None
-                logger.warning("TensorBoard's last scalars are not written: %s", error.strerror)
+                logger.warning("no more TensorBoard figures: %s", error.strerror)
 
 
 def check_wandb(config: Config) -> None:

@@ -10,13 +10,13 @@ import json
 import logging
 from pathlib import Path
 
-from megatron_prune.checkpoint.files import holds_checkpoint, replace_file
+from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history_plot import plot_history
 from megatron_prune.report.html_page import FILE_NAME, is_installed, write_page
-from megatron_prune.runtime.folders import probe_folder
+from megatron_prune.runtime.folders import probe_folder, replace_file
 from megatron_prune.training.sinks import check_wandb
 from megatron_prune.training.state import RunState
 

@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.files import replace_file
 from megatron_prune.checkpoint.record import PREEMPTED, TIME_LIMIT, Progress
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.reading import read_words
+from megatron_prune.runtime.folders import replace_file
 
 PRUNE, CONTINUE, EXPORT, EVALUATE = STAGES = ("prune", "continue", "export", "evaluate")
 ALL = "all"
