@@ -106,6 +106,12 @@ class GroupConfig:
         "multiple to which the *live* width is brought at the end of pruning, by removing the least salient rest",
         at_least=1,
     )
+    score: str = option(
+        "weights",
+        "what groups of the kind are ordered by: weights, pruning.metric summed over them; for layer also "
+        "block_influence, 1 - cosine of its input and output",
+        metavar="NAME",
+    )
 
 
 class GroupConfigs(NamedParts):

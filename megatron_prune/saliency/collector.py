@@ -8,11 +8,14 @@ Nothing is collected that neither the criterion nor the update asks for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prune.model.kinds import Kind
 from megatron_prune.model.table import ENTRANCES
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.saliency.criteria import (
@@ -26,6 +29,7 @@ from megatron_prune.saliency.criteria import (
 )
 from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.hessian import inverse_diagonals, local_columns
+from megatron_prune.saliency.influence import InfluenceWatcher
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher, KeptInputs, Moments
 from megatron_prune.saliency.reducer import ColumnStatistics, ElementScores, score_elements
 
@@ -40,6 +44,7 @@ class CollectorSettings:
         num_microbatches: per iteration and data-parallel rank.
         kept_microbatches: of them, how many a Hessian is made from.
         damping: of that Hessian, relative to its mean diagonal.
+        block_influence: whether that of the layers is wanted (see `saliency.influence`).
     """
 
     fisher: str = "microbatch"
@@ -47,6 +52,7 @@ class CollectorSettings:
     num_microbatches: int = 1
     kept_microbatches: int = 1
     damping: float = 0.01
+    block_influence: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,18 @@ class Collected:
         columns: statistics of the inputs per stored column.
         diagonals: [H^-1]_pp per live column, where they were computed.
         kept: inputs for a second-order update, or None.
+        besides: scores of units that are no sums over output projections.
     """
 
     fisher: dict[str, Tensor] | None
     columns: ColumnStatistics
     diagonals: dict[str, Tensor] | None
     kept: KeptInputs | None
+    besides: Mapping[Kind, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     def score(self, model: LiveModel, criterion: Criterion, fisher: str) -> ElementScores:
         """S of every owned element of the output projections, from these statistics; see `score_elements`."""
-        return score_elements(model, criterion, fisher, self.fisher, self.columns)
+        return score_elements(model, criterion, fisher, self.fisher, self.columns, self.besides)
 
 
 class Collector:
@@ -95,10 +103,11 @@ class Collector:
         self._fisher = None
         if FISHER in criterion.needs and settings.fisher == "microbatch":
             self._fisher = MicrobatchFisher(model, settings.num_microbatches, settings.fisher_scale)
+        self._influence = InfluenceWatcher(model) if settings.block_influence else None
 
     def arm(self) -> None:
         """Hook the layers; call before the forward passes."""
-        for part in (self._fisher, self._watcher):
+        for part in (self._fisher, self._watcher, self._influence):
             if part is not None:
                 part.arm()
 
@@ -113,7 +122,8 @@ class Collector:
             assert kept is not None
             diagonals = inverse_diagonals(kept, model, self._settings.damping)
         moments = inputs.moments if inputs is not None else {}
-        return Collected(squares, _columns(model, moments, diagonals or {}), diagonals, kept)
+        besides = self._influence.finish() if self._influence is not None else {}
+        return Collected(squares, _columns(model, moments, diagonals or {}), diagonals, kept, besides)
 
 
 def _columns(model: LiveModel, moments: dict[str, Moments], diagonals: dict[str, Tensor]) -> ColumnStatistics:

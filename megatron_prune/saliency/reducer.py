@@ -88,10 +88,16 @@ class ElementScores:
     Args:
         model: in the layout that `pieces` were computed in.
         pieces: what there is of each output projection.
+        besides: scores of other units, the same on all ranks, that `reduce` adds.
     """
 
-    def __init__(self, model: LiveModel, pieces: list[ScoredRows]) -> None:
-        self.model, self.pieces = model, pieces
+    def __init__(
+        self,
+        model: LiveModel,
+        pieces: list[ScoredRows],
+        besides: Mapping[Kind, tuple[np.ndarray, ...]] | None = None,
+    ) -> None:
+        self.model, self.pieces, self._besides = model, pieces, besides or {}
         self._layout = model.layout
         self._places: Tensor | None = None
         self._nothing: dict[int, Tensor] = {}
@@ -138,7 +144,8 @@ class ElementScores:
         vector = self._per_slot(self._sums).index_select(0, self._places).float()
         axes = [mesh.over("model"), *([mesh.over("owners")] if self.model.options.use_distributed_optimizer else [])]
         all_reduce_sum(vector, *axes)
-        return UnitScores.from_vector(architecture, vector.cpu().numpy()).restricted(self.model.architecture)
+        sums = UnitScores.from_vector(architecture, vector.cpu().numpy()).values
+        return UnitScores(architecture, {**sums, **self._besides}).restricted(self.model.architecture)
 
     @torch.no_grad()
     def _sum_up(self) -> None:
@@ -211,6 +218,7 @@ def score_elements(
     fisher: str,
     microbatch_fisher: dict[str, Tensor] | None = None,
     inputs: ColumnStatistics | None = None,
+    besides: Mapping[Kind, tuple[np.ndarray, ...]] | None = None,
 ) -> ElementScores:
     """S of this rank's owned output weights; call after the gradients are reduced and before the optimizer steps.
 
@@ -219,6 +227,7 @@ def score_elements(
             before this step; zeros at first) or `batch` (the reduced gradient squared). The latter two are free and
             unscaled: a squared mean gradient is far smaller than the mean of squares.
         inputs: what the criterion needs to know of the layers' inputs (see `saliency.collector`).
+        besides: as `ElementScores` takes it.
     """
     pieces = []
     for shard in model.owned():
@@ -236,7 +245,7 @@ def score_elements(
         elements = Elements(weight, gradient, statistics)
         own_rows = criterion.stem(elements) if criterion.stem is not None else None
         pieces.append(ScoredRows.of(shard, criterion.score(elements), own_rows))
-    return ElementScores(model, pieces)
+    return ElementScores(model, pieces, besides)
 
 
 def _fisher(shard: OwnedShard, gradient: Tensor, source: str, microbatch_fisher: dict[str, Tensor] | None) -> Tensor:

@@ -25,7 +25,7 @@ class UnitScores:
     Args:
         values: for each scored kind of the table and each of its sites [live units]: sums over the columns of the
             output projections that hold a unit (heads and FFN channels of a layer), or over their rows in all layers
-            (stem channels).
+            (stem channels). Layers are here only with their block influence, where that is asked for.
     """
 
     architecture: Architecture
@@ -81,8 +81,10 @@ class UnitScores:
     @classmethod
     def from_state(cls, architecture: Architecture, state: dict[str, Any]) -> UnitScores:
         """Inverse of `to_state`; raises KeyError or ValueError for scores of other units."""
-        values = {}
-        for kind in architecture.table.scored:
+        values, scored = {}, architecture.table.scored
+        for kind in architecture.live:
+            if kind not in scored and kind.name not in state:
+                continue
             sites = state[kind.name]
             if isinstance(sites, np.ndarray) and sites.ndim < _OLD_FORM:
                 sites = [sites]
@@ -119,7 +121,7 @@ def score_length(architecture: Architecture) -> int:
 
 
 def smooth(previous: UnitScores | None, new: UnitScores, momentum: float) -> UnitScores:
-    """momentum x previous + (1 - momentum) x new, unit by unit; the first time it is `new`."""
+    """momentum x previous + (1 - momentum) x new, unit by unit; the first time (of all, or of a kind) it is `new`."""
     if previous is None or momentum == 0:
         return new
     old = previous.restricted(new.architecture)
@@ -127,6 +129,8 @@ def smooth(previous: UnitScores | None, new: UnitScores, momentum: float) -> Uni
         new.architecture,
         {
             kind: tuple(momentum * a + (1 - momentum) * b for a, b in zip(old.values[kind], sites, strict=True))
+            if kind in old.values
+            else sites
             for kind, sites in new.values.items()
         },
     )

@@ -17,7 +17,7 @@ from megatron_prune.model.kinds import LAYER
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.balance import balanced_widths
 from megatron_prune.pruning.budget import FLOPS, KV_CACHE, LATENCY, Limit, Measure, flops_per_token, kv_cache_per_token
-from megatron_prune.pruning.groups import Rules, find_group, known_groups
+from megatron_prune.pruning.groups import BLOCK_INFLUENCE, Rules, find_group, known_groups
 from megatron_prune.pruning.latency import LatencyTable
 from megatron_prune.pruning.replay import Replay, ReplaySchedule
 from megatron_prune.pruning.schedule import CurveSchedule, RatioSchedule, Schedule
@@ -76,6 +76,7 @@ def selector_rules(config: Config, source: Architecture) -> Rules:
         floors=floors,
         draw_seed=config.training.seed if pruning.metric == "random" else None,
         limits=tuple(_limit(name, most, config) for name, most in pruning.target.other_limits.items()),
+        scores={name: group.score for name, group in pruning.groups.items()},
     )
     return dataclasses.replace(rules, widths=balanced_widths(source, rules, pruning.balance))
 
@@ -143,6 +144,8 @@ def collector_settings(config: Config, dp_size: int) -> CollectorSettings:
         num_microbatches=num_microbatches,
         kept_microbatches=min(kept, num_microbatches),
         damping=pruning.second_order.damping,
+        block_influence=not pruning.replay
+        and any(pruning.groups.of(name).score == BLOCK_INFLUENCE for name in pruning.types),
     )
 
 

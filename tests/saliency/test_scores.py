@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.kinds import FFN, HEAD, STEM, find_kind
+from megatron_prune.model.kinds import FFN, HEAD, LAYER, STEM, find_kind
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.groups.layer import group_of
 from megatron_prune.saliency.scores import UnitScores, score_length, smooth
 from megatron_prune.testing.reference import oracle_scores
 from tests.model.random_models import groups, shapes
@@ -56,6 +57,17 @@ def test_scores_come_back_from_a_checkpoint_as_they_were(shape):
         assert all(np.array_equal(*pair) for pair in zip(again.values[kind], sites, strict=True))
         assert all(site.dtype == np.float64 for site in sites)
     assert not scores.not_finite and set(again.values) == {HEAD, FFN, STEM}
+
+
+def test_block_influence_follows_its_layers_through_removals_and_checkpoints():
+    architecture = Architecture.full(LlamaShape(4, 6, 8, 4, 2, 2, 8, 16))
+    sums = random_scores(architecture, np.random.default_rng(0))
+    first = UnitScores(architecture, {**sums.values, LAYER: (np.array([0.4, 0.1, 0.3, 0.2]),)})
+    kept = first.restricted(architecture.without(group_of(architecture, 1)))
+    again = UnitScores.from_state(kept.architecture, kept.to_state())
+    new = UnitScores(kept.architecture, {**kept.values, LAYER: (np.array([0.6, 0.3, 0.4]),)})
+    assert smooth(again, new, 0.5).of(LAYER).tolist() == [0.5, 0.3, pytest.approx(0.3)]
+    assert smooth(sums, new, 0.5).of(LAYER).tolist() == new.of(LAYER).tolist(), "asked for since the last scoring"
 
 
 @given(shapes())

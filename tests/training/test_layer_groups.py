@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_prune.config import Config, ModelConfig, ParallelConfig, PruningConfig, SecondOrder
+from megatron_prune.config import (
+    Config,
+    GroupConfig,
+    GroupConfigs,
+    ModelConfig,
+    ParallelConfig,
+    PruningConfig,
+    SecondOrder,
+)
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.launch.assembly.opening import check_target
@@ -18,14 +26,15 @@ from megatron_prune.testing.helpers.sharded import Case
 from tests.training.test_against_oracle import compare
 
 ALL = ("head", "ffn", "stem", "layer")
+BY_INFLUENCE = {"layer_score": "block_influence"}
 CASES = {
-    "tp1": (Case(), 5),
-    "tp2": (Case(tp=2, quanta=COARSE), 5),
-    "dp2-distributed": (Case(dp=2, distributed_optimizer=True, overlap=True, quanta=COARSE), 5),
-    "pp2-uneven": (Case(pp=2, first_stage_layers=3, quanta=COARSE), 5),
-    "pp2-dp2-distributed": (Case(pp=2, dp=2, distributed_optimizer=True, quanta=COARSE), 6),
-    "pp3": (Case(pp=3, quanta=COARSE), 6),
-    "tp2-pp2": (Case(tp=2, pp=2, sequence_parallel=True, quanta=COARSE), 6),
+    "tp1": (Case(), 5, {}),
+    "tp2": (Case(tp=2, quanta=COARSE), 5, {}),
+    "dp2-distributed": (Case(dp=2, distributed_optimizer=True, overlap=True, quanta=COARSE), 5, BY_INFLUENCE),
+    "pp2-uneven": (Case(pp=2, first_stage_layers=3, quanta=COARSE), 5, {}),
+    "pp2-dp2-distributed": (Case(pp=2, dp=2, distributed_optimizer=True, quanta=COARSE), 6, {}),
+    "pp3": (Case(pp=3, quanta=COARSE), 6, {}),
+    "tp2-pp2": (Case(tp=2, pp=2, sequence_parallel=True, quanta=COARSE), 6, BY_INFLUENCE),
 }
 
 
@@ -33,11 +42,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_layers_leave_among_other_groups(name):
     """On pipeline stages the others are shared out anew each time, so that layers and their optimizer state move."""
-    case, layers = CASES[name]
+    case, layers, changes = CASES[name]
     model = {**MODELS["gqa-untied"], "num_hidden_layers": layers}
     cost = {"head": 3, "layer": 3}
     settings = oracle_settings(
-        model, 0.35, types=ALL, gqa="cluster", ratio=(2, 1), group_cost=cost, min_layers=case.pp, balance=0.5
+        model, 0.35, types=ALL, gqa="cluster", ratio=(2, 1), group_cost=cost, min_layers=case.pp, balance=0.5, **changes
     )
     compared, of, outcome = compare(case, model, settings, 40)
     assert compared == of
@@ -72,10 +81,19 @@ def test_the_estimate_takes_layers_and_no_stage_runs_empty():
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"engine": "hybrid"}, "HybridModel|hybrid"), ({"second": True}, "second_order"), ({"chunk": 2}, "recompute_num")],
+    [
+        ({"engine": "hybrid"}, "HybridModel|hybrid"),
+        ({"second": True}, "second_order"),
+        ({"chunk": 2}, "recompute_num"),
+        ({"scores": {"layer": "influence"}}, 'layer: score "influence" is none of weights, block_influence'),
+        ({"scores": {"ffn": "block_influence"}}, 'ffn: score "block_influence" is none of weights$'),
+        ({"scores": {"layer": "block_influence"}, "metric": "random"}, "block_influence has no say with metric random"),
+    ],
 )
 def test_what_does_not_go_with_layers_is_refused_in_one_line(changes, told):
-    config = config_of(0.6, 1, second_order=SecondOrder(enabled="second" in changes))
+    groups = GroupConfigs({name: GroupConfig(score=score) for name, score in changes.get("scores", {}).items()})
+    options = {"groups": groups, "metric": changes.get("metric", "obd")}
+    config = config_of(0.6, 1, second_order=SecondOrder(enabled="second" in changes), **options)
     chunk = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",

@@ -26,7 +26,7 @@ from megatron_prune.config import Config, PruningConfig, check_head_score, read_
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.hub_files import read_json
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, one_line
 from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.huggingface.provenance import source_of, tokenizer_of
 from megatron_prune.huggingface.source_facts import read_source
@@ -267,6 +267,11 @@ def _check_groups(pruning: PruningConfig, architecture: Architecture) -> None:
         for field in ("floor", "round_to"):
             if getattr(group, field) > width:
                 raise UserError(f"pruning.groups: {name}: {field} {getattr(group, field)} is above the model's {width}")
+        known = find_group(name).scores
+        if group.score not in known:
+            raise UserError(f'pruning.groups: {name}: score "{one_line(group.score)}" is none of {", ".join(known)}')
+        if group.score != known[0] and pruning.metric == "random":
+            raise UserError(f"pruning.groups: {name}: score {group.score} has no say with metric random; drop one")
 
 
 def _check_layers(config: Config) -> None:

@@ -22,10 +22,11 @@ from megatron_prune.pruning.groups.kind import (
     known_groups,
     register_group,
 )
-from megatron_prune.pruning.groups.layer import LAYERS
+from megatron_prune.pruning.groups.layer import BLOCK_INFLUENCE, LAYERS
 from megatron_prune.pruning.groups.stem import STEM_CHANNELS
 
 __all__ = [
+    "BLOCK_INFLUENCE",
     "SHIPPED",
     "GroupKind",
     "Offer",

@@ -36,6 +36,7 @@ class Rules:
         widths: by name, units of every layer that stay while another kind has more than its own (see
             `pruning.balance`).
         draw_seed: decide by lot (metric `random`).
+        scores: by name, what the groups of a kind are ordered by, of its `GroupKind.scores`; absent: the first.
     """
 
     target_params: int | None
@@ -48,6 +49,7 @@ class Rules:
     widths: Mapping[str, int] = field(default_factory=dict)
     draw_seed: int | None = None
     limits: tuple[Limit, ...] = ()
+    scores: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def budget(self) -> Budget:
@@ -79,6 +81,7 @@ class Offer:
     swap: float
 
 
+WEIGHTS = "weights"
 _NOTHING = 0.0, (), math.inf  # what a layer that is gone may lose
 
 
@@ -91,7 +94,12 @@ class GroupKind:
     Args:
         name: in files, options and messages.
         kind: the units that leave. What they are is the table's affair.
+
+    Attributes:
+        scores: what its groups can be ordered by; the first is the criterion summed over weights.
     """
+
+    scores: tuple[str, ...] = (WEIGHTS,)
 
     def __init__(self, name: str, kind: Kind) -> None:
         self.name, self.kind = name, kind

@@ -1,4 +1,8 @@
-"""A whole layer: both its output projections become zero, so that it hands on what it gets, and then it is gone."""
+"""A whole layer: both its output projections become zero, so that it hands on what it gets, and then it is gone.
+
+With `score: block_influence` the layer that turns what it is given least is the candidate (`saliency.influence`). What
+it is worth against groups of other kinds is still the criterion's sum, since a cosine is no change of the loss.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ import math
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import LAYER
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.pruning.groups.kind import GroupKind, Offer, Rules
+from megatron_prune.pruning.groups.kind import WEIGHTS, GroupKind, Offer, Rules
 from megatron_prune.saliency.scores import UnitScores
+
+BLOCK_INFLUENCE = "block_influence"
 
 
 class LayerGroups(GroupKind):
     """One layer with all its units. Its score is the criterion summed over the columns of its output projections, that
     is over the units that own them."""
+
+    scores = (WEIGHTS, BLOCK_INFLUENCE)
 
     def default_cost(self, shape: LlamaShape) -> int:
         """As a head costs one per column and layer that it takes: the columns of one layer, shared out over all."""
@@ -31,14 +39,20 @@ class LayerGroups(GroupKind):
         return 1
 
     def offer(self, scores: UnitScores, architecture: Architecture, rules: Rules) -> Offer:
-        """The layer with the least score."""
+        """The layer with the least score, or block influence; then `swap` is as large a share of the layer's score as
+        the second least influence is above the least."""
         outputs = [row for row in architecture.table.rows if row.is_output]
         sums = {
             layer: math.fsum(float(scores.of(row.dims[1].kind, layer).sum()) for row in outputs if row.layer == layer)
             for layer in architecture.layers
         }
-        first, *others = sorted(sums, key=lambda layer: (sums[layer], layer))
-        swap = sums[others[0]] - sums[first] if others else math.inf
+        order, scale = sums, 1.0
+        if rules.scores.get(self.name) == BLOCK_INFLUENCE:
+            order = dict(zip(architecture.layers, scores.of(self.kind).tolist(), strict=True))
+        first, *others = sorted(order, key=lambda layer: (order[layer], layer))
+        if order is not sums:
+            scale = abs(sums[first]) / max(abs(order[first]), _TINY)
+        swap = scale * (order[others[0]] - order[first]) if others else math.inf
         return Offer(group_of(architecture, first), sums[first], swap)
 
     def shrunk(self, architecture: Architecture, groups: int, rules: Rules, *, cheapest: bool = False) -> Architecture:
@@ -61,4 +75,5 @@ def group_of(architecture: Architecture, layer: int) -> Group:
     return Group(LAYER.name, {LAYER: ((layer,),), **gone})
 
 
+_TINY = 1e-30
 LAYERS = LayerGroups("layer", LAYER)

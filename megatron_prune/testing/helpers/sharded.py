@@ -40,6 +40,7 @@ from megatron_prune.pruning.groups import known_groups
 from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
+from megatron_prune.testing.reference import oracle_scores
 from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.testing.reference.oracle_settings import LinearDecay
 from megatron_prune.training.distillation import Distillation
@@ -215,7 +216,10 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             groups=GroupConfigs(
                 {
                     name: GroupConfig(
-                        int(settings.group_cost.get(name, 0)) or None, floor, settings.limits.get(name, _ANY)
+                        int(settings.group_cost.get(name, 0)) or None,
+                        floor,
+                        settings.limits.get(name, _ANY),
+                        score=settings.layer_score if name == oracle_scores.LAYER else "weights",
                     )
                     for name, floor in settings.floors.items()
                 }

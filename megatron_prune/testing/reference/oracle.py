@@ -66,10 +66,12 @@ class OracleRemoval:
 
 @dataclass(frozen=True)
 class Scores:
-    """S of the output projections by name, and the one to sum for stem channels where a criterion has two."""
+    """S of the output projections by name, the one to sum for stem channels where a criterion has two, and block
+    influence by layer where that is asked for."""
 
     columns: Mapping[str, Tensor]
     rows: Mapping[str, Tensor] | None = None
+    influence: Mapping[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -259,12 +261,20 @@ class DenseOracle:
     def _scores(
         self, micro_batches: Sequence[MicroBatch], gradient: Mapping[str, Tensor], squares: Mapping[str, Tensor]
     ) -> Scores:
+        influence = self.block_influence(micro_batches) if self.settings.layer_score == "block_influence" else None
         if self.settings.criterion in oracle_scores.INPUT_CRITERIA:
-            return self.input_scores(self.inputs(micro_batches))
-        return Scores(self.element_scores(gradient, squares))
+            return dataclasses.replace(self.input_scores(self.inputs(micro_batches)), influence=influence)
+        return Scores(self.element_scores(gradient, squares), influence=influence)
+
+    @torch.no_grad()
+    def block_influence(self, micro_batches: Sequence[MicroBatch]) -> dict[int, float]:
+        """1 - cosine of each live layer's input and output, mean over all tokens."""
+        streams = (oracle_model.residual_stream(x, self.weights, self.geometry, self.live) for x, _ in micro_batches)
+        means = torch.tensor([oracle_scores.block_influence(states) for states in streams]).mean(dim=0)
+        return dict(zip(self.live.layers, means.tolist(), strict=True))
 
     def _summed(self, scores: Scores) -> OracleScores:
-        return oracle_scores.unit_scores(scores.columns, self.geometry, self.live, scores.rows)
+        return oracle_scores.unit_scores(scores.columns, self.geometry, self.live, scores.rows, scores.influence)
 
     def _begin_adam(self) -> None:
         self.adam_step = 0
@@ -346,7 +356,8 @@ class DenseOracle:
             best, margin = choice
             live, errors = self.live, self._compensate(best.kind, best.units, inputs)
             columns = self.remove(best.kind, best.units, scores.columns)
-            scores = Scores(columns, shrink(self.geometry, scores.rows or {}, live, self.live))
+            rows = shrink(self.geometry, scores.rows or {}, live, self.live)
+            scores = Scores(columns, rows, scores.influence)
             inputs = inputs and oracle_second_order.without(inputs, self.geometry, live, self.live, best.kind)
             if self.settings.schedule == "ratio":
                 self.credits -= self.settings.group_cost.get(

@@ -5,6 +5,7 @@
     attention          causal attention; every query head finds its KV head through `kv_index`
     mlp                SwiGLU: W_down (silu(W_gate x) * W_up x)
     linear             x W^T, told to whoever records the inputs of weights
+    residual_stream    what enters each layer, and what leaves the last
     logits             the whole model
 
 Tensors: B batch, S sequence, C live stem channels, H live query heads, G live KV heads, D head_dim, V vocabulary.
@@ -112,16 +113,16 @@ def mlp(x_BSC: Tensor, weights: Mapping[str, Tensor], prefix: str, record: Recor
     return linear(gate * up, weights, f"{prefix}down_proj.weight", record)
 
 
-def logits(
+def residual_stream(
     tokens_BS: Tensor,
     weights: Mapping[str, Tensor],
     geometry: Geometry,
     live: LiveUnits,
     record: Record | None = None,
-) -> Tensor:
-    """Logits [B, S, V] of int64 tokens [B, S]; `record` is told the input of every linear layer's weight."""
-    embedding = weights["model.embed_tokens.weight"]
-    x_BSC = embedding[tokens_BS]
+) -> list[Tensor]:
+    """[B, S, C] before each live layer, and after the last one."""
+    x_BSC = weights["model.embed_tokens.weight"][tokens_BS]
+    states = [x_BSC]
     for layer in live.layers:
         prefix = f"model.layers.{layer}."
         normed = rms_norm(x_BSC, weights[prefix + "input_layernorm.weight"], geometry.epsilon)
@@ -130,5 +131,18 @@ def logits(
         x_BSC = x_BSC + attention(normed, weights, prefix + "self_attn.", geometry, kv_index, record, rotates)
         normed = rms_norm(x_BSC, weights[prefix + "post_attention_layernorm.weight"], geometry.epsilon)
         x_BSC = x_BSC + mlp(normed, weights, prefix + "mlp.", record)
+        states.append(x_BSC)
+    return states
+
+
+def logits(
+    tokens_BS: Tensor,
+    weights: Mapping[str, Tensor],
+    geometry: Geometry,
+    live: LiveUnits,
+    record: Record | None = None,
+) -> Tensor:
+    """Logits [B, S, V] of int64 tokens [B, S]; `record` is told the input of every linear layer's weight."""
+    x_BSC = residual_stream(tokens_BS, weights, geometry, live, record)[-1]
     normed = rms_norm(x_BSC, weights["model.norm.weight"], geometry.epsilon)
     return linear(normed, weights, "model.embed_tokens.weight" if geometry.tied else "lm_head.weight", record)

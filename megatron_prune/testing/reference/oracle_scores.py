@@ -12,6 +12,7 @@ Scores are keyed by original ids. Ties go to the lowest id, between kinds to hea
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,18 +99,30 @@ def is_shared(kind: str) -> bool:
 @dataclass(frozen=True)
 class OracleScores:
     """Sums of S per unit, by original id: heads and FFN channels per layer (over their input columns of W_o and
-    W_down), stem channels (over their rows of W_o and W_down of all layers)."""
+    W_down), stem channels (over their rows of W_o and W_down of all layers); and where it was asked for the block
+    influence of the layers."""
 
     head: tuple[dict[int, float], ...]
     ffn: tuple[dict[int, float], ...]
     stem: dict[int, float]
+    influence: dict[int, float] = field(default_factory=dict)
+
+
+def block_influence(states: Sequence[Tensor]) -> list[float]:
+    """1 - cosine of what enters and what leaves a layer, mean over tokens, of the states [B, S, C] around layers."""
+    pairs = [(x.double(), y.double()) for x, y in itertools.pairwise(states)]
+    return [(1 - torch.cosine_similarity(x, y, dim=-1)).mean().item() for x, y in pairs]
 
 
 def unit_scores(
-    scores: Mapping[str, Tensor], geometry: Geometry, live: LiveUnits, stem_scores: Mapping[str, Tensor] | None = None
+    scores: Mapping[str, Tensor],
+    geometry: Geometry,
+    live: LiveUnits,
+    stem_scores: Mapping[str, Tensor] | None = None,
+    influence: Mapping[int, float] | None = None,
 ) -> OracleScores:
     """Sum S (`scores`: the output projections' names -> [C, H x D] and [C, F]) over the elements of every live unit;
-    for stem channels sum `stem_scores` where they are given."""
+    for stem channels sum `stem_scores` where they are given. `influence` is taken over for the live layers."""
     head: list[dict[int, float]] = []
     ffn: list[dict[int, float]] = []
     stem_sums = torch.zeros(())
@@ -126,7 +139,8 @@ def unit_scores(
         if stem_scores:
             attention, down = (stem_scores[f"model.layers.{layer}.{name}.weight"] for name in _OUTPUTS)
         stem_sums = stem_sums + attention.sum(dim=1) + down.sum(dim=1)
-    return OracleScores(tuple(head), tuple(ffn), dict(zip(live.stem, stem_sums.tolist(), strict=True)))
+    stem = dict(zip(live.stem, stem_sums.tolist(), strict=True))
+    return OracleScores(tuple(head), tuple(ffn), stem, {n: influence[n] for n in live.layers} if influence else {})
 
 
 def smooth(previous: OracleScores | None, new: OracleScores, momentum: float) -> OracleScores:
@@ -141,6 +155,7 @@ def smooth(previous: OracleScores | None, new: OracleScores, momentum: float) ->
         head=tuple(map(blend, previous.head, new.head)),
         ffn=tuple(map(blend, previous.ffn, new.ffn)),
         stem=blend(previous.stem, new.stem),
+        influence=blend(previous.influence, new.influence),
     )
 
 
@@ -157,6 +172,7 @@ class ChoiceRules:
     seq_length: int
     finish: str
     balanced: Mapping[str, int] = field(default_factory=dict)
+    layer_score: str = "weights"
 
 
 @dataclass(frozen=True)
@@ -204,7 +220,8 @@ def head_options(
 
 def candidates(scores: OracleScores, geometry: Geometry, live: LiveUnits, rules: ChoiceRules) -> list[OracleCandidate]:
     """The least salient group of each kind that is switched on and above its floor, in the order head, ffn, stem,
-    layer. What layers that are gone may lose is nothing; a layer's score is that of its heads and FFN channels."""
+    layer. What layers that are gone may lose is nothing; a layer's score is that of its heads and FFN channels. With
+    `layer_score: block_influence` the least influential one is the candidate, and the margin is that of influences."""
     before = costs(geometry, live, rules.seq_length)
     limit = binding(before, rules.target)
     found = []
@@ -223,6 +240,10 @@ def candidates(scores: OracleScores, geometry: Geometry, live: LiveUnits, rules:
         else:
             sums = {n: sum(scores.head[n].values()) + sum(scores.ffn[n].values()) for n in live.layers}
             options = [sorted((score, (layer,)) for layer, score in sums.items())]
+            if rules.layer_score == "block_influence":
+                first, *others = sorted(live.layers, key=lambda n: (scores.influence[n], n))
+                shares = [scores.influence[n] / scores.influence[first] - 1 for n in others]
+                options = [[(sums[first], (first,)), *((sums[first] + abs(sums[first]) * s, ()) for s in shares)]]
         units = tuple(layer[0][1] for layer in options)
         left = len(live.of(kind, live.layers[0])) - max(map(len, units))
         if left < rules.min_widths[kind]:

@@ -14,6 +14,7 @@ _CHOICES = {
     "fisher_unit": ("sequence", "token"),
     "head_score": ("per_column", "sum"),
     "normalize": ("none", "per_parameter"),
+    "layer_score": ("weights", "block_influence"),
     "gqa": ("cluster", "uniform", "kv_group"),
     "finish": ("exact", "any"),
     "schedule": ("ratio", "cubic", "linear"),
@@ -51,6 +52,7 @@ class OracleSettings:
         second_order_stem: also for stem channels.
         head_score: a head's sum of S divided by its columns of W_o (`per_column`) or as it is (`sum`).
         normalize: `per_parameter` divides a group's score by the parameters that leave with it.
+        layer_score: which layer is the candidate: the least by its weights' scores, or by its block influence.
         saliency_momentum: m of the moving average of unit scores; 0 switches it off.
         score_idle: score (and smooth) at scheduled iterations that have no credit to remove anything, too.
         types: kinds of groups that may go. limits: how many of a kind may go by one iteration's scores.
@@ -85,6 +87,7 @@ class OracleSettings:
     second_order_stem: bool = True
     head_score: str = "sum"
     normalize: str = "per_parameter"
+    layer_score: str = "weights"
     saliency_momentum: float = 0.9
     score_idle: bool = False
     types: tuple[str, ...] = oracle_scores.KINDS
@@ -132,6 +135,7 @@ class OracleSettings:
             target=self.target,
             seq_length=self.seq_length,
             finish=self.finish,
+            layer_score=self.layer_score,
         )
 
     @property
