@@ -7,7 +7,8 @@ Order, chosen so that no more memory is needed than a training step holds anyway
        layers have left, others go to the next pipeline stage, from each rank to its counterpart)
     3. free the old parameter buffers, build DDP anew, free its gradient buffers for the moment, build the optimizer
     4. move the optimizer's state, tensor by tensor, freeing the old as it goes; with the distributed optimizer old and
-       new ranges cut a parameter at different places, and what changes its owner goes there directly (`ranges`)
+       new ranges cut a parameter at different places, and what changes its owner goes there directly, to another stage,
+       too (`ranges`)
     5. get the gradient buffers back
 
 Losses and graphs from before the compaction must be dropped first: they would keep the old memory alive.
@@ -15,9 +16,9 @@ Losses and graphs from before the compaction must be dropped first: they would k
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +28,16 @@ from torch import Tensor
 
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.table import Param
-from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, set_moments
+from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, Span, set_moments
 from megatron_prune.optimizer.wrapped import WrappedModel
 from megatron_prune.resharding.plan import TransferPlan, plan_transfer
 from megatron_prune.resharding.ranges import Exchange
-from megatron_prune.runtime.mesh import Mesh, all_reduce_sum
+from megatron_prune.runtime.mesh import Mesh
 
 MAIN = "main"  # main weights, among the names of an optimizer's state
 
 Stage = tuple[int, ...]  # original numbers of a pipeline stage's layers
+Ranges = tuple[list[Span], list[Span]]  # of a parameter, what each owner had, and what each will have
 
 
 @dataclass(frozen=True)
@@ -120,32 +122,57 @@ class Compaction:
         for group, previous in zip(model.optimizer.param_groups, self._groups, strict=True):
             group.update({key: value for key, value in previous.items() if key not in ("params", "step")})
         new, leaves = {shard.name: shard for shard in model.owned()}, {journey.row.name for journey in self._journeys}
-        self._exchange_state(names, new, leaves)
-        for name, plan in self.plans.items() if self._exchange is None else ():
-            for key in names if name not in leaves else ():
-                _set_state(new.get(name), {key: move(self._whole_state(name, key), plan, model.mesh)})
-        for journey in self._journeys:
-            name = journey.row.name
-            for key in names:
-                source = self._whole_state(name, key) if journey.start == model.mesh.pp_rank else None
-                arrived = self._carried(journey, source, torch.float32)
-                if arrived is not None and name in new:
-                    _set_state(new[name], {key: arrived.view(-1)[new[name].start : new[name].end].clone()})
+        staying = {name: plan for name, plan in self.plans.items() if name not in leaves}
+        if self._exchange is not None:
+            self._exchange_state(self._exchange, names, new, staying)
+        else:
+            self._move_state(names, new, staying)
         gradients.restore()
         model.set_adam_step(self._step)
 
-    def _exchange_state(self, names: list[str], new: dict[str, OwnedShard], leaves: set[str]) -> None:
-        """Between the owners of a distributed optimizer, what stays in its pipeline stage: directly."""
-        if self._exchange is None:
-            return
-        nothing = torch.empty(0, dtype=torch.float32, device=self._model.mesh.device.device)
-        spans = self._model.owned_spans()
-        for name, plan in self.plans.items():
-            if name not in leaves:
-                old = self._old.pop(name, _OldState({}))
-                tensors = [old.tensors.pop(key, nothing) for key in names]
-                moved = self._exchange.move(tensors, plan, self._spans[name], spans[name])
+    def _move_state(self, names: list[str], new: dict[str, OwnedShard], staying: dict[str, TransferPlan]) -> None:
+        """Of optimizers that own whole parameters: as weights move."""
+        for name, plan in staying.items():
+            for key in names:
+                _set_state(new.get(name), {key: move(self._whole_state(name, key), plan, self._model.mesh)})
+        for journey in self._journeys:
+            for key in names:
+                is_here = journey.start == self._model.mesh.pp_rank
+                source = self._whole_state(journey.row.name, key) if is_here else None
+                arrived = self._carried(journey, source, torch.float32)
+                if arrived is not None:
+                    _set_state(new[journey.row.name], {key: arrived.view(-1)})
+
+    def _exchange_state(
+        self, exchange: Exchange, names: list[str], new: dict[str, OwnedShard], staying: dict[str, TransferPlan]
+    ) -> None:
+        """Of the owners of a distributed optimizer: from old ones to new ones directly."""
+        mesh, spans = self._model.mesh, self._model.owned_spans()
+        nothing = torch.empty(0, dtype=torch.float32, device=mesh.device.device)
+
+        def exchanged(name: str, plan: TransferPlan, ranges: Ranges, *stages: int) -> None:
+            old = self._old.pop(name, _OldState({}))
+            tensors = [old.tensors.pop(key, nothing) for key in names]
+            moved = exchange.move(tensors, plan, *ranges, *stages)
+            if moved:
                 _set_state(new.get(name), dict(zip(names, moved, strict=True)))
+
+        for name, plan in staying.items():
+            exchanged(name, plan, (self._spans[name], spans[name]))
+        leaving = self._told_ranges(spans) if self._journeys else {}
+        for journey in self._journeys:
+            if mesh.pp_rank in (journey.start, journey.end):
+                plan = plan_transfer(journey.row, self._old_layout, self._new_layout, mesh.tp_rank)
+                exchanged(journey.row.name, plan, leaving[journey.row.name], journey.start, journey.end)
+
+    def _told_ranges(self, spans: dict[str, list[Span]]) -> dict[str, Ranges]:
+        """Of what changes its stage, by name: each stage tells the others its own (some numbers per parameter)."""
+        names, pp = {journey.row.name for journey in self._journeys}, self._model.mesh.over("pp")
+        told: list[Any] = [None] * pp.size
+        dist.all_gather_object(
+            told, [{n: own[n] for n in names & own.keys()} for own in (self._spans, spans)], pp.group
+        )
+        return {j.row.name: (told[j.start][0][j.row.name], told[j.end][1][j.row.name]) for j in self._journeys}
 
     def _carried(self, journey: _Journey, source: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The new local tensor where `journey` ends, None elsewhere; every rank calls it for the same journeys in the
@@ -164,18 +191,8 @@ class Compaction:
         return None
 
     def _whole_state(self, name: str, key: str) -> Tensor:
-        """One state tensor of one parameter in its old local shape; its ranges are put together over their owners."""
-        mesh, old = self._model.mesh, self._old.get(name)
-        source = old.tensors.pop(key) if old is not None else None
-        if self._exchange is not None:
-            full = torch.zeros(math.prod(self._shapes[name]), dtype=torch.float32, device=mesh.device.device)
-            if source is not None:
-                full[slice(*self._spans[name][mesh.over("owners").rank])] = source
-            all_reduce_sum(full, mesh.over("owners"))
-        else:
-            assert source is not None
-            full = source
-        return full.view(self._shapes[name])
+        """One state tensor of one parameter, all of which is owned here, in its old local shape."""
+        return self._old[name].tensors.pop(key).view(self._shapes[name])
 
 
 def move(tensor: Tensor, plan: TransferPlan, mesh: Mesh) -> Tensor:

@@ -3,7 +3,7 @@
     Block         rows and columns of a stored matrix that go from one tensor-parallel rank to one, itself among them
     block_pairs   of a parameter: each block where it lies before and where it will lie
     overlaps      pure: which stretch of a block each old owner hands to each new one
-    Exchange      carries the state of one parameter after the other over
+    Exchange      carries the state of one parameter after the other over, to another pipeline stage, too
 
 Both layouts keep the order of units, so the elements of a block stand in the same order in the old stored matrix and in
 the new one. An owner's flat range of either is therefore one stretch of the block, and the exchange is an overlap of
@@ -73,32 +73,50 @@ def overlaps(mine: Span, others: Sequence[Span]) -> Iterator[tuple[int, int, int
 
 
 class Exchange:
-    """Moves owned ranges between the ranks of a pipeline stage. All of them call `move` for the same parameters in the
-    same order; collective once, when it is made."""
+    """Moves owned ranges within a pipeline stage, or from one to another. All ranks of these stages call `move` for the
+    same parameters in the same order; collective once, when it is made."""
 
     def __init__(self, mesh: Mesh) -> None:
-        owners, tp = mesh.over("owners"), mesh.over("tp")
-        self._here, self._tp_rank, self._owner = mesh.rank, tp.rank, owners.rank
-        own = [owners.global_rank(number) for number in range(owners.size)]
-        self._ranks = [own] * tp.size
-        if tp.size > 1:
-            dist.all_gather_object(self._ranks, own, group=tp.group)
+        owners, model = mesh.over("owners"), mesh.over("model")
+        self._here, self._owner = mesh.rank, owners.rank
+        self._stage, self._tp_rank = mesh.pp_rank, mesh.tp_rank
+        own = (self._stage, self._tp_rank), [owners.global_rank(number) for number in range(owners.size)]
+        told = [own] * model.size
+        if model.size > 1:
+            dist.all_gather_object(told, own, group=model.group)
+        self._ranks = dict(told)
 
-    def move(self, tensors: list[Tensor], plan: TransferPlan, old: Sequence[Span], new: Sequence[Span]) -> list[Tensor]:
+    def move(
+        self,
+        tensors: list[Tensor],
+        plan: TransferPlan,
+        old: Sequence[Span],
+        new: Sequence[Span],
+        start: int | None = None,
+        end: int | None = None,
+    ) -> list[Tensor]:
         """This rank's new flat ranges of what `tensors` are the old flat ranges of (equally long, of one dtype).
 
         Args:
             plan: of the parameter. old, new: the ranges of all owners of the same tensor-parallel rank, in order.
+            start, end: the stages that it leaves and comes to, this rank's being one of them; None: it stays here.
         """
-        if not tensors or (plan.is_identity and list(old) == list(new)):
+        start, end = (self._stage if stage is None else stage for stage in (start, end))
+        if not tensors or (start == end and plan.is_identity and list(old) == list(new)):
             return tensors
-        outgoing, stays = self._leaving(tensors, plan, old, new)
+        outgoing, stays = dict[int, Tensor](), None
+        if start == self._stage:
+            outgoing, stays = self._leaving(tensors, plan, old, new, end)
         incoming = list[tuple[int, Tensor]]()
-        arrived = list(self._arriving(tensors, plan, old, new, stays, incoming))
+        arrived = list[tuple[Block, list[Tensor]]]()
+        if end == self._stage:
+            arrived = list(self._arriving(tensors, plan, old, new, stays, incoming, start))
         operations = [dist.P2POp(dist.isend, values, rank) for rank, values in outgoing.items()]
         operations += [dist.P2POp(dist.irecv, values, rank) for rank, values in incoming]
         for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
+        if end != self._stage:
+            return []
         first, last = new[self._owner]
         results = [tensor.new_zeros(last - first) for tensor in tensors]
         for block, pieces in arrived:
@@ -107,7 +125,7 @@ class Exchange:
         return results
 
     def _leaving(
-        self, tensors: list[Tensor], plan: TransferPlan, old: Sequence[Span], new: Sequence[Span]
+        self, tensors: list[Tensor], plan: TransferPlan, old: Sequence[Span], new: Sequence[Span], end: int
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         """([tensors, elements] for each other rank, the same that stays here)."""
         outgoing, stays = dict[int, Tensor](), None
@@ -117,7 +135,7 @@ class Exchange:
                 continue
             values = torch.stack([_picked(tensor, old[self._owner], block, plan.old_shape) for tensor in tensors])
             for owner, a, b in overlaps(held, [there.stretch(span) for span in new]):
-                rank, piece = self._rank(other, owner), values[:, a - held[0] : b - held[0]]
+                rank, piece = self._rank(end, other, owner), values[:, a - held[0] : b - held[0]]
                 if rank == self._here:
                     stays = piece
                 else:
@@ -132,13 +150,14 @@ class Exchange:
         new: Sequence[Span],
         stays: Tensor | None,
         incoming: list[tuple[int, Tensor]],
+        start: int,
     ) -> Iterator[tuple[Block, list[Tensor]]]:
         """(block, its elements here as consecutive pieces) of all that this rank will own; `incoming` gets those pieces
         that are still to be received, and from whom."""
         for other, there, block in block_pairs(plan, to=False):
             pieces = []
             for owner, a, b in overlaps(block.stretch(new[self._owner]), [there.stretch(span) for span in old]):
-                rank = self._rank(other, owner)
+                rank = self._rank(start, other, owner)
                 if rank == self._here:
                     assert stays is not None
                     pieces.append(stays)
@@ -148,8 +167,8 @@ class Exchange:
             if pieces:
                 yield block, pieces
 
-    def _rank(self, other: int | None, owner: int) -> int:
-        return self._ranks[self._tp_rank if other is None else other][owner]
+    def _rank(self, stage: int, other: int | None, owner: int) -> int:
+        return self._ranks[stage, self._tp_rank if other is None else other][owner]
 
 
 def _pieces(
