@@ -244,8 +244,9 @@ def is_affordable(words):
     except UserError:
         return True
     tokens = config.tokens_per_iteration * max(1, config.training.eval_iters if config.training.eval_interval else 1)
-    widths = [config.model.make_vocab_size_divisible_by, *(group.quantum for group in config.pruning.groups.values())]
-    return tokens < 100_000 and max(widths) < 10**5 and config.pruning.second_order.calibration_tokens < 10**6
+    quanta = [group.quantum or 1 for group in config.pruning.groups.values()]
+    widest = max(config.model.make_vocab_size_divisible_by, *quanta)
+    return tokens < 100_000 and widest < 10**5 and config.pruning.second_order.calibration_tokens < 10**6
 
 
 def folder_of(place):

@@ -328,7 +328,7 @@ class RunRecord:
         """The layout to build the model with: the saved slots when TP and quanta are the same, else packed anew."""
         from megatron_prune.model.layout import ShardLayout, named_quanta
 
-        if tp == self.layout_state["tp"] and named_quanta(self.architecture, quanta) == self.layout_state["quanta"]:
+        if tp == self.layout_state["tp"] and named_quanta(self.architecture, tp, quanta) == self.layout_state["quanta"]:
             return self.saved_layout
         return ShardLayout.pack(self.architecture, tp, quanta)
 

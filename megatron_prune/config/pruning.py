@@ -95,10 +95,10 @@ class GroupConfig:
     limit: int | None = option(
         None, "groups that may leave by one iteration's scores; null: the kind's own (1 for head, else any)", at_least=1
     )
-    quantum: int = option(
-        1,
-        "multiple to which each rank rounds its *stored* width up; changes memory and speed, never the results (64 or "
-        "128 keep GEMM shapes aligned on GPUs)",
+    quantum: int | None = option(
+        None,
+        "multiple to which each rank rounds its *stored* width up; changes memory and speed, never the results; null: "
+        "64 for FFN and stem channels of which a rank holds 512 or more in the source, else 1",
         at_least=1,
     )
     round_to: int = option(

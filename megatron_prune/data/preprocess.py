@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import itertools
 import multiprocessing
 import os
 import signal
@@ -200,19 +201,11 @@ def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], disk_bytes: int, append_eod: bool, prepend_bos: bool) -> _Chunk:
-    ids: list[int] = []
-    lengths = []
-    for text in texts:
-        before = len(ids)
-        encoded = tokenizer.tokenize(text)
-        if encoded:
-            if prepend_bos and tokenizer.bos is not None:
-                ids.append(tokenizer.bos)
-            ids.extend(encoded)
-            if append_eod:
-                ids.append(tokenizer.eod)
-        lengths.append(len(ids) - before)
-    tokens = np.array(ids, dtype=token_dtype(tokenizer.vocab_size))
+    first = [tokenizer.bos] if prepend_bos and tokenizer.bos is not None else []
+    last = [tokenizer.eod] if append_eod else []
+    documents = [[*first, *ids, *last] if ids else [] for ids in tokenizer.tokenize_all(texts)]
+    lengths = [len(ids) for ids in documents]
+    tokens = np.fromiter(itertools.chain.from_iterable(documents), token_dtype(tokenizer.vocab_size), sum(lengths))
     return _Chunk(tokens, lengths, sum(len(text.encode()) for text in texts), disk_bytes)
 
 
@@ -231,6 +224,7 @@ def _encode_in_worker(
 def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, options: Options) -> Iterator[_Chunk]:
     """Encode all chunks, in the order they were read, with a bounded number of them in flight."""
     extra = (options.append_eod, options.prepend_bos)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are what runs side by side
     if options.workers == 1:
         for texts, disk_bytes in _chunks(documents):
             yield _encode(tokenizer, texts, disk_bytes, *extra)

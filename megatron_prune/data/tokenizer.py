@@ -17,7 +17,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 64  # texts in one call of the library
+
 
 class Tokenizer(ABC):
     """Text <-> token ids.
@@ -80,6 +82,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """The ids of `text`, without begin- or end-of-document ids."""
+
+    @abstractmethod
+    def tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each of `texts`, as `tokenize` gives them, in one call of the library and on one thread."""
 
     @abstractmethod
     def detokenize(self, ids: Iterable[int]) -> str:
@@ -131,6 +137,10 @@ class SentencePieceTokenizer(Tokenizer):
     def tokenize(self, text: str) -> list[int]:
         """The ids of `text`, exactly those of `sentencepiece`'s encode."""
         return self._model.encode(text)
+
+    def tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer`."""
+        return self._model.encode(list(texts), num_threads=1)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control ids give nothing."""
@@ -186,6 +196,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def tokenize(self, text: str) -> list[int]:
         """The ids of `text`, as `add_special_tokens=False` gives them."""
         return self._model.encode(text, add_special_tokens=False).ids
+
+    def tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer`. Offsets into the text, which cost a fifth, are left out."""
+        found = []
+        for start in range(0, len(texts), _AT_ONCE):  # more of them at once leave the processor's cache
+            batch = self._model.encode_batch_fast(list(texts[start : start + _AT_ONCE]), add_special_tokens=False)
+            found += [encoding.ids for encoding in batch]
+        return found
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens spelled out."""

@@ -34,7 +34,8 @@ class Kind:
         is_prunable: units may leave by themselves; else all stay, or those do that `follows` says.
         follows: a kind whose units these serve: a unit lives while one of those that it serves does.
         served: ids of the followed kind -> for each of them, the id here that serves it.
-        quantum: what stored widths are rounded up to, where no configuration says.
+        quantum: what a stored width is rounded up to where no configuration says, by the units of the source that a
+            rank holds.
         hf_key: what a `config.json` calls their number; empty: it does not state it.
     """
 
@@ -47,7 +48,7 @@ class Kind:
     is_prunable: bool = field(default=True, compare=False)
     follows: Kind | None = field(default=None, compare=False)
     served: Callable[[np.ndarray, LlamaShape], np.ndarray] | None = field(default=None, compare=False)
-    quantum: int = field(default=1, compare=False)
+    quantum: Callable[[int], int] = field(default=lambda _: 1, compare=False)
     hf_key: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
@@ -105,6 +106,12 @@ def in_order(kinds: Iterable[Kind]) -> tuple[Kind, ...]:
     return tuple(kind for kind in known_kinds() if kind in wanted)
 
 
+def aligned(width: int) -> int:
+    """64 from 512 units on: matrix products stay aligned, and a compaction comes once in 64 removals. Below that, where
+    up to 63 empty slots would be a large share, 1."""
+    return 64 if width >= 512 else 1
+
+
 HEAD = register_kind(
     Kind("head", "heads", "query heads", lambda shape: shape.num_attention_heads, TP, hf_key="num_attention_heads")
 )
@@ -122,10 +129,26 @@ KV_HEAD = register_kind(
     )
 )
 FFN = register_kind(
-    Kind("ffn", "ffn", "FFN channels", lambda shape: shape.ffn_hidden_size, TP, hf_key="intermediate_size")
+    Kind(
+        "ffn",
+        "ffn",
+        "FFN channels",
+        lambda shape: shape.ffn_hidden_size,
+        TP,
+        quantum=aligned,
+        hf_key="intermediate_size",
+    )
 )
 STEM = register_kind(
-    Kind("stem", "hidden", "hidden size", lambda shape: shape.hidden_size, is_shared=True, hf_key="hidden_size")
+    Kind(
+        "stem",
+        "hidden",
+        "hidden size",
+        lambda shape: shape.hidden_size,
+        is_shared=True,
+        quantum=aligned,
+        hf_key="hidden_size",
+    )
 )
 VOCAB = register_kind(
     Kind(
@@ -136,7 +159,7 @@ VOCAB = register_kind(
         TP,
         is_shared=True,
         is_prunable=False,
-        quantum=128,
+        quantum=lambda _: 128,
         hf_key="vocab_size",
     )
 )

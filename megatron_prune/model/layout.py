@@ -32,6 +32,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import FIXED, LAYER, Kind, find_kind
+from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.table import ATTENTION_OUTPUT, EMBEDDING, EMPTY, FFN_DOWN, QKV, Runs, holds, runs
 
 Quanta = Mapping[Kind, int]  # stored widths are multiples of these, per rank; kinds not named have their own default
@@ -194,7 +195,7 @@ class ShardLayout:
 
     def quantum(self, kind: Kind) -> int:
         """What the stored width of `kind` is rounded up to, per rank."""
-        return _quantum(kind, self.quanta)
+        return _quantum(kind, self.architecture.shape, self.tp, self.quanta)
 
     def empty_slots(self, kind: Kind) -> int:
         """Empty slots of `kind`, summed over layers and ranks; of the layers, those that are stored and gone."""
@@ -254,7 +255,7 @@ class ShardLayout:
 
     def to_state(self) -> dict[str, Any]:
         """Slot map for a checkpoint (plain lists and numbers)."""
-        quanta = named_quanta(self.architecture, self.quanta)
+        quanta = named_quanta(self.architecture, self.tp, self.quanta)
         slots = {kind.name: slots.tolist() for kind, slots in self.placed.items()}
         return {"tp": self.tp, "quanta": quanta, "slots": slots, "layers": list(self.layers)}
 
@@ -325,13 +326,14 @@ class GroupSlots:
         return 1 if kind is FIXED else self._layout.width(kind)
 
 
-def named_quanta(architecture: Architecture, quanta: Quanta) -> dict[str, int]:
-    """What the stored width of every kind is rounded up to, by name."""
-    return {kind.name: _quantum(kind, quanta) for kind in architecture.table.kinds if kind.follows is None}
+def named_quanta(architecture: Architecture, tp: int, quanta: Quanta) -> dict[str, int]:
+    """What the stored width of every kind is rounded up to on each of `tp` ranks, by name."""
+    kinds = (kind for kind in architecture.table.kinds if kind.follows is None)
+    return {kind.name: _quantum(kind, architecture.shape, tp, quanta) for kind in kinds}
 
 
-def _quantum(kind: Kind, quanta: Quanta) -> int:
-    return quanta.get(kind, kind.quantum)
+def _quantum(kind: Kind, shape: LlamaShape, tp: int, quanta: Quanta) -> int:
+    return quanta[kind] if kind in quanta else kind.quantum(kind.size(shape) // kind.ranks(tp))
 
 
 def _follower(architecture: Architecture, kind: Kind) -> Kind | None:
@@ -341,16 +343,16 @@ def _follower(architecture: Architecture, kind: Kind) -> Kind | None:
 
 def _stored_widths(architecture: Architecture, tp: int, quanta: Quanta) -> dict[Kind, int]:
     """Least stored slots per rank of every kind of the table."""
-    widths: dict[Kind, int] = {}
+    widths, shape = dict[Kind, int](), architecture.shape
     for kind in architecture.table.kinds:
-        follower, ranks = _follower(architecture, kind), kind.ranks(tp)
+        follower, ranks, quantum = _follower(architecture, kind), kind.ranks(tp), _quantum(kind, shape, tp, quanta)
         if follower is not None:
             sizes = [counts for counts in architecture.clusters(follower) if len(counts)]
-            widths[kind], widths[follower] = _stored_clusters(sizes, ranks, _quantum(kind, quanta))
+            widths[kind], widths[follower] = _stored_clusters(sizes, ranks, quantum)
         elif kind.is_prunable:
-            widths[kind] = round_up(-(-architecture.width(kind) // ranks), _quantum(kind, quanta))
+            widths[kind] = round_up(-(-architecture.width(kind) // ranks), quantum)
         elif kind.follows is None:
-            widths[kind] = round_up(kind.size(architecture.shape), _quantum(kind, quanta) * ranks) // ranks
+            widths[kind] = round_up(kind.size(shape), quantum * ranks) // ranks
     return widths
 
 

@@ -97,7 +97,7 @@ def test_general_flags_go_into_the_command():
         ("--load=", '--load: expected text or null, got ""'),
         ("--prune-types head head", "--prune-types: expected a list of names, got an item twice"),
         ("--prune-quantum 64", '--prune-quantum: expected head=N ffn=N stem=N, got "64"'),
-        ("--prune-quantum ffn=x", '--prune-groups: ffn: quantum: expected a whole number, got "x"'),
+        ("--prune-quantum ffn=x", '--prune-groups: ffn: quantum: expected a whole number or null, got "x"'),
         ("--prune-groups ffn.quantum=0", "pruning.groups (--prune-groups): ffn: quantum must be at least 1, got 0"),
         ("--prune-groups quantum=1", "--prune-groups: expected NAME.cost=N"),
         (

@@ -22,6 +22,7 @@ def test_sentencepiece_gives_the_library_s_ids(sp_model: Path) -> None:
     tokenizer = build_tokenizer(None, str(sp_model))
     assert tokenizer.kind == SENTENCEPIECE
     assert tokenizer.tokenize(TEXT) == library.encode(TEXT)
+    assert tokenizer.tokenize_all([TEXT, "", "x"] * 70) == [library.encode(text) for text in [TEXT, "", "x"] * 70]
     assert tokenizer.detokenize(tokenizer.tokenize("the cat sleeps")) == "the cat sleeps"
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eod) == (library.vocab_size(), 1, 2)
     assert tokenizer.path == str(sp_model)
@@ -40,6 +41,7 @@ def test_hugging_face_gives_transformers_ids(hf_folder: Path) -> None:
         tokenizer = build_tokenizer(None, str(path))
         assert tokenizer.kind == HUGGING_FACE
         assert tokenizer.tokenize(TEXT) == library.encode(TEXT, add_special_tokens=False)
+        assert tokenizer.tokenize_all([TEXT, "", "x"] * 70) == [*map(tokenizer.tokenize, [TEXT, "", "x"] * 70)]
         assert tokenizer.detokenize(tokenizer.tokenize(TEXT)) == TEXT
         assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eod) == (len(library), 0, 1)
 

@@ -180,6 +180,16 @@ def test_plain_training_has_one_phase():
     assert training.flops == pytest.approx(training.tokens * training_flops_per_token(source, 32))
 
 
+def test_widths_that_are_no_multiples_are_told_and_brought_down():
+    shape = dataclasses.replace(GQA, hidden_size=576, ffn_hidden_size=1536)
+    route = plan_route(config_for(target_params=2_000_000), Architecture.full(shape))
+    assert route.uneven == {"ffn": 64, "stem": 64}
+    even = route.even
+    assert even.width(FFN) == route.target.width(FFN) // 64 * 64 and even.width(STEM) % 64 == 0
+    assert even.width(HEAD) == route.target.width(HEAD) and even.parameters < route.target.parameters
+    assert not plan_route(config_for(target_params=30_000), Architecture.full(GQA)).uneven, "small models: any width"
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_compactions_are_counted_as_layouts_say(tp):
     """Walk the route with a real layout that compacts whenever it is due."""

@@ -177,10 +177,21 @@ def test_multi_query_attention_leaves_the_second_rank_without_heads():
 
 
 def test_ffn_that_tp_does_not_divide():
-    layout = packed(4, ffn=2731)
+    layout = packed(4, rounded(ffn=1), ffn=2731)
     assert layout.width(FFN) == 683
     assert [len(live(layout.slots(FFN, 0, rank))) for rank in range(4)] == [683, 683, 683, 682]
     assert packed(4, rounded(ffn=64), ffn=2731).width(FFN) == 704
+
+
+def test_widths_are_stored_in_64s_where_a_rank_holds_many_units():
+    assert packed(1, hidden=576, ffn=1536).to_state()["quanta"] == {"head": 1, "ffn": 64, "stem": 64, "vocab": 1}
+    assert packed(4, hidden=576, ffn=1536).quantum(FFN) == 1, "384 on each rank"
+    wide = packed(2, hidden=576, ffn=1536)
+    for unit in range(127):
+        wide = wide.without(Group.of(FFN, ((unit,),)))
+        assert not wide.is_due
+    assert wide.without(Group.of(FFN, ((127,),))).compacted().width(FFN) == 704
+    assert packed(1, rounded(ffn=1), ffn=1536).quantum(FFN) == 1
 
 
 def test_a_quantum_postpones_compactions():

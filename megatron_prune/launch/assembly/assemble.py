@@ -45,10 +45,13 @@ logger = logging.getLogger(__name__)
 
 
 def quanta(config: Config) -> Quanta:
-    """What stored widths are rounded up to, by kind of unit: `pruning.groups.NAME.quantum`, and for the vocabulary
-    `model.make_vocab_size_divisible_by`."""
-    groups = {find_group(name, "pruning.groups").kind: group.quantum for name, group in config.pruning.groups.items()}
-    return {**groups, VOCAB: config.model.make_vocab_size_divisible_by}
+    """What stored widths are rounded up to, by kind of unit: `pruning.groups.NAME.quantum` where it is set, and for the
+    vocabulary `model.make_vocab_size_divisible_by`."""
+    named = ((find_group(name, "pruning.groups").kind, group.quantum) for name, group in config.pruning.groups.items())
+    return {
+        **{kind: quantum for kind, quantum in named if quantum is not None},
+        VOCAB: config.model.make_vocab_size_divisible_by,
+    }
 
 
 def model_options(config: Config) -> ModelOptions:

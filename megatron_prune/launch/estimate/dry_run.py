@@ -20,6 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
+
 from megatron_prune.checkpoint import RunRecord
 from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.config import Config
@@ -240,7 +242,7 @@ def estimate(
     traffic = training_traffic(config, layout, placement, start.stage)
     if not scores:
         phases = plan_plain(config, architecture, flops)
-        return Estimate(world_size, placement, layout, None, None, start, None, phases, traffic, [], None, 0)
+        return Estimate(world_size, placement, layout, None, None, start, None, phases, traffic, [], None, 0, 0)
     route = plan_route(config, architecture)
     iterations = removal_iters(pruning_schedule(config, architecture), route, config.tokens_per_iteration)
     target_layout = ShardLayout.pack(route.target, placement.tp, quanta(config))
@@ -260,6 +262,7 @@ def estimate(
         pruning_traffic=on_top,
         compaction=compaction,
         compactions=count,
+        scorings=len(np.unique(iterations)),
     )
 
 

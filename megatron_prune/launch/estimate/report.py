@@ -19,11 +19,13 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout, StoredWidths
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.budget import LATENCY
-from megatron_prune.pruning.groups import group_names
+from megatron_prune.pruning.groups import find_group, group_names
 from megatron_prune.training.pruning_settings import group_costs
 
 MFU = 0.4
 PEAK_FLOPS, PEAK_NAME = 312e12, "A800/A100, dense bf16"
+# Seconds per layer of what pruning adds, of one H100 and 24 layers (docs/gpu.md): bound by the host, whatever the GPU.
+SCORING, REMOVAL, COMPACTION = 57e-3 / 24, 34e-3 / 24, 326e-3 / 24
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Estimate:
         memory, target_memory: of the fullest rank then.
         phases: (pruning or plain training, continued training).
         traffic: of the fullest rank per iteration; `pruning_traffic` on top where it scores.
-        compaction: what one compaction sends; `compactions`: how many there are.
+        compaction: what one compaction sends; `compactions`: how many there are; `scorings`: iterations that score.
     """
 
     world_size: int
@@ -58,6 +60,7 @@ class Estimate:
     pruning_traffic: list[Traffic]
     compaction: Traffic | None
     compactions: int
+    scorings: int
 
 
 def render(config: Config, findings: tuple[Finding, ...], estimate: Estimate) -> str:
@@ -154,9 +157,22 @@ def _time(config: Config, estimate: Estimate) -> list[str]:
             f"  hours: model FLOPs at {MFU:.0%} of {estimate.world_size} x {PEAK_FLOPS / 1e12:.0f} TFLOP/s "
             f"({PEAK_NAME}), without restarts and evaluation"
         )
+        lines += _host(estimate)
     if estimate.route is not None:
         lines.append(f"  {_pace(config, estimate.layout.architecture.shape, Counter(estimate.route.kinds))}")
     return lines
+
+
+def _host(estimate: Estimate) -> list[str]:
+    """What scoring, removing and compacting add to the pruning phase."""
+    if estimate.route is None:
+        return []
+    removals, layers = len(estimate.route.kinds), estimate.layout.architecture.shape.num_layers
+    seconds = SCORING * estimate.scorings + REMOVAL * removals + COMPACTION * estimate.compactions
+    return [
+        f"  and {layers * seconds / 3600:,.2f} hours more for {estimate.scorings:,} scorings, {removals:,} removals "
+        f"and {estimate.compactions:,} compactions"
+    ]
 
 
 def _pace(config: Config, shape: LlamaShape, groups: Counter[str]) -> str:
@@ -203,7 +219,21 @@ def _notes(config: Config, estimate: Estimate) -> list[str]:
         )
     if config.pruning.enabled and estimate.route is None:
         notes.append("the target is reached already: only continued training is left")
+    if estimate.route is not None and estimate.route.uneven:
+        notes.append(_rounding(estimate.route))
     return [f"note: {note}" for note in notes]
+
+
+def _rounding(route: Route) -> str:
+    target, even = route.target, route.even
+    kinds = [find_group(name).kind for name in route.uneven]
+    widths = ", ".join(f"{kind.title} {target.width(kind):,} to {even.width(kind):,}" for kind in kinds)
+    words = " ".join(f"{name}.round_to={multiple}" for name, multiple in route.uneven.items())
+    fewer = target.parameters - even.parameters
+    return (
+        f"widths that are no multiples make a model slower where it will run; --prune-groups {words} would bring "
+        f"{widths}, about {fewer:,} parameters less ({fewer / target.parameters:.1%})"
+    )
 
 
 def _count(number: int) -> str:

@@ -90,6 +90,21 @@ class Route:
         """The architecture at the end of the pruning phase."""
         return _shrunk(self.source, Counter(self.kinds + self.rounding), self.rules)
 
+    @property
+    def uneven(self) -> dict[str, int]:
+        """By name of kind, the multiple that its width at the target is none of, of those that keep matrix products
+        fast (the kind's own quantum; of a small model none)."""
+        kinds = {group.name: group.kind for group in self.rules.kinds(self.source)}
+        multiples = {name: kind.quantum(kind.size(self.source.shape)) for name, kind in kinds.items()}
+        return {name: multiple for name, multiple in multiples.items() if self.target.width(kinds[name]) % multiple}
+
+    @property
+    def even(self) -> Architecture:
+        """The target with these widths brought down to their multiples."""
+        target = self.target
+        over = {name: target.width(find_group(name).kind) % multiple for name, multiple in self.uneven.items()}
+        return _shrunk(target, Counter(over), self.rules)
+
 
 @dataclass(frozen=True)
 class Phase:
