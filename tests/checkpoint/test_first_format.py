@@ -94,7 +94,7 @@ def test_configurations_mean_what_they_meant(run):
     assert group_costs(from_file, shape) == group_costs(from_flags, shape)
     assert group_costs(from_file, shape).items() >= {"head": 2, "ffn": 1, "stem": 1}.items()
     assert [groups[name].floor for name in ("head", "ffn", "stem")] == [2, 38, 1]
-    assert [groups[name].quantum for name in ("head", "ffn", "stem")] == [None, 4, 4]
+    assert [groups[name].quantum for name in ("head", "ffn", "stem")] == [1, 4, 4]
 
 
 def test_histories_are_drawn(run, tmp_path):

@@ -100,6 +100,7 @@ def _model(estimate: Estimate) -> list[str]:
     lines = _columns([titles, *rows], right=True)
     if estimate.route is not None:
         lines.append(f"  widths at the target: {estimate.route.assumption}")
+        lines += [_rounding(estimate.route)] if estimate.route.uneven else []
     if limits and estimate.route is not None:
         budget = estimate.route.rules.budget
         first, last = (budget.binding(a).title for a in (live[0], live[-1]))
@@ -219,20 +220,19 @@ def _notes(config: Config, estimate: Estimate) -> list[str]:
         )
     if config.pruning.enabled and estimate.route is None:
         notes.append("the target is reached already: only continued training is left")
-    if estimate.route is not None and estimate.route.uneven:
-        notes.append(_rounding(estimate.route))
     return [f"note: {note}" for note in notes]
 
 
 def _rounding(route: Route) -> str:
+    """What would make the target's widths multiples, and what it costs."""
     target, even = route.target, route.even
     kinds = [find_group(name).kind for name in route.uneven]
     widths = ", ".join(f"{kind.title} {target.width(kind):,} to {even.width(kind):,}" for kind in kinds)
     words = " ".join(f"{name}.round_to={multiple}" for name, multiple in route.uneven.items())
     fewer = target.parameters - even.parameters
     return (
-        f"widths that are no multiples make a model slower where it will run; --prune-groups {words} would bring "
-        f"{widths}, about {fewer:,} parameters less ({fewer / target.parameters:.1%})"
+        f"  faster where it will run: --prune-groups {words} brings {widths}, about {fewer:,} parameters less "
+        f"({fewer / target.parameters:.1%})"
     )
 
 
