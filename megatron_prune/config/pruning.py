@@ -311,3 +311,16 @@ class ContinuedConfig:
     continue_min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
     continue_lr_warmup_iters: int = option(0, "iterations of linear warm-up", at_least=0)
     continue_lr_decay_style: DecayStyle = option("cosine", "shape of the decay over continue_tokens")
+    continue_micro_batch_size: int | None = option(
+        None, "training.micro_batch_size from the target on, where more fits; null: the same", at_least=1
+    )
+    continue_recompute_granularity: Literal["none", "selective"] | None = option(
+        None, "model.recompute_granularity from the target on, where less is needed; null: the same"
+    )
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether anything is said about learning rate or length."""
+        return ContinuedConfig() != dataclasses.replace(
+            self, continue_micro_batch_size=None, continue_recompute_granularity=None
+        )

@@ -6,7 +6,7 @@ relative ones count from the directory in which the run starts. null means "not 
 field. Fields that only exist to be refused say so: nobody has built that feature here yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_prune.config.options import option
@@ -264,6 +264,19 @@ class Config:
         if self.optimizer.lr_schedule is not None:
             return self.optimizer.lr_schedule == "whole_run"
         return self.pruning.enabled and self.pruning.follows_curve and not self.continued.continue_tokens
+
+    @property
+    def after_target(self) -> "Config":
+        """The same, with `continued`'s micro-batch size and recomputation in the place of the others."""
+        size, recompute = self.continued.continue_micro_batch_size, self.continued.continue_recompute_granularity
+        config = self
+        if size is not None:
+            config = replace(config, training=replace(self.training, micro_batch_size=size))
+        if recompute is not None:
+            plain = replace(self.model, recompute_granularity=None, recompute_method=None, recompute_num_layers=None)
+            wanted = plain if recompute == "none" else replace(plain, recompute_granularity=recompute)
+            config = replace(config, model=wanted)
+        return config
 
     @property
     def replay_tokens(self) -> int | None:

@@ -8,7 +8,7 @@ is checked where the model is known.
 from typing import Any
 
 from megatron_prune.config.options import Option, all_options
-from megatron_prune.config.pruning import ContinuedConfig, parse_ratio
+from megatron_prune.config.pruning import parse_ratio
 from megatron_prune.config.schema import Config
 from megatron_prune.errors import UserError, one_line
 
@@ -150,15 +150,17 @@ def _check_batch(config: Config, world_size: int) -> None:
             f"counted ({LARGEST_COUNT:.0e}); give smaller ones"
         )
     copies = data_parallel_size(config, world_size)
-    if batch % (micro * copies) == 0:
-        return
-    lower = batch // (micro * copies) * micro * copies
-    fitting = f"{lower} or {lower + micro * copies}" if lower else str(micro * copies)
-    raise UserError(
-        f"training.global_batch_size {batch} is not a multiple of micro_batch_size {micro} x data-parallel size "
-        f"{copies} ({world_size} processes / {config.parallel.model_parallel_size} per model) = {micro * copies}; "
-        f"use {fitting}, or another micro_batch_size"
-    )
+    later = config.continued.continue_micro_batch_size or micro
+    for name, size in (("micro_batch_size", micro), ("continued.continue_micro_batch_size", later)):
+        if batch % (size * copies) == 0:
+            continue
+        lower = batch // (size * copies) * size * copies
+        fitting = f"{lower} or {lower + size * copies}" if lower else str(size * copies)
+        raise UserError(
+            f"training.global_batch_size {batch} is not a multiple of {name} {size} x data-parallel size {copies} "
+            f"({world_size} processes / {config.parallel.model_parallel_size} per model) = {size * copies}; use "
+            f"{fitting}, or another {name}"
+        )
 
 
 def _check_recompute(config: Config) -> None:
@@ -185,10 +187,10 @@ def _check_schedule(config: Config) -> None:
             f"optimizer.lr_decay_style: WSD needs lr_wsd_decay_iters between 1 and {decay_iters}, got "
             f"{optimizer.lr_wsd_decay_iters or 'null'}"
         )
-    if config.is_one_schedule and continued != ContinuedConfig():
+    if config.is_one_schedule and continued.has_schedule:
         raise UserError(
             "continued: with optimizer.lr_schedule: whole_run the run is training.train_iters long, with one schedule "
-            "of the learning rate; leave this section out"
+            "of the learning rate; leave the section's other fields out"
         )
     if continued.continue_tokens == 0:
         return

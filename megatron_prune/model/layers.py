@@ -151,8 +151,6 @@ class PrunableSelfAttention(MegatronModule):
             skip_bias_add=True,
             tp_group=pg_collection.tp,
         )
-        selective = config.recompute_granularity == "selective" and "core_attn" in (config.recompute_modules or [])
-        self.recomputes_core = selective
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor | None = None, **_unused: Any
@@ -168,7 +166,7 @@ class PrunableSelfAttention(MegatronModule):
         if rotary_pos_emb is not None and self.knows_positions:
             rotary = {"config": self.config, "cp_group": self.pg_collection.cp}
             q, k = (apply_rotary_pos_emb(t, rotary_pos_emb, **rotary) for t in (q, k))
-        if self.recomputes_core and self.training:
+        if self.config.recompute_granularity == "selective" and self.training:
             context = tensor_parallel.checkpoint(self.core_attention, False, q, k, v)
         else:
             context = self.core_attention(q, k, v)

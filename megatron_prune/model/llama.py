@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +113,14 @@ def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, optio
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"model and parallel options do not fit together: {error}") from error
+
+
+def set_recomputation(model: PrunableLlama, granularity: str | None) -> None:
+    """What is recomputed from the next forward pass on: None, or "selective" (the core attention)."""
+    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    for config in {id(config): config for config in found}.values():
+        config.recompute_granularity = granularity
+        config.recompute_method = config.recompute_num_layers = None
 
 
 def build_llama(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: ModelOptions) -> PrunableLlama:

@@ -3,6 +3,7 @@
     LiveModel.build      this rank's part, from a layout and a reader of weights: for runs, estimates and tests alike
     LiveModel.retire     empty the slots of a group, at once and exactly
     LiveModel.compact    rebuild weights, optimizer and gradient buffers without the empty slots
+    LiveModel.recompute  from the next pass on, more or less of it
     LiveModel.rebuilt    who wants to know when the optimizer is another one
 
 Weights are in step on all ranks before a compaction touches them; a retirement needs no gather. What each does to
@@ -12,6 +13,7 @@ tensors is in `retire` and `compact`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from megatron_prune.model.llama import (
     build_llama,
     hold_layers,
     load_parameters,
+    set_recomputation,
     stages_of,
 )
 from megatron_prune.optimizer.build import OptimizerOptions
@@ -87,6 +90,12 @@ class LiveModel(WrappedModel):
     def architecture(self) -> Architecture:
         """Live units, now."""
         return self._layout.architecture
+
+    def recompute(self, granularity: str | None) -> None:
+        """Set what the following passes recompute: see `set_recomputation`."""
+        plain = replace(self._model_options, recompute_method=None, recompute_num_layers=None)
+        self._model_options = replace(plain, recompute_granularity=granularity)
+        set_recomputation(self.module, granularity)
 
     @torch.no_grad()
     def retire(self, group: Group) -> None:

@@ -109,8 +109,7 @@ class Trainer:
             )
         self.scheduler = build_scheduler(config, model, state)
         model.rebuilt.append(self._follow_optimizer)
-        self.num_microbatches = microbatches(config, model.mesh)
-        self.batches = open_stream(datasets.train, config, model.mesh, state.consumed_samples)
+        self._begin_phase()
         self.agreement = agreement or StepAgreement(config.training, model.mesh)
 
     @property
@@ -191,7 +190,7 @@ class Trainer:
                 self.model,
                 batches,
                 self.num_microbatches,
-                training.micro_batch_size,
+                self._passes.training.micro_batch_size,
                 self.config.data.seq_length,
                 NEXT_TOKEN if scoring and self.config.distillation.scores == "cross_entropy" else self.objective,
             )
@@ -221,6 +220,15 @@ class Trainer:
 
     # Parts -----------------------------------------------------------------------------------------------------------
 
+    def _begin_phase(self) -> None:
+        """Micro-batches and recomputation as the phase wants them; the data go on where they are."""
+        is_small = self.state.phase == CONTINUED
+        self._passes = self.config.after_target if is_small else self.config
+        if is_small and self.config.continued.continue_recompute_granularity is not None:
+            self.model.recompute(self._passes.model.recompute_granularity)
+        self.num_microbatches = microbatches(self._passes, self.model.mesh)
+        self.batches = open_stream(self.datasets.train, self._passes, self.model.mesh, self.state.consumed_samples)
+
     def _enter_continued(self) -> None:
         """The target is reached: from here on the small model trains on its own schedule."""
         state = self.state
@@ -230,6 +238,8 @@ class Trainer:
         )
         state.phase, state.phase_start = CONTINUED, state.iteration
         self.scheduler = build_scheduler(self.config, self.model, state)
+        if self._passes != self.config.after_target:
+            self._begin_phase()
         if self.config.training.eval_interval and "pruned" not in state.stages:
             self._measure("pruned")
 
@@ -314,7 +324,7 @@ class Trainer:
     def _validation_loss(self) -> tuple[float, float]:
         if self.datasets.valid is None:
             raise UserError("training.eval_interval: there is no validation data; see data.split and valid_data_path")
-        return validation_loss(self.model, self.datasets.valid, self.config)
+        return validation_loss(self.model, self.datasets.valid, self._passes)
 
     def _measure(self, stage: str) -> None:
         """Record loss and speed of the model as it stands now, under the stage's name."""

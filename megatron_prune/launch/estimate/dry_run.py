@@ -246,7 +246,8 @@ def estimate(
     route = plan_route(config, architecture)
     iterations = removal_iters(pruning_schedule(config, architecture), route, config.tokens_per_iteration)
     target_layout = ShardLayout.pack(route.target, placement.tp, quanta(config))
-    count = compactions(layout, route, iterations)
+    count, later = compactions(layout, route, iterations), config.after_target
+    small = Placement.plan(later, world_size, architecture.shape.num_layers).of(later, target_layout.layers)
     first = ShardLayout.pack(route.after(-(-len(route.kinds) // count)), placement.tp, quanta(config))
     on_top, compaction = pruning_traffic(config, layout, placement, start.stage, fisher, first)
     return Estimate(
@@ -256,7 +257,7 @@ def estimate(
         target_layout=target_layout,
         route=route,
         memory=start,
-        target_memory=fullest_rank(config, target_layout, placement.of(config, target_layout.layers), teacher=taught),
+        target_memory=fullest_rank(later, target_layout, small, teacher=taught),
         phases=plan_phases(config, route, iterations, flops),
         traffic=traffic,
         pruning_traffic=on_top,

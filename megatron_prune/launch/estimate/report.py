@@ -72,6 +72,10 @@ def render(config: Config, findings: tuple[Finding, ...], estimate: Estimate) ->
         f"{config.training.global_batch_size} sequences of {config.data.seq_length} = {config.tokens_per_iteration:,} "
         f"tokens per iteration, {placement.micro_batches} micro-batches of {config.training.micro_batch_size}"
     )
+    later = config.after_target.training.micro_batch_size
+    if later != config.training.micro_batch_size:
+        count = config.training.global_batch_size // (later * placement.dp)
+        batch += f"; from the target on {count} of {later}"
     sections = [
         [title, batch],
         ["reads", *_columns([[finding.what, finding.state] for finding in findings])],
