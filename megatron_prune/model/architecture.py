@@ -205,7 +205,9 @@ class Architecture:
             kind: tuple(drop(ids, units) for ids, units in zip(self.live[kind], sites, strict=True))
             for kind, sites in group.gone.items()
         }
-        return Architecture(self.shape, {**self.live, **changed})
+        after = Architecture(self.shape, {**self.live, **changed})
+        vars(after)["_derived"] = {kind: ids for kind, ids in self._derived.items() if kind.follows not in changed}
+        return after
 
     def leaving(self, group: Group, kind: Kind, layer: int) -> np.ndarray:
         """int32 ids of `kind` that leave `layer` with `group`: its own, or those that served only units of it."""

@@ -81,6 +81,17 @@ def test_removals_cost_what_leaves(data):
         architecture = after
 
 
+@given(st.data())
+def test_what_follows_is_the_same_along_the_way_and_afresh(data):
+    architecture = data.draw(architectures())
+    for group in data.draw(groups(architecture)):
+        architecture = architecture.without(group)
+        afresh = Architecture(architecture.shape, architecture.live)
+        for kind in architecture.table.kinds:  # asked at every step: what was found before a removal is kept
+            ids, expected = architecture.sites(kind), afresh.sites(kind)
+            assert [one.tolist() for one in ids] == [one.tolist() for one in expected], kind
+
+
 def test_a_kv_head_leaves_with_its_last_query_head_only():
     shape = dataclasses.replace(SMOL_360M, num_layers=1)
     one = Architecture.full(shape)

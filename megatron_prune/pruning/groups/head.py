@@ -9,6 +9,7 @@ A KV head leaves by itself with the last query head that it serves.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -80,16 +81,18 @@ def _picks(values: np.ndarray, kv_heads: np.ndarray, gqa: str) -> Iterator[tuple
     if gqa == "cluster":
         yield from ((i,) for i in range(len(values)))
         return
-    clusters = np.split(np.arange(len(kv_heads)), np.flatnonzero(np.diff(kv_heads)) + 1)  # ids ascend
+    edges = [0, *(np.flatnonzero(kv_heads[1:] != kv_heads[:-1]) + 1).tolist(), len(kv_heads)]  # ids ascend
+    clusters = [tuple(range(first, last)) for first, last in itertools.pairwise(edges)]
     if gqa == "kv_group":
-        yield from (tuple(int(i) for i in cluster) for cluster in clusters)
+        yield from clusters
         return
-    ranked = [cluster[np.argsort(values[cluster], kind="stable")] for cluster in clusters]
-    least = [int(order[0]) for order in ranked]
+    scores = values.tolist()
+    ranked = [sorted(cluster, key=scores.__getitem__) for cluster in clusters]
+    least = [order[0] for order in ranked]
     yield tuple(least)
     for number, order in enumerate(ranked):
         if len(order) > 1:
-            yield (*least[:number], int(order[1]), *least[number + 1 :])
+            yield (*least[:number], order[1], *least[number + 1 :])
 
 
 def _score(total: float, heads: int, shape: LlamaShape, rules: Rules) -> float:

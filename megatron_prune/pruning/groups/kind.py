@@ -138,8 +138,8 @@ class GroupKind:
     ) -> tuple[float, tuple[int, ...], float]:
         """(least score, its ids, second least score) of what a layer may lose; `values` belong to ascending `ids`."""
         at = int(np.argmin(values))
-        second = float(np.min(np.delete(values, at))) if len(values) > 1 else math.inf
-        return float(values[at]), (int(ids[at]),), second
+        second = min(values[:at].min(initial=math.inf), values[at + 1 :].min(initial=math.inf))
+        return float(values[at]), (int(ids[at]),), float(second)
 
     def units(self, architecture: Architecture, rules: Rules) -> int:
         """Units of every layer that leave with one group."""
