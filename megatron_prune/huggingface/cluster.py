@@ -55,6 +55,8 @@ def config_json(architecture: Architecture, dtype: str, special_ids: Mapping[str
         raise UserError(
             "--kv-policy cluster: layers without rotary embedding are not in its code; use native or expand"
         )
+    if architecture.table.norms_followers:
+        raise UserError("--kv-policy cluster: norms over all heads together (OLMo 2's) are not in its code; use native")
     queries = queries_per_kv_head(architecture)
     config = stock.config_json(architecture, dtype, max(map(len, queries)), special_ids)
     for field in ("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers"):

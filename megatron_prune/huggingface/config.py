@@ -31,6 +31,7 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
 }
 # Read as another family that computes the same; only names and packing of weights differ (see `weights.split_fused`).
 SAME_AS = {"phi3": "llama"}
@@ -40,11 +41,13 @@ REFUSED = {
     "gemma2": "norms stand on both sides of a block, logits are capped, and half of the layers attend in windows",
     "gemma3": "it is a model of text and images",
     "gemma3_text": "norms stand on both sides of a block and scale by 1 + weight, and most layers attend in windows",
-    "olmo2": "norms stand behind attention and FFN, and queries and keys are normalised over all heads together",
+    "olmo": "its LayerNorms have no weights, and it may clip queries, keys and values",
+    "olmo3": "most layers attend in windows",
     "phi": "attention and FFN stand side by side, with LayerNorm and biases",
 }
 # The oldest transformers that computes an export: before, Mistral took no rope_scaling and Qwen2 no head_dim.
 OLDEST_TRANSFORMERS = {"llama": "4.45", "mistral": "4.48", "qwen2": "4.48", "qwen3": "4.51", "smollm3": "4.53"}
+OLDEST_TRANSFORMERS["olmo2"] = "4.48"
 WRITTEN_FOR = "5.0.0"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE_IGNORED = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -53,7 +56,9 @@ _LARGEST = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14, "num_k
 _LARGEST |= {"head_dim": 1 << 16, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "vocab_size": 1 << 26}
 _LARGEST_NUMBER = 1e18
 # Defaults that transformers would fill in silently and that differ between its classes; null stays null.
-_LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "num_key_value_heads": None}
+_DEFAULTS = {"max_position_embeddings": 2048, "num_key_value_heads": None}
+_WITH_DEFAULTS = ("llama", "olmo2")
+_EPSILONS = {"olmo2": 1e-5, "phi3": 1e-5}
 
 
 class Fields:
@@ -135,7 +140,7 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         supported = ", ".join((*CLASSES, *SAME_AS))
         raise fields.refuse("model_type", f"{shown(model_type)} is not supported ({supported} are)")
     _refuse_unsupported(fields, model_type)
-    defaults: dict[str, Any] = _LLAMA_DEFAULTS if model_type == "llama" else {}
+    defaults: dict[str, Any] = _DEFAULTS if model_type in _WITH_DEFAULTS else {}
     heads = fields.whole("num_attention_heads")
     if "num_key_value_heads" not in config and "num_key_value_heads" not in defaults:
         raise fields.refuse("num_key_value_heads", f"is missing; for {model_type} it has no sensible default")
@@ -143,7 +148,8 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
     if heads % kv_heads:
         raise fields.refuse("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads ({heads})")
     context = fields.whole("max_position_embeddings", defaults.get("max_position_embeddings"))
-    _check_window(fields, str(fields.word("model_type")), context)
+    stated = str(fields.word("model_type"))
+    _check_window(fields, stated, context)
     theta, scaling = _rope(fields, context)
     layers, ffn = fields.whole("num_hidden_layers"), fields.whole("intermediate_size")
     if layers * (heads + ffn) > MOST_UNITS:
@@ -159,7 +165,7 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         kv_channels=_head_dim(fields, model_type),
         vocab_size=fields.whole("vocab_size"),
         max_position_embeddings=context,
-        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+        norm_epsilon=fields.number("rms_norm_eps", _EPSILONS.get(stated, 1e-6)),
         rotary_base=theta,
         rope_scaling=scaling,
         tie_word_embeddings=fields.switch("tie_word_embeddings", model_type == "smollm3"),
@@ -211,7 +217,7 @@ def _check_window(fields: Fields, model_type: str, context: int) -> None:
         window = 4096  # the default of transformers' MistralConfig
     if model_type.startswith(("qwen", "smollm")) and not fields.switch("use_sliding_window"):
         return
-    if model_type != "llama" and window is not None and fields.whole("sliding_window", window) < context:
+    if model_type not in ("llama", "olmo2") and window is not None and fields.whole("sliding_window", window) < context:
         raise fields.refuse(
             "sliding_window",
             f"{window} is less than max_position_embeddings ({context}), and windowed attention is not supported; set "
@@ -332,6 +338,8 @@ def config_json(
         config |= {"attention_bias": False, "mlp_bias": False}
     elif kind == "mistral":
         config["sliding_window"] = None
+    elif kind == "olmo2":
+        config["attention_bias"] = False
     else:
         config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": shape.num_layers}
         config |= {} if kind == "qwen2" else {"attention_bias": False}

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.huggingface.cluster import MODEL_TYPE
-from megatron_prune.huggingface.config import OLDEST_TRANSFORMERS
-from megatron_prune.huggingface.gguf_file import ARCHITECTURES
+from megatron_prune.huggingface.config import OLDEST_TRANSFORMERS, shape_from_config
+from megatron_prune.huggingface.gguf_file import why_not
 
 TP_SIZES = (1, 2, 4, 8)
 Q8_BLOCK, K_BLOCK = 32, 256  # elements of a row that llama.cpp quantizes together
@@ -46,13 +46,13 @@ def verdicts(config: Mapping[str, Any]) -> Iterator[Verdict]:
 
 
 def _llama_cpp(config: Mapping[str, Any]) -> Iterator[Verdict]:
-    kind = config["model_type"]
-    rope = (config.get("rope_scaling") or {}).get("rope_type")
-    if kind not in ARCHITECTURES or (rope == "llama3" and ARCHITECTURES[kind] != "llama"):
-        what = f"{kind} models" if kind not in ARCHITECTURES else f"llama3 scaling of {kind} models"
-        yield Verdict("llama.cpp", "no", f"{what} are not written by convert-to-gguf")
+    obstacle = why_not(shape_from_config(config))
+    if obstacle:
+        yield Verdict("llama.cpp", "no", obstacle)
         return
-    yield Verdict("llama.cpp f16", "yes", "any width: the head dimension is stated")
+    free = config["model_type"] != "olmo2"
+    any_width = "any width: the head dimension is stated"
+    yield Verdict("llama.cpp f16", "yes", any_width if free else "its heads' channels are as many as the hidden ones")
     for name, block in (("q8_0", Q8_BLOCK), ("q4_k", K_BLOCK)):
         uneven = [f"{what} {size}" for what, size in _rows(config).items() if size % block]
         takes = "yes" if not uneven else "no" if len(uneven) == len(_rows(config)) else "partly"
@@ -67,7 +67,7 @@ def _rows(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _server(name: str, config: Mapping[str, Any]) -> Verdict:
-    if config["model_type"] not in ("llama", "mistral", "qwen2", "qwen3"):
+    if config["model_type"] not in ("llama", "mistral", "qwen2", "qwen3", "olmo2"):
         return Verdict(name, "unknown", f"not looked at for {config['model_type']}; see its list of models")
     heads, kv, ffn = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
     fits = [
@@ -77,8 +77,10 @@ def _server(name: str, config: Mapping[str, Any]) -> Verdict:
     ]
     sizes = ", ".join(map(str, fits))
     why = f"tensor parallel {sizes}" + ("" if 2 in fits else f" alone: {heads} heads ({kv} KV), FFN {ffn}")
-    implied = config["hidden_size"] // heads
-    if config["head_dim"] != implied:
+    implied = config["hidden_size"] / heads
+    if config["model_type"] == "olmo2" and config["head_dim"] != implied:
+        return Verdict(name, "no", f"takes hidden / heads ({implied:g}) for the head dimension ({config['head_dim']})")
+    if config["head_dim"] != int(implied):
         why += f"; needs a release that reads head_dim ({config['head_dim']}, not hidden/heads)"
     return Verdict(name, "yes", f"by its sources, not run: {why}")
 

@@ -5,7 +5,7 @@
 
 The head dimension is stated (key and value length), so that widths which pruning left need no common divisor. Llama and
 Mistral without sliding window become `llama`, whose rotary embedding turns neighbouring channels where Hugging Face's
-turns halves: rows of q and k are put in that order. Qwen 2 and 3 turn halves in llama.cpp too.
+turns halves: rows of q and k are put in that order. Qwen 2 and 3 and OLMo 2 turn halves in llama.cpp too.
 
 Norms and biases are stored in f32. Q8_0 quantizes blocks of 32 along a row; rows that are no multiple of it are stored
 in f16, and the caller is told which.
@@ -39,7 +39,7 @@ from megatron_prune.pruning.groups import known_groups
 # --dtype -> GGUF's type of matrices.
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "olmo2": "olmo2"}
 # What config.json calls numbers of units -> what GGUF does.
 _NUMBERS = {
     "num_attention_heads": "head_count",
@@ -166,12 +166,27 @@ def _shape(folder: Path) -> LlamaShape:
             "GGUF; export the checkpoint with --kv-policy expand, which gives the same logits"
         )
     shape = read_shape(folder)
-    if shape.model_type not in ARCHITECTURES:
-        raise UserError(f"{file}: {shape.model_type} models are not written as GGUF ({', '.join(ARCHITECTURES)} are)")
-    kind = (shape.rope_scaling or {}).get("rope_type")
-    if kind == "llama3" and ARCHITECTURES[shape.model_type] != "llama":
-        raise UserError(f"{file}: rope_scaling llama3 of a {shape.model_type} model does not map to GGUF")
+    obstacle = why_not(shape)
+    if obstacle:
+        raise UserError(f"{file}: {obstacle}")
     return shape
+
+
+def why_not(shape: LlamaShape) -> str | None:
+    """What keeps a model of this shape from being a GGUF file, or None."""
+    kind, scaling = shape.model_type, (shape.rope_scaling or {}).get("rope_type")
+    if kind not in ARCHITECTURES:
+        return f"{kind} models are not written as GGUF ({', '.join(ARCHITECTURES)} are)"
+    if scaling == "llama3" and ARCHITECTURES[kind] != "llama":
+        return f"rope_scaling llama3 of a {kind} model does not map to GGUF"
+    if kind == "olmo2":
+        channels = shape.num_attention_heads * shape.kv_channels
+        if channels != shape.hidden_size:
+            hidden = shape.hidden_size
+            return f"llama.cpp wants as many channels of an olmo2 model's heads ({channels}) as hidden ones ({hidden})"
+        if shape.tie_word_embeddings:
+            return "llama.cpp wants an output layer of its own of an olmo2 model, and this one's is tied"
+    return None
 
 
 # Tensors --------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     native    every layer keeps the same number of KV heads and each serves the same number of query heads: plain GQA
     expand    each KV head is repeated for every query head it serves: plain multi-head attention, the same logits from
-              more weights and a larger cache
+              more weights and a larger cache. Where keys are normed over all heads together (OLMo 2), the KV heads of a
+              layer must be repeated equally often, or the mean of their squares would be another
     cluster   every layer's live KV heads and nothing else; the model's code comes with it (`trust_remote_code=True`)
     auto      the most portable one that is exact: native, else expand
 
@@ -58,6 +59,11 @@ class KvPlan:
             raise UserError(f"--kv-policy {NATIVE}: {obstacle}; use {EXPAND} or {CLUSTER}")
         queries = queries_per_kv_head(architecture)
         if requested == EXPAND or (requested == AUTO and obstacle):
+            if architecture.table.norms_followers and any(len(set(layer)) > 1 for layer in queries):
+                raise UserError(
+                    f"{architecture.shape.model_type}: {obstacle}, and keys are normed over all heads together, which "
+                    "repeated ones would change: no export is exact; prune with gqa kv_group or uniform"
+                )
             repeats = tuple(served_by(architecture))
             return cls(EXPAND, tuple(map(sum, queries)), repeats, obstacle)
         return cls(CLUSTER if requested == CLUSTER else NATIVE, tuple(map(len, queries)), None, obstacle)

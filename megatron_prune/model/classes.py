@@ -23,6 +23,7 @@ from megatron.core import __version__ as megatron_core
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -31,7 +32,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.layers import PrunableSelfAttention, RMSNorm
+from megatron_prune.model.layers import NormedRowParallelLinear, PrunableSelfAttention, RMSNorm
+from megatron_prune.model.table import Param
 
 GPT, HYBRID, AUTO = "gpt", "hybrid", "auto"
 
@@ -43,6 +45,7 @@ class PrunableLlama(torch.nn.Module):
 
     modules_per_layer = 1
     layers: tuple[int, ...] = ()  # original numbers of those in `decoder.layers`
+    norms: tuple[tuple[RMSNorm, Param], ...] = ()  # each with its weight's row, which says what it divides by
     config: Any
     decoder: Any
     output_layer: Any
@@ -103,24 +106,26 @@ def engine_of(asked: str) -> str:
     return (HYBRID if has_hybrid else GPT) if asked == AUTO else asked
 
 
-def construct(engine: str, config: TransformerConfig, **arguments: Any) -> PrunableLlama:
+def construct(engine: str, config: TransformerConfig, held: frozenset[str], **arguments: Any) -> PrunableLlama:
     """This rank's stage, with undefined weights, as a class of `engine` (see `engine_of`).
 
     Args:
         config: of a GPTModel, whatever the class.
+        held: the table's names of parameters in layers: a norm that is none of them is not there.
         arguments: what both classes take.
     """
+    down = NormedRowParallelLinear if "mlp.linear_fc2.post_layernorm.weight" in held else RowParallelLinear
     attention: dict[str, Any] = {
-        "input_layernorm": RMSNorm,
-        "self_attention": ModuleSpec(module=PrunableSelfAttention, params={"eps": config.layernorm_epsilon}),
+        "input_layernorm": RMSNorm if "input_layernorm.weight" in held else IdentityOp,
+        "self_attention": ModuleSpec(module=PrunableSelfAttention, params={"held": held}),
         "self_attn_bda": get_bias_dropout_add,
     }
     ffn: dict[str, Any] = {
-        "pre_mlp_layernorm": RMSNorm,
+        "pre_mlp_layernorm": RMSNorm if "pre_mlp_layernorm.weight" in held else IdentityOp,
         "mlp": ModuleSpec(
             module=MLP,
             params={"ffn_hidden_size": config.ffn_hidden_size},
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=down),
         ),
         "mlp_bda": get_bias_dropout_add,
     }

@@ -1,6 +1,8 @@
 """Layers that stay exact while some of their slots are empty.
 
     RMSNorm                divides by the live width, not the stored one
+    HeadsNorm              the same over the heads of all tensor-parallel ranks together
+    NormedRowParallelLinear  an output projection with a norm behind it
     CoreAttention          scaled_dot_product_attention; grouped when clusters are uniform, else K and V gathered per
                            query; `set_slots` tells it which
     PrunableSelfAttention  [q | k | v] projection, RoPE, core attention with a live mask, output projection
@@ -10,6 +12,7 @@ Tensor names: S sequence, B batch, N query slots, K KV slots, D kv_channels, H s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,10 @@ from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -49,6 +56,45 @@ class RMSNorm(torch.nn.Module):
         ratio = self.live_width / stored
         weight = self.weight.float() if ratio == 1.0 else self.weight.float() * ratio**0.5
         return F.rms_norm(x_SBH.float(), (stored,), weight, self.eps * ratio).to(x_SBH.dtype)
+
+
+class HeadsNorm(RMSNorm):
+    """Root mean square norm of queries (or keys) over all live heads of all tensor-parallel ranks (OLMo 2).
+
+    `live_width` counts the channels of all ranks; a rank has the weight of its own heads. An empty slot adds nothing to
+    the squares, so that the norm is the one of the smaller model. Attention calls these modules other names than
+    `q_layernorm`, by which megatron-core finds weights whose gradients it sums over ranks.
+    """
+
+    def forward(self, x_SBW: Tensor, squares_SB: Tensor) -> Tensor:  # type: ignore[override]
+        """This rank's queries, fp32 in and out; `squares_SB` (fp32) are sums over all ranks."""
+        scale = torch.rsqrt(squares_SB / self.live_width + self.eps)
+        return x_SBW * scale[..., None] * self.weight.float()
+
+
+def norm_together(
+    pairs: Sequence[tuple[Tensor, HeadsNorm]], group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """Each tensor [S, B, own channels] normed over the channels of all ranks of `group`: one all-reduce of sums of
+    squares for all of them, and one of its gradient, since every rank's outputs depend on the sums."""
+    wide = [x_SBW.float() for x_SBW, _ in pairs]
+    own = torch.stack([x_SBW.square().sum(-1) for x_SBW in wide])
+    sums = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(own, group), group)
+    given = zip(pairs, wide, sums, strict=True)
+    return tuple(norm(x_SBW, squares).to(original.dtype) for (original, norm), x_SBW, squares in given)
+
+
+class NormedRowParallelLinear(RowParallelLinear):
+    """An output projection whose sum over tensor-parallel ranks is normed (OLMo 2)."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.post_layernorm = RMSNorm(config, output_size, config.layernorm_epsilon)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """Normed output [S, B, H] (scattered over the sequence under sequence parallelism) and no bias."""
+        output, bias = super().forward(input_)
+        return self.post_layernorm(output if bias is None else output + bias), None
 
 
 class CoreAttention(torch.nn.Module):
@@ -109,7 +155,8 @@ class PrunableSelfAttention(MegatronModule):
     """Self-attention whose query and KV slots may be any numbers per rank, laid out [q | k | v].
 
     megatron-core's own SelfAttention wants a regular grid of query groups; clusters of unequal size have none.
-    The stored slot counts per rank come from the config (`num_attention_heads`, `num_query_groups` over TP).
+    The stored slot counts per rank come from the config (`num_attention_heads`, `num_query_groups` over TP), and which
+    norms there are from the names of the table's parameters in a layer, `held`.
     """
 
     def __init__(
@@ -117,7 +164,7 @@ class PrunableSelfAttention(MegatronModule):
         config: TransformerConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        eps: float = 1e-5,
+        held: frozenset[str],
         **_unused: Any,
     ) -> None:
         super().__init__(config=config)
@@ -136,12 +183,18 @@ class PrunableSelfAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
         self.core_attention = CoreAttention()
-        self.q_layernorm = RMSNorm(config, config.kv_channels, eps) if config.qk_layernorm else None
-        self.k_layernorm = RMSNorm(config, config.kv_channels, eps) if config.qk_layernorm else None
-        for norm in filter(None, (self.q_layernorm, self.k_layernorm)):
-            # Its input is split over heads, not over the sequence; megatron-core sums these two over TP by their names.
+        d, tp, eps = config.kv_channels, pg_collection.tp.size(), config.layernorm_epsilon
+        each, whole = ("self_attention.q_layernorm.weight" in held, "self_attention.query_norm.weight" in held)
+        self.q_layernorm = RMSNorm(config, d, eps) if each else None
+        self.k_layernorm = RMSNorm(config, d, eps) if each else None
+        self.query_norm = HeadsNorm(config, query // tp * d, eps) if whole else None
+        self.key_norm = HeadsNorm(config, kv // tp * d, eps) if whole else None
+        for norm in filter(None, (self.q_layernorm, self.k_layernorm, self.query_norm, self.key_norm)):
+            # Its input is split over heads, not over the sequence; megatron-core sums the first two over TP by their
+            # names.
             norm.weight.sequence_parallel = False  # type: ignore[attr-defined]
-        self.linear_proj = RowParallelLinear(
+        normed = "self_attention.linear_proj.post_layernorm.weight" in held
+        self.linear_proj = (NormedRowParallelLinear if normed else RowParallelLinear)(
             query * config.kv_channels,
             config.hidden_size,
             config=config,
@@ -160,6 +213,8 @@ class PrunableSelfAttention(MegatronModule):
         mixed, _ = self.linear_qkv(hidden_states)
         query, kv, d = self.slots
         q, k, v = mixed.split([query * d, kv * d, kv * d], dim=-1)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = norm_together(((q, self.query_norm), (k, self.key_norm)), self.pg_collection.tp)
         q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)

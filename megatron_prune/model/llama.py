@@ -27,7 +27,7 @@ from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layers import CoreAttention, PrunableSelfAttention, RMSNorm, set_slots
 from megatron_prune.model.layout import ShardLayout, stage_layers
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import EMPTY, LINEARS, NORM, QKV, Param, ParamTable
+from megatron_prune.model.table import EMPTY, LINEARS, QKV, Param, ParamTable
 from megatron_prune.runtime.mesh import Mesh
 
 
@@ -130,6 +130,7 @@ def build_llama(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: Mod
     model = construct(
         options.engine,
         config,
+        layout.architecture.table.names_in_layers,
         vocab_size=layout.stored.vocab * layout.tp,
         max_sequence_length=options.seq_length,
         pre_process=mesh.is_first_stage,
@@ -155,7 +156,10 @@ def hold_layers(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh, options
         if hasattr(module, "self_attention"):  # a HybridModel's FFN has none
             module.self_attention.knows_positions = layer not in layout.architecture.shape.no_rope_layers
     llama.to(mesh.device.device)
-    _mark_sharding(llama, layout.architecture.table)
+    table = layout.architecture.table
+    _mark_sharding(llama, table)
+    holders = ((llama.get_submodule(name.rpartition(".")[0]), row) for name, _, _, row in _local_rows(llama, table))
+    llama.norms = tuple((module, row) for module, row in holders if isinstance(module, RMSNorm))
 
 
 def stages_of(layout: ShardLayout, mesh: Mesh, options: ModelOptions) -> tuple[tuple[int, ...], ...]:
@@ -217,9 +221,6 @@ def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh, before:
         setattr(llama.config, name, value)
     modules, slots = list[CoreAttention](), list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
     for index, module in llama.numbered():
-        for norm in (module.input_layernorm, module.pre_mlp_layernorm):
-            if isinstance(norm, RMSNorm):
-                norm.live_width = _live_width(layout, index)
         if isinstance(module.self_attention, PrunableSelfAttention):
             queries, keys = (part.dims[0].kind for part in layout.architecture.table.find(QKV, index).parts[:2])
             if before is None or layout.placed[queries] is not before.placed[queries]:
@@ -227,16 +228,10 @@ def bind_layout(model: torch.nn.Module, layout: ShardLayout, mesh: Mesh, before:
                 heads, kv_heads = (layout.slots(kind, index, mesh.tp_rank) for kind in (queries, keys))
                 slots.append((heads, kv_heads, layout.serving(keys, index, mesh.tp_rank)))
     set_slots(modules, slots, mesh.device.device)
-    if llama.decoder.final_layernorm is not None:
-        llama.decoder.final_layernorm.live_width = _live_width(layout, None)
+    for norm, row in llama.norms:
+        norm.live_width = layout.architecture.width(row.dims[0].kind, row.site) * row.dims[0].size
     if llama.post_process:  # megatron-core checks a tied weight against it
         llama.output_layer.input_size = llama.config.hidden_size
-
-
-def _live_width(layout: ShardLayout, layer: int | None) -> int:
-    """Live channels that the norms of `layer` (None: the final one) divide by."""
-    row = layout.architecture.table.find(NORM, layer)
-    return layout.architecture.width(row.dims[0].kind, row.site) * row.dims[0].size
 
 
 NamedRow = tuple[str, torch.nn.Parameter, Param]

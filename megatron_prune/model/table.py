@@ -8,7 +8,7 @@ knows how qkv or gate/up are packed, and nothing tells parameters apart by their
     Part          one Hugging Face tensor; the parts of a Megatron parameter are stacked along dim 0
     Param         a Megatron parameter: name, layer, role and parts
     ParamTable    the rows for one LlamaShape; counts parameters for any widths
-    register_rows how a family's parameters are listed (Llama's here)
+    register_rows how a family's parameters are listed (Llama's and OLMo 2's here)
     positions     slots -> element positions along a dim
 
 On each tensor-parallel rank qkv is [q slots | k slots | v slots] x kv_channels rows and gate/up is [gate | up] rows.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -198,6 +198,16 @@ class ParamTable:
         return {(row.role, row.layer): row for row in reversed(self.rows)}  # the first of equals
 
     @cached_property
+    def names_in_layers(self) -> frozenset[str]:
+        """What parameters of layers are called inside of them, as in `self_attention.linear_proj.weight`."""
+        return frozenset(row.name.split(".", 3)[3] for row in self.rows if row.layer is not None)
+
+    @cached_property
+    def norms_followers(self) -> bool:
+        """Whether units of a kind that follows another (KV heads) are normed together, so that copies would count."""
+        return any(row.role == HEAD_NORM and row.dims[0].kind.follows is not None for row in self.rows)
+
+    @cached_property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of unit that its dims count, in the order of their registration."""
         return in_order(dim.kind for row in self.rows for part in row.parts for dim in part.dims)
@@ -293,11 +303,39 @@ def _built(shape: LlamaShape) -> ParamTable:
 
 def llama_rows(shape: LlamaShape) -> Iterator[Param]:
     """The parameters of a Llama, Mistral, Qwen2 or Qwen3."""
+    return _model_rows(shape, lambda layer: (*attention_rows(shape, layer), *ffn_rows(layer, Dim(FFN))))
+
+
+def olmo2_rows(shape: LlamaShape) -> Iterator[Param]:
+    """Norms stand behind attention and FFN, and those of queries and keys have a weight for every head's channels."""
+
+    def rows(layer: int) -> Iterator[Param]:
+        theirs, d = f"model.layers.{layer}.", shape.kv_channels
+        qkv, output = (row for row in attention_rows(shape, layer) if row.role in (QKV, ATTENTION_OUTPUT))
+        yield qkv
+        for name, kind in (("query", HEAD), ("key", KV_HEAD)):  # see `layers.HeadsNorm` on their names
+            hf_name = f"{theirs}self_attn.{name[0]}_norm.weight"
+            ours = f"decoder.layers.{layer}.self_attention.{name}_norm.weight"
+            yield single(ours, layer, HEAD_NORM, hf_name, Dim(kind, d))
+        yield output
+        yield _norm_behind(output, f"{theirs}post_attention_layernorm.weight")
+        up, down = (row for row in ffn_rows(layer, Dim(FFN)) if row.role in (FFN_UP, FFN_DOWN))
+        yield from (up, down, _norm_behind(down, f"{theirs}post_feedforward_layernorm.weight"))
+
+    return _model_rows(shape, rows)
+
+
+def _norm_behind(output: Param, hf_name: str) -> Param:
+    name = output.name.removesuffix("weight") + "post_layernorm.weight"  # as Megatron-Bridge calls it
+    return single(name, output.layer, NORM, hf_name, output.dims[0])
+
+
+def _model_rows(shape: LlamaShape, of_layer: Callable[[int], Iterable[Param]]) -> Iterator[Param]:
+    """What stands around the layers, and in between the rows of each layer."""
     ids, stem = Dim(VOCAB), Dim(STEM)
     yield single("embedding.word_embeddings.weight", None, EMBEDDING, "model.embed_tokens.weight", ids, stem)
     for layer in range(shape.num_layers):
-        yield from attention_rows(shape, layer)
-        yield from ffn_rows(layer, Dim(FFN))
+        yield from of_layer(layer)
     yield single("decoder.final_layernorm.weight", None, NORM, "model.norm.weight", stem)
     if not shape.tie_word_embeddings:
         yield single(TIED_COPY, None, LM_HEAD, HF_LM_HEAD, ids, stem)
@@ -333,6 +371,9 @@ def ffn_rows(layer: int, channel: Dim) -> Iterator[Param]:
     parts = tuple(Part(f"{theirs}mlp.{name}_proj.weight", (channel, stem)) for name in ("gate", "up"))
     yield Param(f"{ours}mlp.linear_fc1.weight", layer, FFN_UP, parts)
     yield single(f"{ours}mlp.linear_fc2.weight", layer, FFN_DOWN, f"{theirs}mlp.down_proj.weight", stem, channel)
+
+
+register_rows("olmo2", olmo2_rows)
 
 
 def holds(slots: np.ndarray, units: np.ndarray) -> np.ndarray:

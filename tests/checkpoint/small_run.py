@@ -43,6 +43,7 @@ SHAPE = LlamaShape(
     add_qkv_bias=True,
 )
 UNTIED = dataclasses.replace(SHAPE, tie_word_embeddings=False, add_qkv_bias=False, qk_layernorm=True)
+OLMO2 = dataclasses.replace(SHAPE, tie_word_embeddings=False, add_qkv_bias=False, model_type="olmo2")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint, save_checkpoint, save_weights
+from megatron_prune.model.kinds import KV_HEAD
 from megatron_prune.model.llama import take
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.model.table import ParamTable, positions
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import (
+    OLMO2,
     SHAPE,
     STATE,
     UNTIED,
@@ -61,8 +63,8 @@ def resume_all(kinds, folder):
     return found
 
 
-def save_then_resume(rank, world, folder):
-    model = build(A)
+def save_then_resume(rank, world, folder, first=A, shape=SHAPE, kinds=ON_FOUR):
+    model = build(first, shape)
     prune_a_little(model)
     fingerprint = model.layout.fingerprint()
     empty = [model.layout.empty_slots(kind) for kind in model.layout.placed if kind.is_prunable]
@@ -70,7 +72,7 @@ def save_then_resume(rank, world, folder):
     step = model.adam_step()
     losses = go_on(model, 3)
     reference = Resumed(losses, model.architecture.parameters, step, STATE["tokens"], fingerprint)
-    return reference, empty, resume_all(ON_FOUR, folder)
+    return reference, empty, resume_all(kinds, folder)
 
 
 def resume_on_one(rank, world, folder):
@@ -105,6 +107,18 @@ def test_the_same_layout_goes_on_bit_for_bit(runs):
     _, reference, _, resumed = runs
     assert resumed["same"] == reference  # losses, and slots with their empty ones, included
     assert resumed["tp2_pp2"].fingerprint == reference.fingerprint
+
+
+def test_norms_over_the_heads_of_all_ranks(tmp_path):
+    """OLMo 2: the ranks share out the norms of queries and keys, and empty slots of theirs do not count."""
+    kinds = {"same": Kind(tp=2, sp=True, distributed=True), "pp2": Kind(pp=2), "dp2": Kind(distributed=True)}
+    reference, empty, resumed = run_ranks(save_then_resume, 2, str(tmp_path), kinds["same"], OLMO2, kinds)[0]
+    assert min(empty) > 0 and resumed["same"] == reference
+    for name in kinds:
+        assert resumed[name].losses == pytest.approx(reference.losses, rel=1e-5)
+        assert same(tensors(tmp_path), tensors(tmp_path / f"again_{name}"))
+    norm = tensors(tmp_path)["model/model.layers.0.self_attn.k_norm.weight"]
+    assert len(norm) == OLMO2.kv_channels * len(CheckpointReader(tmp_path).architecture.ids(KV_HEAD, 0))
 
 
 def test_live_units_only(runs):

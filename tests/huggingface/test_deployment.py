@@ -35,6 +35,16 @@ def test_a_shape_of_round_widths_is_taken_everywhere():
         (llama(heads=9, kv=3), "vLLM", "yes", "tensor parallel 1 alone: 9 heads (3 KV), FFN 1536; needs a release"),
         (llama(ffn=1538), "SGLang", "yes", "tensor parallel 1, 2"),
         (llama(kv=1, heads=8), "vLLM", "yes", "tensor parallel 1, 2, 4, 8"),
+        (llama(model_type="olmo2"), "vLLM", "yes", "tensor parallel 1, 2, 4, 8"),
+        (llama(model_type="olmo2"), "llama.cpp f16", "yes", "as many as the hidden ones"),
+        (
+            llama(model_type="olmo2", hidden=576),
+            "SGLang",
+            "no",
+            "takes hidden / heads (72) for the head dimension (64)",
+        ),
+        (llama(model_type="olmo2", hidden=576), "llama.cpp", "no", "channels of an olmo2 model's heads (512)"),
+        (llama(model_type="olmo2", tie_word_embeddings=True), "llama.cpp", "no", "an output layer of its own"),
         (llama(hidden=500), "transformers", "yes", "MistralForCausalLM"),
     ],
 )

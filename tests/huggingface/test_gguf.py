@@ -62,14 +62,15 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, s
     return fields, tensors, types
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
 def test_every_weight_is_there_in_fp32(model_type: str, sp_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     extra: dict[str, Any] = {"sliding_window": None} if model_type == "mistral" else {}
+    hidden = 32 if model_type == "olmo2" else 33
     folder = model(
-        tmp_path / "m", sp_model, model_type=model_type, num_key_value_heads=2, hidden_size=33, intermediate_size=47,
-        tie_word_embeddings=False, **extra,
+        tmp_path / "m", sp_model, model_type=model_type, num_key_value_heads=2, hidden_size=hidden,
+        intermediate_size=47, tie_word_embeddings=False, **extra,
     )  # fmt: skip
     done = convert(folder, tmp_path / "m.gguf", "f32")
     fields, tensors, types = read(done.file)
@@ -79,7 +80,7 @@ def test_every_weight_is_there_in_fp32(model_type: str, sp_model: Path, tmp_path
     assert done.tensors == len(tensors) == len(source) and set(types.values()) == {"F32"}
     assert done.parameters == sum(tensor.numel() for tensor in source.values())
     expected = {
-        "embedding_length": 33, "feed_forward_length": 47, "block_count": 2, "context_length": 128,
+        "embedding_length": hidden, "feed_forward_length": 47, "block_count": 2, "context_length": 128,
         "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8,
         "attention.value_length": 8, "rope.dimension_count": 8, "rope.freq_base": 10000.0,
     }  # fmt: skip
@@ -96,7 +97,7 @@ def test_every_weight_is_there_in_fp32(model_type: str, sp_model: Path, tmp_path
         assert torch.equal(stored, theirs[:, order])
     if model_type == "qwen2":
         assert np.array_equal(tensors["blk.0.attn_k.bias"], source["model.layers.0.self_attn.k_proj.bias"].numpy())
-    if model_type == "qwen3":
+    if model_type in ("qwen3", "olmo2"):
         assert np.array_equal(
             tensors["blk.0.attn_q_norm.weight"], source["model.layers.0.self_attn.q_norm.weight"].numpy()
         )

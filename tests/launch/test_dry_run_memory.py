@@ -36,6 +36,7 @@ GQA = LlamaShape(4, 96, 130, 6, 3, 16, 250, 128, tie_word_embeddings=True)
 UNTIED = dataclasses.replace(GQA, num_query_groups=6, tie_word_embeddings=False)
 QWEN2 = dataclasses.replace(GQA, add_qkv_bias=True, model_type="qwen2")
 QWEN3 = dataclasses.replace(UNTIED, qk_layernorm=True, model_type="qwen3")
+OLMO2 = dataclasses.replace(GQA, model_type="olmo2")
 
 
 def make_config(tp=1, pp=1, bf16=False, distributed=False, bucket=None, sp=False, recompute=None, ffn_quantum=1):
@@ -170,6 +171,8 @@ CASES = {
     "biases": (1, make_config(bf16=True), Architecture.full(QWEN2)),
     "query-and-key-norms": (1, make_config(bf16=True), Architecture.full(QWEN3)),
     "query-and-key-norms-fp32": (1, make_config(), Architecture.full(QWEN3)),
+    "norms-behind": (2, make_config(tp=2, sp=True, bf16=True), Architecture.full(OLMO2)),
+    "norms-behind-fp32": (1, make_config(), Architecture.full(OLMO2)),
     "selective-recompute": (1, make_config(recompute="selective"), Architecture.full(GQA)),
     "full-recompute": (1, make_config(recompute="full", bf16=True), Architecture.full(GQA)),
     "uneven-clusters": (2, make_config(distributed=True), pruned(GQA)),

@@ -71,6 +71,15 @@ def test_a_target_that_makes_no_sense(workshop, pruning, words):
         open_inputs(configured(workshop, pruning=pruning))
 
 
+def test_clusters_that_no_export_could_hold(workshop, tmp_path):
+    config = tiny_config(model_type="olmo2", num_key_value_heads=2)
+    write_hf_folder(tmp_path, config, random_llama_weights(config))
+    model, target = ModelConfig(hf_model=str(tmp_path)), PruningConfig(target_params=20000)
+    assert open_inputs(configured(workshop, model=model, pruning=target)).architecture.num_attention_heads == 4
+    with pytest.raises(UserError, match=r"pruning\.gqa: cluster leaves .* of type olmo2 norms keys"):
+        open_inputs(configured(workshop, model=model, pruning=dataclasses.replace(target, gqa="cluster")))
+
+
 def test_a_folder_that_holds_a_run_already(workshop, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
     checkpoint = dataclasses.replace(Config().checkpoint, save=str(tmp_path))

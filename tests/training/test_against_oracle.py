@@ -25,6 +25,7 @@ from megatron_prune.testing.helpers.oracle_cases import (
     COARSE,
     FACTORS,
     MODELS,
+    OLMO2,
     PAIRWISE,
     SPECIAL,
     case_of,
@@ -99,6 +100,29 @@ def test_pairwise(number):
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special(name):
     check_many(*SPECIAL[name], iterations=ITERATIONS // 2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("gqa", ["kv_group", "uniform", "cluster"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tp=2),
+        Case(tp=3, sequence_parallel=True, quanta=COARSE),
+        Case(tp=2, sequence_parallel=True, recompute="full", quanta=rounded(head=2, ffn=8, stem=4, vocab=8)),
+        Case(pp=2, first_stage_layers=1),
+        Case(dp=2, distributed_optimizer=True, quanta=COARSE),
+    ],
+    ids=lambda case: case.name,
+)
+def test_norms_over_all_heads(case, gqa):
+    check_many(case, OLMO2, {"gqa": gqa, "ratio": (2, 1)}, iterations=ITERATIONS // 2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rules", [{"second_order": True}, {"criterion": "minitron", "ratio": (2, 1)}], ids=str)
+def test_norms_behind_blocks_and_inputs_that_are_not_normed(rules):
+    check_many(Case(tp=2, pp=2, quanta=COARSE), OLMO2, {"gqa": "cluster", **rules}, iterations=ITERATIONS // 2)
 
 
 def test_kinds_floors_and_the_first_iteration_hold_with_several_groups_per_step():

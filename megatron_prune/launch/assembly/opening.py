@@ -238,6 +238,11 @@ def check_target(config: Config, architecture: Architecture) -> None:
         raise UserError(
             "pruning.target: kv_cache_per_token needs pruning.gqa: kv_group, where a KV head leaves with its queries"
         )
+    if pruning.gqa == "cluster" and shape.heads_per_group > 1 and architecture.table.norms_followers:
+        raise UserError(
+            "pruning.gqa: cluster leaves KV heads that serve different numbers of query heads; a model of type "
+            f"{shape.model_type} norms keys over all of them, and no export could hold that; use kv_group or uniform"
+        )
     rules = selector_rules(config, architecture)
     if config.checkpoint.load is None:
         refuse_met(rules.budget, architecture, "source", "; give a smaller target, or null to train without pruning")

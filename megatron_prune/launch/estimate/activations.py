@@ -83,6 +83,9 @@ def _attention(config: Config, layout: ShardLayout, layer: int) -> int:
     if shape.qk_layernorm:  # fp32 copies of queries and keys, unfused the quotients, root mean squares
         copies = config.training.bf16 + (not _is_fused(config))
         total += FP32 * (query + kv) * tokens * (d * copies + 1) + 2 * FP32 * d * config.training.bf16
+    if layout.architecture.table.norms_followers:  # over all heads together: fp32 copies, quotients, roots, weights
+        copies = config.training.bf16 + 1
+        total += FP32 * (query + kv) * d * (tokens * copies + config.training.bf16) + 2 * FP32 * tokens
     return total
 
 

@@ -79,8 +79,11 @@ def _tensor_parallel(config: Config, layout: ShardLayout, placement: Placement, 
         passes += 2
     if placement.is_last(stage):  # output layer: all-reduce backward, or gather, gather again, reduce-scatter
         passes += 3 if splits else 2
-    activations = micro_batch_tokens(config) * layout.stored.hidden * element_size(config)
-    return placement.micro_batches * passes * activations * half_ring(placement.tp)
+    tokens = micro_batch_tokens(config)
+    sent = passes * tokens * layout.stored.hidden * element_size(config)
+    if layout.architecture.table.norms_followers:  # sums of squares of queries and keys, all-reduced either way
+        sent += layers * (6 if recomputes else 4) * 2 * FP32 * tokens
+    return placement.micro_batches * sent * half_ring(placement.tp)
 
 
 def _shares_of_others(

@@ -28,6 +28,7 @@ MODELS = {
     "qwen2": tiny_config(intermediate_size=64, model_type="qwen2", num_attention_heads=6, num_key_value_heads=3),
     "qwen3": tiny_config(intermediate_size=64, model_type="qwen3", num_attention_heads=6, num_key_value_heads=2),
 }
+OLMO2 = tiny_config(intermediate_size=64, model_type="olmo2", num_attention_heads=6, num_key_value_heads=3)
 KINDS = {"all": oracle_scores.KINDS, **{kind: (kind,) for kind in oracle_scores.KINDS}}
 
 LAYOUTS_AND_MODELS: dict[str, tuple[Any, ...]] = {
@@ -149,6 +150,11 @@ SPECIAL: dict[str, OracleCase] = {
             no_rope_layers=[1, 0, 1, 0],
         ),
         {"gqa": "cluster"},
+    ),
+    "norms-behind": (  # OLMo 2: queries and keys are normed over the heads of all ranks
+        Case(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, quanta=COARSE),
+        OLMO2,
+        {"gqa": "kv_group", "ratio": (2, 1)},
     ),
     "coarse-quanta": (
         Case(dp=2, distributed_optimizer=True, quanta=rounded(ffn=8, stem=8, vocab=8)),

@@ -26,7 +26,7 @@ from megatron_prune.errors import UserError
 
 HEAD, KV_HEAD, FFN, STEM, VOCAB, FIXED = "head", "kv_head", "ffn", "stem", "vocab", "fixed"
 LAYER = "layer"
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Geometry:
     """Sizes of the source model. `queries_per_kv` query heads in a row share one KV head; `head_dim` never changes.
 
     `rope` holds `rope_theta` and, where the frequencies are scaled, `rope_type` and its parameters; `no_rope` are the
-    layers without rotary embedding (`no_rope_layers`, where 0 says so).
+    layers without rotary embedding (`no_rope_layers`, where 0 says so). `norms_after`: norms stand behind attention and
+    FFN instead of before them, and those of queries and keys run over all heads together (OLMo 2).
     """
 
     num_layers: int
@@ -50,6 +51,7 @@ class Geometry:
     qkv_bias: bool
     qk_norm: bool
     no_rope: tuple[int, ...] = ()
+    norms_after: bool = False
 
     @property
     def queries_per_kv(self) -> int:
@@ -93,6 +95,7 @@ class Geometry:
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
             no_rope=tuple(n for n, turns in enumerate(config.get("no_rope_layers") or ()) if not turns),
+            norms_after=model_type == "olmo2",
         )
 
 
@@ -189,6 +192,10 @@ def weight_table(geometry: Geometry, live: LiveUnits) -> dict[str, WeightDims]:
         kinds |= {"self_attn.v_proj.bias": (KV_HEAD,)}
     if geometry.qk_norm:
         kinds |= {"self_attn.q_norm.weight": (FIXED,), "self_attn.k_norm.weight": (FIXED,)}
+    if geometry.norms_after:
+        del kinds["input_layernorm.weight"]
+        kinds |= {"post_feedforward_layernorm.weight": (STEM,)}
+        kinds |= {"self_attn.q_norm.weight": (HEAD,), "self_attn.k_norm.weight": (KV_HEAD,)}
     for layer in live.layers:
         table |= {f"model.layers.{layer}.{name}": WeightDims(layer, dims) for name, dims in kinds.items()}
     return table

@@ -90,6 +90,8 @@ def attention(
         y = linear(x_BSC, weights, f"{prefix}{name}_proj.weight", record)
         if geometry.qkv_bias:
             y = y + weights[f"{prefix}{name}_proj.bias"]
+        if geometry.norms_after and name != "v":  # over the heads that are there
+            y = rms_norm(y, weights[f"{prefix}{name}_norm.weight"], geometry.epsilon)
         y = y.view(B, S, -1, D)
         if geometry.qk_norm and name != "v":
             y = rms_norm(y, weights[f"{prefix}{name}_norm.weight"], geometry.epsilon)
@@ -123,14 +125,23 @@ def residual_stream(
     """[B, S, C] before each live layer, and after the last one."""
     x_BSC = weights["model.embed_tokens.weight"][tokens_BS]
     states = [x_BSC]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, weights[name], geometry.epsilon)
+
     for layer in live.layers:
         prefix = f"model.layers.{layer}."
-        normed = rms_norm(x_BSC, weights[prefix + "input_layernorm.weight"], geometry.epsilon)
-        rotates = layer not in geometry.no_rope
-        kv_index = live.kv_index(layer)
-        x_BSC = x_BSC + attention(normed, weights, prefix + "self_attn.", geometry, kv_index, record, rotates)
-        normed = rms_norm(x_BSC, weights[prefix + "post_attention_layernorm.weight"], geometry.epsilon)
-        x_BSC = x_BSC + mlp(normed, weights, prefix + "mlp.", record)
+        how = (geometry, live.kv_index(layer), record, layer not in geometry.no_rope)
+        if geometry.norms_after:
+            attended = attention(x_BSC, weights, prefix + "self_attn.", *how)
+            x_BSC = x_BSC + norm(attended, prefix + "post_attention_layernorm.weight")
+            fed = mlp(x_BSC, weights, prefix + "mlp.", record)
+            x_BSC = x_BSC + norm(fed, prefix + "post_feedforward_layernorm.weight")
+        else:
+            normed = norm(x_BSC, prefix + "input_layernorm.weight")
+            x_BSC = x_BSC + attention(normed, weights, prefix + "self_attn.", *how)
+            normed = norm(x_BSC, prefix + "post_attention_layernorm.weight")
+            x_BSC = x_BSC + mlp(normed, weights, prefix + "mlp.", record)
         states.append(x_BSC)
     return states
 
