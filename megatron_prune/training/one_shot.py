@@ -113,17 +113,18 @@ class OneShot:
     def _score(self, config: Config, state: RunState) -> Scored:
         """Gradients of the calibration batch, watched as in training; nothing is smoothed."""
         mesh, training = self.model.mesh, config.training
-        batches = open_stream(self.dataset, config, mesh, is_single=True)
         settings = pruning_settings(config, mesh.dp_size, before(self.model.architecture, state.history))
         settings = dataclasses.replace(settings, momentum=0.0, limits={})
         scoring = Scoring(self.coordinator, settings, state)
-        forward_backward(
-            self.model,
-            self._announced(read_batch(batches, self.num_microbatches, mesh)),
-            self.num_microbatches,
-            training.micro_batch_size,
-            config.data.seq_length,
-        )
+        if settings.looks_at_data:
+            batches = open_stream(self.dataset, config, mesh, is_single=True)
+            forward_backward(
+                self.model,
+                self._announced(read_batch(batches, self.num_microbatches, mesh)),
+                self.num_microbatches,
+                training.micro_batch_size,
+                config.data.seq_length,
+            )
         return scoring.finish()
 
     def _announced(self, batches: Batches) -> Batches:

@@ -59,6 +59,11 @@ class PruningSettings:
     replay: Replay | None = None
     resets_adam: bool = False
 
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether scores or updates come from a batch at all; magnitudes do not."""
+        return bool(self.criterion.needs) or self.updates or self.collector.block_influence
+
 
 def selector_rules(config: Config, source: Architecture) -> Rules:
     """The selector's part of the configuration, for a run that starts from `source`; without any target it is one

@@ -214,3 +214,21 @@ def test_mistakes_are_one_line_and_nothing_is_written(workshop, tmp_path):
         assert "Traceback" not in err, given
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes"]
+
+
+def prune_unseen(_rank, world_size, arguments):
+    """The tool, where a pass over data is a mistake."""
+    from megatron_prune.training import one_shot
+
+    def forward_backward(*_more):
+        raise AssertionError("magnitudes ask for no data")
+
+    one_shot.forward_backward = forward_backward
+    return call_all(_rank, world_size, [("prune", arguments)])
+
+
+def test_magnitudes_are_pruned_without_a_pass_over_data(workshop, tmp_path):
+    words = flags(workshop, "--prune-metric", "magnitude", "--prune-target-params", 20_000, "--save", tmp_path / "run")
+    ((status, output, errors),) = run_ranks(prune_unseen, 1, words, timeout=110)[0]
+    assert status == 0 and "saved: " in output, errors
+    assert CheckpointReader(tmp_path / "run").record.architecture.parameters <= 20_000
