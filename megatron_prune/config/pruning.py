@@ -112,6 +112,12 @@ class GroupConfig:
         "block_influence, 1 - cosine of its input and output",
         metavar="NAME",
     )
+    sublayer: Literal["attention", "mlp"] | None = option(
+        None,
+        "a part of a layer that leaves alone",
+        refused="no stock class of transformers holds a Llama in which a layer lacks attention or MLP, so no export "
+        "could say it; whole layers, heads and FFN channels can leave",
+    )
 
 
 class GroupConfigs(NamedParts):

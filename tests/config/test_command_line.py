@@ -117,6 +117,7 @@ def test_general_flags_go_into_the_command():
         ("--split nan,1,1", "data.split (--split): expected three proportions"),
         ("--context-parallel-size 2", "--context-parallel-size): context parallelism is not built; leave it at 1"),
         ("--virtual-pipeline-model-parallel-size 2", "(virtual) pipeline stages are not built; leave it at null"),
+        ("--prune-groups layer.sublayer=mlp", "layer: sublayer: no stock class of transformers holds a Llama in which"),
         ("--num-experts 8", "mixture-of-experts models are not built; leave it at null"),
         ("--use-precision-aware-optimizer", "precision-aware optimizers are not built; leave it at false"),
         ("--world-size 4", "--world-size only goes with --dry-run"),
