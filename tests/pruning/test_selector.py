@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.model.architecture import Architecture, Group
-from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
+from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, LAYER, STEM, find_kind
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.budget import Limit, flops_per_token, kv_cache_per_token
 from megatron_prune.pruning.groups import Rules
+from megatron_prune.pruning.groups.layer import group_of
 from megatron_prune.pruning.selector import choose, least_architecture
 from megatron_prune.saliency.scores import UnitScores, score_length
 from megatron_prune.testing.reference import oracle_scores
 from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits
-from tests.model.random_models import RULES, removals, shapes, the_one
+from tests.model.random_models import RULES, removals, shapes
 
 KINDS = ("head", "ffn", "stem")
+ALL_KINDS = (*KINDS, "layer")
 
 
 def geometry_of(shape):
@@ -58,7 +60,9 @@ def oracle_form(scores):
         for live, values in ((a.sites(kind), scores.values[kind]) for kind in (HEAD, FFN))
     ]
     return oracle_scores.OracleScores(
-        *by_layer, dict(zip(a.ids(STEM, 0).tolist(), scores.of(STEM).tolist(), strict=True))
+        *by_layer,
+        dict(zip(a.ids(STEM, 0).tolist(), scores.of(STEM).tolist(), strict=True)),
+        dict(zip(a.layers, scores.of(LAYER).tolist(), strict=True)),
     )
 
 
@@ -66,7 +70,9 @@ def random_scores(architecture, seed, levels):
     """Multiples of 1/64, so that sums are exact in any order; few `levels` make ties, odd seeds negative ones too."""
     random = np.random.default_rng(seed)
     least = -levels // 2 if seed % 2 else 0
-    return UnitScores.from_vector(architecture, random.integers(least, levels, score_length(architecture)) / 64)
+    sums = UnitScores.from_vector(architecture, random.integers(least, levels, score_length(architecture)) / 64)
+    influence = random.integers(1, levels, len(architecture.layers)) / 64
+    return UnitScores(architecture, {**sums.values, LAYER: (influence,)})
 
 
 SEQUENCE = 7
@@ -82,15 +88,19 @@ def cases(draw):
     architecture, rule = Architecture.full(draw(shapes())), draw(st.sampled_from(RULES))
     for group in removals(architecture, rule, draw(st.integers(0, 999)), draw(st.integers(0, 8))):
         architecture = architecture.without(group)
+    for layer in architecture.layers[1:]:
+        if draw(st.booleans()):
+            architecture = architecture.without(group_of(architecture, layer))
     fraction = draw(st.sampled_from([0.3, 0.9, 0.99, 1.0]))
     settings = Rules(
         target_params=int(architecture.parameters * fraction),
-        types=draw(st.sampled_from([c for n in (1, 2, 3) for c in combinations(KINDS, n)])),
+        types=draw(st.sampled_from([c for n in (1, 2, 3, 4) for c in combinations(ALL_KINDS, n)])),
+        scores={"layer": draw(st.sampled_from(["weights", "block_influence"]))},
         gqa=rule,
         head_score=draw(st.sampled_from(["per_column", "sum"])),
         normalize=draw(st.sampled_from(["none", "per_parameter"])),
         finish=draw(st.sampled_from(["exact", "first"])),
-        floors={name: draw(st.integers(1, 4)) for name in KINDS},
+        floors={name: draw(st.integers(1, 4)) for name in ALL_KINDS},
         limits=tuple(
             Limit(
                 name,
@@ -116,6 +126,7 @@ def oracle_decision(scores, settings):
         target={limit.name: limit.most for limit in settings.budget.limits},
         seq_length=SEQUENCE,
         finish="exact" if settings.finish == "exact" else "any",
+        layer_score=settings.scores["layer"],
     )
     architecture = scores.architecture
     geometry, live = geometry_of(architecture.shape), live_units(architecture)
@@ -134,13 +145,14 @@ def test_the_choice_is_the_oracles(case, seed, levels):
         return
     best, margin = expected
     assert decision is not None
-    assert the_one(decision.group) == (best.kind, best.units)
+    units = decision.group.gone[find_kind(best.kind)]
+    assert (decision.group.name, units) == (best.kind, best.units)
     assert decision.scores == pytest.approx({candidate.kind: candidate.score for candidate in found}, rel=1e-12)
     assert decision.margin == pytest.approx(margin, rel=1e-9, abs=1e-12)
     after = architecture.without(decision.group)
     assert decision.parameters_after == best.parameters_after == after.parameters
-    for kind in decision.group.gone:
-        assert after.width(kind) >= settings.floors[kind.name]
+    for kind in after.table.prunable:
+        assert after.width(kind) >= min(settings.floors[kind.name], architecture.width(kind))
 
 
 SHAPE = LlamaShape(2, 6, 8, 4, 2, 2, 8, 16)

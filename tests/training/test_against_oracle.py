@@ -11,6 +11,7 @@ import statistics
 
 import pytest
 
+from megatron_prune.model.classes import AUTO, HYBRID, engine_of
 from megatron_prune.testing.helpers.comparison import (
     ITERATIONS,
     MICRO_BATCH,
@@ -86,15 +87,30 @@ def check_many(case, config, changes, iterations=ITERATIONS):
     compared, of, outcome = compare(case, config, oracle_settings(config, **changes), iterations)
     assert compared == of or compared >= 10, f"rounding decided after {compared} of {of} removals"
     assert outcome.compactions > 0
+    return {removal["group"] for removal in outcome.removals}
 
 
-@pytest.mark.parametrize("number", range(len(PAIRWISE)), ids=lambda number: name_of(PAIRWISE[number]))
-def test_pairwise(number):
+def marks_of(factors):
+    """Cases in which layers leave: not with a HybridModel, so far; all but one are for the full run."""
+    if factors["kinds"] != "layers":
+        return []
+    is_hybrid = pytest.mark.skipif(engine_of(AUTO) == HYBRID, reason="a HybridModel keeps its layers, so far")
+    return [is_hybrid, *([] if factors["overlap"] else [pytest.mark.full])]
+
+
+def params_of(rows):
+    return [pytest.param(row, id=name_of(row), marks=marks_of(row)) for row in rows]
+
+
+@pytest.mark.parametrize("factors", params_of(PAIRWISE))
+def test_pairwise(factors):
     """Every fourth case removes a group per step and compacts each time, the others two, when four slots are free."""
-    if number % 4 == 0:
-        return check_many(*case_of(PAIRWISE[number]))
-    case, config, changes = case_of(PAIRWISE[number], COARSE)
-    return check_many(case, config, {**changes, "ratio": (2, 1)}, ITERATIONS // 2)
+    if PAIRWISE.index(factors) % 4 == 0:
+        left = check_many(*case_of(factors))
+    else:
+        case, config, changes = case_of(factors, COARSE)
+        left = check_many(case, config, {**changes, "ratio": (2, 1)}, ITERATIONS // 2)
+    assert factors["kinds"] != "layers" or "layer" in left
 
 
 @pytest.mark.parametrize("name", SPECIAL)
@@ -141,7 +157,7 @@ def test_kinds_floors_and_the_first_iteration_hold_with_several_groups_per_step(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("factors", everything(), ids=name_of)
+@pytest.mark.parametrize("factors", params_of(everything()))
 def test_everything(factors):
     check_many(*case_of(factors))
 

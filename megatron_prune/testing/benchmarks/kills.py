@@ -38,6 +38,7 @@ MOMENTS: dict[str, tuple[str, str, bool]] = {
     "before a compaction": (f"{_RESHARDING}.live", "LiveModel.compact", False),
     "while a compaction moves weights": (f"{_RESHARDING}.compact", "move", True),
     "while a compaction moves optimizer state": (f"{_RESHARDING}.compact", "_set_state", True),
+    "while a layer changes its stage": (f"{_RESHARDING}.compact", "Compaction._carried", True),
     "before a save": (f"{_CHECKPOINT}.save", "plan_save", False),
     "while tensors are written": (f"{_CHECKPOINT}.streams", "SummingFile.write", True),
     "when a rank has written its files": (f"{_CHECKPOINT}.storage", "_Writer.write", True),

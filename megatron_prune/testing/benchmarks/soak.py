@@ -1,7 +1,7 @@
 """Chains of killed runs: every resumed run is the next victim, until one reaches its end; then all must be as if
 nothing had happened.
 
-    VARIANTS   layouts and ways of saving; `any-layout` draws another at every restart
+    VARIANTS   layouts and ways of saving; `any-layout` draws another at every restart, and two lose layers
     LAYOUTS    what it draws from: ranks and flags
     Soak       a folder with a chain in it; `attempt` runs it once more, `close_chain` compares what it left
     SecondStarter   the same command again, while an attempt runs
@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -62,28 +63,35 @@ LAYOUTS: tuple[tuple[int, tuple[object, ...]], ...] = (
 class Variant:
     """A layout of two ranks and how it saves; an uninterrupted run saves at other iterations.
 
-    With `draws` every attempt draws one of `LAYOUTS` instead.
+    With `draws` every attempt draws one of `LAYOUTS` instead. `pruning` is said after what a `TinyRun` says of it, and
+    the source has so many `layers`.
     """
 
     name: str
     flags: tuple[object, ...]
     saving: tuple[object, ...]
     draws: bool = False
+    pruning: Sequence[object] = ()
+    layers: int = 2
 
 
+# FFN channels go first here, then two of four layers; on two stages one changes its stage.
+_LOSES_LAYERS = shlex.split(
+    "--engine gpt --prune-types ffn layer --prune-groups layer.cost=2 ffn.floor=40 --prune-target-params 17000 "
+    "--prune-balance 0"
+)
+_EVERY_TWO = ("--save-interval", 2, "--keep-last", 2)
 VARIANTS = (
-    Variant(
-        "tp2-sp",
-        ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
-        ("--save-interval", 2, "--keep-last", 2),
-    ),
+    Variant("tp2-sp", (_TP, 2, "--sequence-parallel"), _EVERY_TWO),
     Variant(
         "dp2-distributed-overlap-async",
         ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
         ("--save-interval", 3, "--async-save", "--keep-last", 1),
     ),
     Variant("pp2-bf16", ("--pipeline-model-parallel-size", 2, "--bf16"), ("--save-interval", 1, "--keep-last", 1)),
-    Variant("any-layout", (_TP, 2), ("--save-interval", 2, "--keep-last", 2), draws=True),
+    Variant("any-layout", (_TP, 2), _EVERY_TWO, draws=True),
+    Variant("pp2-layers", (_PP, 2), _EVERY_TWO, pruning=_LOSES_LAYERS, layers=4),
+    Variant("any-layout-layers", (_PP, 2), _EVERY_TWO, draws=True, pruning=_LOSES_LAYERS, layers=4),
 )
 
 
@@ -118,7 +126,7 @@ class Soak:
         made_by = folder / "code_version.txt"  # other code may write other histories: then all begins anew
         if not made_by.exists() or made_by.read_text() != code_version():
             shutil.rmtree(folder, ignore_errors=True)
-            self.run = prepare(folder / "inputs")
+            self.run = prepare(folder / "inputs", variant.layers)
             made_by.write_text(code_version())
         self.longest = 5.0
 
@@ -171,7 +179,7 @@ class Soak:
         if layout is not None:
             ranks, flags = LAYOUTS[layout]
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-        words = self.run.arguments(self.save, *flags, *self.variant.saving)
+        words = self.run.arguments(self.save, *flags, *self.variant.pruning, *self.variant.saving)
         log = self.folder / "launcher.log"
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -235,7 +243,7 @@ class Soak:
         flags: Sequence[object] | None = None,
     ) -> tuple[list[Fate], float]:
         flags, begin = self.variant.flags if flags is None else flags, time.monotonic()
-        arguments = self.run.arguments(save, *flags, *saving)
+        arguments = self.run.arguments(save, *flags, *self.variant.pruning, *saving)
         fates = watch_ranks(victim, ranks, self.main, arguments, kill, timeout=_LONGEST_ATTEMPT)
         return fates, time.monotonic() - begin
 

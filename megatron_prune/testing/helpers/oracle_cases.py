@@ -29,7 +29,11 @@ MODELS = {
     "qwen3": tiny_config(intermediate_size=64, model_type="qwen3", num_attention_heads=6, num_key_value_heads=2),
 }
 OLMO2 = tiny_config(intermediate_size=64, model_type="olmo2", num_attention_heads=6, num_key_value_heads=3)
-KINDS = {"all": oracle_scores.KINDS, **{kind: (kind,) for kind in oracle_scores.KINDS}}
+KINDS = {
+    "all": oracle_scores.KINDS,
+    **{kind: (kind,) for kind in oracle_scores.KINDS},
+    "layers": oracle_scores.ALL_KINDS,
+}
 
 LAYOUTS_AND_MODELS: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2, 3),
@@ -79,6 +83,10 @@ _ROWS = """
 1 1 1 -- -- -- all  gqa-untied uniform  linear constant  reset plain
 1 1 1 -- do -- all  mha        cluster  cubic  constant  carry plain
 1 1 1 -- do -- stem gqa-tied   kv_group linear whole_run carry distilled
+2 2 1 sp -- -- layers gqa-untied cluster  ratio  constant  carry plain
+3 1 1 -- -- -- layers mqa        uniform  linear constant  reset plain
+1 2 2 -- do ov layers mha        kv_group cubic  whole_run carry distilled
+1 1 2 -- do -- layers gqa-tied   kv_group ratio  whole_run reset distilled
 """
 
 
@@ -121,6 +129,8 @@ def case_of(factors: Mapping[str, Any], quanta: Quanta = EXACT) -> OracleCase:
     """(case, HF config, settings) of one combination; exact quanta compact after every removal, which takes time."""
     layout = {name: factors[name] for name in list(FACTORS)[:6]}
     settings = {"types": KINDS[factors["kinds"]], "gqa": factors["gqa"]}
+    if oracle_scores.LAYER in settings["types"]:
+        settings |= {"min_layers": factors["pp"], "group_cost": {oracle_scores.HEAD: 3, oracle_scores.LAYER: 3}}
     for name, values in OPTIONS.items():
         settings |= values[factors[name]]
     return Case(**layout, quanta=quanta), MODELS[factors["model"]], settings

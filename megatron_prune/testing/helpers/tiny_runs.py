@@ -51,8 +51,8 @@ class TinyRun:
         return [str(word) for word in (*words, *more)]
 
 
-def prepare(folder: Path) -> TinyRun:
-    """Write source model, tokenizer and two data sets into `folder` (made when absent)."""
+def prepare(folder: Path, layers: int = 2) -> TinyRun:
+    """Write a source model of so many layers, tokenizer and two data sets into `folder` (made when absent)."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def prepare(folder: Path) -> TinyRun:
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text_0.txt"), model_prefix=str(model), vocab_size=VOCABULARY, minloglevel=2
     )
-    config = tiny_config(vocab_size=VOCABULARY, num_hidden_layers=2, num_key_value_heads=2)
+    config = tiny_config(vocab_size=VOCABULARY, num_hidden_layers=layers, num_key_value_heads=2)
     write_hf_folder(folder / "source", config, random_llama_weights(config))
     run = TinyRun(folder)
     for number in range(len(texts)):
