@@ -210,6 +210,8 @@ def arguments_for(shape: LlamaShape, dtype: torch.dtype) -> argparse.Namespace:
     """
     if shape.no_rope_layers:
         raise UserError("layers without rotary embedding (SmolLM3's) are not written as Megatron-LM's checkpoint")
+    if shape.add_proj_bias or shape.add_ffn_bias:
+        raise UserError("biases of the attention output or the FFN are not written as Megatron-LM's checkpoint")
     if shape.model_type == "olmo2":
         raise UserError("norms behind attention and FFN (OLMo 2's) are not written as Megatron-LM's checkpoint")
     return argparse.Namespace(

@@ -55,6 +55,8 @@ def config_json(architecture: Architecture, dtype: str, special_ids: Mapping[str
         raise UserError(
             "--kv-policy cluster: layers without rotary embedding are not in its code; use native or expand"
         )
+    if architecture.shape.add_proj_bias or architecture.shape.add_ffn_bias:
+        raise UserError("--kv-policy cluster: biases of outputs and FFNs are not in its code; use native or expand")
     if architecture.table.norms_followers:
         raise UserError("--kv-policy cluster: norms over all heads together (OLMo 2's) are not in its code; use native")
     queries = queries_per_kv_head(architecture)

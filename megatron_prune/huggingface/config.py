@@ -11,7 +11,8 @@ transformers 4, which 5 reads too; `transformers_version` says 5.0.0, because tr
 configuration of an older version for one with a broken tokenizer, and warn.
 
 Of the stock classes `LlamaForCausalLM` is written where hidden is a multiple of heads. transformers 5 refuses a Llama
-for which it is not; `MistralForCausalLM` without a sliding window is the same computation and takes any shape.
+for which it is not; `MistralForCausalLM` without a sliding window is the same computation and takes any shape. So is,
+where there are biases, `SmolLM3ForCausalLM` with a rotary embedding in every layer.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ CLASSES = {
     "smollm3": "SmolLM3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
 }
+BIASED = ("llama", "smollm3")  # may have attention_bias, that of the output included, and mlp_bias
 # Read as another family that computes the same; only names and packing of weights differ (see `weights.split_fused`).
 SAME_AS = {"phi3": "llama"}
 # What users ask for, and why it is not computed here.
@@ -40,7 +42,8 @@ REFUSED = {
     "gemma": "norms scale by 1 + weight, and embeddings by the root of hidden_size",
     "gemma2": "norms stand on both sides of a block, logits are capped, and half of the layers attend in windows",
     "gemma3": "it is a model of text and images",
-    "gemma3_text": "norms stand on both sides of a block and scale by 1 + weight, and most layers attend in windows",
+    "gemma3_text": "norms stand on both sides of a block and scale by 1 + weight, FFNs are GeGLU, and most layers "
+    "attend in windows, with a rotary base of their own",
     "olmo": "its LayerNorms have no weights, and it may clip queries, keys and values",
     "olmo3": "most layers attend in windows",
     "phi": "attention and FFN stand side by side, with LayerNorm and biases",
@@ -169,7 +172,9 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         rotary_base=theta,
         rope_scaling=scaling,
         tie_word_embeddings=fields.switch("tie_word_embeddings", model_type == "smollm3"),
-        add_qkv_bias=model_type == "qwen2",
+        add_qkv_bias=model_type == "qwen2" or (model_type in BIASED and fields.switch("attention_bias")),
+        add_proj_bias=model_type in BIASED and fields.switch("attention_bias"),
+        add_ffn_bias=model_type in BIASED and fields.switch("mlp_bias"),
         qk_layernorm=model_type == "qwen3",
         model_type=model_type,
         no_rope_layers=_without_rope(fields, layers) if model_type == "smollm3" else (),
@@ -198,10 +203,10 @@ def _refuse_unsupported(fields: Fields, model_type: str) -> None:
     activation = fields.word("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.refuse("hidden_act", f"{activation!r} is not supported (silu is)")
-    if fields.switch("mlp_bias"):
-        raise fields.refuse("mlp_bias", "biases of the feed-forward layer are not supported")
-    if model_type != "qwen2" and fields.switch("attention_bias"):
-        raise fields.refuse("attention_bias", "a bias on the attention output is not supported")
+    if model_type not in BIASED:
+        for field in ("mlp_bias", *(() if model_type == "qwen2" else ("attention_bias",))):
+            if fields.switch(field):
+                raise fields.refuse(field, f"biases are supported with {' and '.join(BIASED)} only, not {model_type}")
     layer_types = fields.get("layer_types", [])
     if not isinstance(layer_types, list):
         raise fields.refuse("layer_types", f"{shown(layer_types)} is no list")
@@ -288,8 +293,9 @@ def _rope(fields: Fields, context: int) -> tuple[float, dict[str, Any] | None]:
 def model_class(architecture: Architecture) -> str:
     """`model_type` of the stock class that takes this shape."""
     kind = architecture.shape.model_type
+    shape = architecture.shape
     if kind == "llama" and architecture.hidden_size % architecture.num_attention_heads:
-        return "mistral"
+        return "smollm3" if shape.add_proj_bias or shape.add_ffn_bias else "mistral"
     return kind
 
 
@@ -335,15 +341,15 @@ def config_json(
         "transformers_version": WRITTEN_FOR,
     }
     if kind == "llama":
-        config |= {"attention_bias": False, "mlp_bias": False}
+        config |= {"attention_bias": shape.add_proj_bias, "mlp_bias": shape.add_ffn_bias}
     elif kind == "mistral":
         config["sliding_window"] = None
     elif kind == "olmo2":
         config["attention_bias"] = False
     else:
         config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": shape.num_layers}
-        config |= {} if kind == "qwen2" else {"attention_bias": False}
+        config |= {} if kind == "qwen2" else {"attention_bias": shape.add_proj_bias}
     if kind == "smollm3":
         turns = [int(layer not in shape.no_rope_layers) for layer in range(shape.num_layers)]
-        config |= {"mlp_bias": False, "no_rope_layers": turns, "no_rope_layer_interval": 4}
+        config |= {"mlp_bias": shape.add_ffn_bias, "no_rope_layers": turns, "no_rope_layer_interval": 4}
     return config | {name: (special_ids or {}).get(name) for name in SPECIAL_IDS}

@@ -67,8 +67,11 @@ def _rows(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _server(name: str, config: Mapping[str, Any]) -> Verdict:
-    if config["model_type"] not in ("llama", "mistral", "qwen2", "qwen3", "olmo2"):
-        return Verdict(name, "unknown", f"not looked at for {config['model_type']}; see its list of models")
+    if config["model_type"] == "smollm3":
+        its_own = {"vLLM": ("yes", "by its sources, not run: through its transformers backend")}
+        return Verdict(name, *its_own.get(name, ("unknown", "not looked at for smollm3; see its list of models")))
+    if name == "SGLang" and config.get("mlp_bias"):
+        return Verdict(name, "no", "its Llama has no biases in the FFN")
     heads, kv, ffn = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
     fits = [
         size

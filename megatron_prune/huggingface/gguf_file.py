@@ -33,13 +33,13 @@ from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabular
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import BIAS, QKV, ParamTable
+from megatron_prune.model.table import QKV, QKV_BIAS, ParamTable
 from megatron_prune.pruning.groups import known_groups
 
 # --dtype -> GGUF's type of matrices.
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "olmo2": "olmo2"}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama"} | {kind: kind for kind in ("qwen2", "qwen3", "olmo2", "smollm3")}
 # What config.json calls numbers of units -> what GGUF does.
 _NUMBERS = {
     "num_attention_heads": "head_count",
@@ -112,7 +112,7 @@ def convert(
     weights.check(shape)
     vocabulary = read_vocabulary(folder, shape.vocab_size)
     entries = list(_entries(weights, shape, DTYPES[dtype]))
-    architecture = ARCHITECTURES[shape.model_type]
+    architecture = architecture_of(shape)
     writer = gguf.GGUFWriter(None, architecture)
     _write_metadata(writer, gguf, shape, folder, dtype)
     _write_vocabulary(writer, vocabulary)
@@ -172,13 +172,22 @@ def _shape(folder: Path) -> LlamaShape:
     return shape
 
 
+def architecture_of(shape: LlamaShape) -> str:
+    """llama.cpp's name for the computation: a SmolLM3 with a rotary embedding in every layer is a Llama."""
+    is_plain = shape.model_type == "smollm3" and not shape.no_rope_layers
+    return "llama" if is_plain else ARCHITECTURES[shape.model_type]
+
+
 def why_not(shape: LlamaShape) -> str | None:
     """What keeps a model of this shape from being a GGUF file, or None."""
     kind, scaling = shape.model_type, (shape.rope_scaling or {}).get("rope_type")
     if kind not in ARCHITECTURES:
         return f"{kind} models are not written as GGUF ({', '.join(ARCHITECTURES)} are)"
-    if scaling == "llama3" and ARCHITECTURES[kind] != "llama":
+    if scaling == "llama3" and architecture_of(shape) != "llama":
         return f"rope_scaling llama3 of a {kind} model does not map to GGUF"
+    if shape.no_rope_layers not in ((), tuple(range(3, shape.num_layers, 4))):
+        without = ", ".join(map(str, shape.no_rope_layers))
+        return f"llama.cpp leaves the rotary embedding out in layers 3, 7, 11 and so on, this model in {without}"
     if kind == "olmo2":
         channels = shape.num_attention_heads * shape.kv_channels
         if channels != shape.hidden_size:
@@ -211,7 +220,7 @@ def tensor_names(shape: LlamaShape) -> dict[str, str]:
     `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`.
     """
     gguf = gguf_package()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[shape.model_type].upper()], shape.num_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture_of(shape).upper()], shape.num_layers)
     found = {
         name: names.get_name(name, try_suffixes=(".weight", ".bias"))
         for name in ParamTable.build(shape).hf_shapes(Architecture.full(shape))
@@ -222,9 +231,9 @@ def tensor_names(shape: LlamaShape) -> dict[str, str]:
 
 def turned_heads(shape: LlamaShape) -> dict[str, int]:
     """Names of what llama.cpp has in another order, the rows of q and k, and how many heads each has; mostly none."""
-    if ARCHITECTURES[shape.model_type] != "llama":
+    if architecture_of(shape) not in ("llama", "smollm3"):
         return {}
-    stacked = (part for row in ParamTable.build(shape).rows if row.role in (QKV, BIAS) for part in row.parts[:2])
+    stacked = (part for row in ParamTable.build(shape).rows if row.role in (QKV, QKV_BIAS) for part in row.parts[:2])
     return {part.hf_name: part.dims[0].kind.size(shape) for part in stacked}
 
 

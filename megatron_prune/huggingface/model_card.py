@@ -138,9 +138,10 @@ def _notes(architecture: Architecture, plan: KvPlan, kind: str, stored_parameter
             "file, says which units of the source model these are."
         )
     elif kind != architecture.shape.model_type:
+        with_what = "without a sliding window" if kind == "mistral" else "with a rotary embedding in every layer"
         notes.append(
-            "`MistralForCausalLM` without a sliding window computes what `LlamaForCausalLM` does, and accepts a hidden "
-            "size that is no multiple of the number of heads."
+            f"`{CLASSES[kind]}` {with_what} computes what `LlamaForCausalLM` does, and accepts a hidden size that is "
+            "no multiple of the number of heads."
         )
     return [line for note in notes for line in (note, "")]
 

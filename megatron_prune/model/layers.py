@@ -199,7 +199,7 @@ class PrunableSelfAttention(MegatronModule):
             config.hidden_size,
             config=config,
             init_method=config.output_layer_init_method,
-            bias=False,
+            bias="self_attention.linear_proj.bias" in held,
             input_is_parallel=True,
             skip_bias_add=True,
             tp_group=pg_collection.tp,
@@ -207,8 +207,8 @@ class PrunableSelfAttention(MegatronModule):
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor | None = None, **_unused: Any
-    ) -> tuple[Tensor, None]:
-        """Attention output [S, B, H] (scattered over the sequence under sequence parallelism) and no bias."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output [S, B, H] (scattered over the sequence under sequence parallelism) and a bias to add."""
         del attention_mask  # causal by construction
         mixed, _ = self.linear_qkv(hidden_states)
         query, kv, d = self.slots

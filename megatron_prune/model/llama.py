@@ -98,7 +98,7 @@ def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, optio
             bf16=options.dtype == torch.bfloat16,
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
-            add_bias_linear=False,
+            add_bias_linear=shape.add_ffn_bias,
             normalization="RMSNorm",
             attention_dropout=0.0,
             hidden_dropout=0.0,

@@ -21,7 +21,8 @@ SCALING_NUMBERS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class LlamaShape:
     """The source model's shape, in Megatron's nouns. `kv_channels` is the head dimension and never changes;
-    `no_rope_layers` are those whose attention knows no positions (NoPE)."""
+    `no_rope_layers` are those whose attention knows no positions (NoPE); `add_proj_bias` and `add_ffn_bias` say whether
+    the attention output, and gate, up and down have biases."""
 
     num_layers: int
     hidden_size: int
@@ -39,6 +40,8 @@ class LlamaShape:
     qk_layernorm: bool = False
     model_type: str = "llama"
     no_rope_layers: tuple[int, ...] = ()
+    add_proj_bias: bool = False
+    add_ffn_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -55,8 +58,8 @@ class LlamaShape:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON object with the field names of this class."""
         found = dataclasses.asdict(self)
-        without = found.pop("no_rope_layers")
-        return {**found, "no_rope_layers": list(without)} if without else found
+        later = {name: found.pop(name) for name in ("no_rope_layers", "add_proj_bias", "add_ffn_bias")}
+        return found | {name: list(v) if isinstance(v, tuple) else v for name, v in later.items() if v}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LlamaShape:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import BIAS, ParamTable
+from megatron_prune.model.table import BIAS, QKV_BIAS, ParamTable
 
 
 class RandomWeights:
@@ -26,7 +26,7 @@ class RandomWeights:
         table = ParamTable.build(shape)
         self._shapes = table.hf_shapes(Architecture.full(shape))
         self._outputs = {part.hf_name for row in table.rows if row.is_output for part in row.parts}
-        self._biases = {part.hf_name for row in table.rows if row.role == BIAS for part in row.parts}
+        self._biases = {part.hf_name for row in table.rows if row.role in (BIAS, QKV_BIAS) for part in row.parts}
         self._seed, self._std, self._layers = seed, std, shape.num_layers
 
     def __call__(self, hf_name: str) -> Tensor:

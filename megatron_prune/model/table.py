@@ -40,7 +40,7 @@ EMPTY = -1  # the id in a slot that holds no unit
 # Roles: what a parameter is for, whatever it is called.
 EMBEDDING, LM_HEAD, NORM, HEAD_NORM = "embedding", "LM head", "norm", "norm of heads"
 QKV, ATTENTION_OUTPUT, FFN_UP, FFN_DOWN = "qkv", "attention output", "gate/up", "FFN down"
-BIAS = "bias"
+QKV_BIAS, BIAS = "bias of qkv", "bias"
 OUTPUTS = (ATTENTION_OUTPUT, FFN_DOWN)  # the output layer group, on which saliency is computed
 ENTRANCES = {ATTENTION_OUTPUT: QKV, FFN_DOWN: FFN_UP}  # where the block of an output reads the stem
 LINEARS = (QKV, ATTENTION_OUTPUT, FFN_UP, FFN_DOWN, LM_HEAD)  # multiplied by inputs that may be watched
@@ -303,7 +303,8 @@ def _built(shape: LlamaShape) -> ParamTable:
 
 def llama_rows(shape: LlamaShape) -> Iterator[Param]:
     """The parameters of a Llama, Mistral, Qwen2 or Qwen3."""
-    return _model_rows(shape, lambda layer: (*attention_rows(shape, layer), *ffn_rows(layer, Dim(FFN))))
+    ffn = Dim(FFN)
+    return _model_rows(shape, lambda layer: (*attention_rows(shape, layer), *ffn_rows(layer, ffn, shape.add_ffn_bias)))
 
 
 def olmo2_rows(shape: LlamaShape) -> Iterator[Param]:
@@ -356,21 +357,28 @@ def attention_rows(shape: LlamaShape, layer: int) -> Iterator[Param]:
     yield Param(f"{ours}self_attention.linear_qkv.weight", layer, QKV, parts)
     if shape.add_qkv_bias:
         parts = tuple(Part(f"{theirs}self_attn.{name}.bias", (out,)) for name, out in qkv)
-        yield Param(f"{ours}self_attention.linear_qkv.bias", layer, BIAS, parts)
+        yield Param(f"{ours}self_attention.linear_qkv.bias", layer, QKV_BIAS, parts)
     for name in ("q", "k") if shape.qk_layernorm else ():
         hf_name = f"{theirs}self_attn.{name}_norm.weight"
         yield single(f"{ours}self_attention.{name}_layernorm.weight", layer, HEAD_NORM, hf_name, Dim(FIXED, d))
     hf_name = f"{theirs}self_attn.o_proj.weight"
     yield single(f"{ours}self_attention.linear_proj.weight", layer, ATTENTION_OUTPUT, hf_name, stem, head)
+    if shape.add_proj_bias:
+        yield single(f"{ours}self_attention.linear_proj.bias", layer, BIAS, f"{theirs}self_attn.o_proj.bias", stem)
 
 
-def ffn_rows(layer: int, channel: Dim) -> Iterator[Param]:
+def ffn_rows(layer: int, channel: Dim, biased: bool = False) -> Iterator[Param]:
     """The gated FFN of `layer` with `channel` along its intermediate activation, its norm first."""
     ours, theirs, stem = f"decoder.layers.{layer}.", f"model.layers.{layer}.", Dim(STEM)
     yield single(f"{ours}pre_mlp_layernorm.weight", layer, NORM, f"{theirs}post_attention_layernorm.weight", stem)
     parts = tuple(Part(f"{theirs}mlp.{name}_proj.weight", (channel, stem)) for name in ("gate", "up"))
     yield Param(f"{ours}mlp.linear_fc1.weight", layer, FFN_UP, parts)
+    if biased:
+        parts = tuple(Part(f"{theirs}mlp.{name}_proj.bias", (channel,)) for name in ("gate", "up"))
+        yield Param(f"{ours}mlp.linear_fc1.bias", layer, BIAS, parts)
     yield single(f"{ours}mlp.linear_fc2.weight", layer, FFN_DOWN, f"{theirs}mlp.down_proj.weight", stem, channel)
+    if biased:
+        yield single(f"{ours}mlp.linear_fc2.bias", layer, BIAS, f"{theirs}mlp.down_proj.bias", stem)
 
 
 register_rows("olmo2", olmo2_rows)

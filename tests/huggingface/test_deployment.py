@@ -58,4 +58,7 @@ def test_what_is_no_stock_model_is_refused_by_those_who_know_stock_models():
     assert found["transformers"].takes == "yes" and "trust_remote_code" in found["transformers"].why
     assert all("--kv-policy expand" in found[name].why for name in ("llama.cpp", "vLLM", "SGLang"))
     smollm3 = told(llama(model_type="smollm3", no_rope_layers=(1,)))
-    assert smollm3["llama.cpp"].takes == "no" and smollm3["vLLM"].takes == "unknown"
+    assert "transformers backend" in smollm3["vLLM"].why and smollm3["SGLang"].takes == "unknown"
+    biased = told(llama(add_qkv_bias=True, add_proj_bias=True, add_ffn_bias=True))
+    assert biased["vLLM"].takes == "yes" and biased["SGLang"].takes == "no"
+    assert smollm3["llama.cpp"].takes == "no" and "layers 3, 7, 11" in smollm3["llama.cpp"].why

@@ -60,6 +60,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"num_key_value_heads": 4, "head_dim": 16}),
     "olmo2": ("olmo2", {"rms_norm_eps": 1e-3}),
     "olmo2_gqa": ("olmo2", {"num_key_value_heads": 4, "head_dim": 12, "tie_word_embeddings": True}),
+    "biases": ("llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
+    "ffn_biases": ("smollm3", {"num_key_value_heads": 4, "mlp_bias": True, "pad_token_id": 0}),
     "smollm3": ("smollm3", {"num_key_value_heads": 4, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
 }
 
@@ -109,6 +111,8 @@ def prune(case: str, full: Architecture) -> Architecture:
         "olmo2_heads": lambda: some_groups(full, 2, 5, 3, seed=10),
         "olmo2_groups": lambda: some_groups(heads_left(full, *[[0, 1, 4, 5, 6, 7]] * 3), 0, 3, 4, seed=11),
         "olmo2_repeated": lambda: some_groups(heads_left(full, [0, 1, 2, 3], [1, 2, 4, 7], [2, 3, 6, 7]), 0, 3, 5, 12),
+        "biases_groups": lambda: some_groups(heads_left(full, *[[0, 1, 4, 5, 6, 7]] * 3), 0, 3, 4, seed=13),
+        "biases_odd_width": lambda: some_groups(heads_left(full, *uneven), 0, 3, 3, seed=14),
         "smollm3_groups": lambda: some_groups(heads_left(full, *[[0, 1, 4, 5, 6, 7]] * 3), 0, 3, 4, seed=8),
         "llama3_heads_and_ffn": lambda: some_groups(full, 3, 10, 0, seed=7),
     }[case]()
@@ -125,6 +129,8 @@ PRUNED = {  # case -> family, KV policy in force, class of the export
     "olmo2_heads": ("olmo2", NATIVE, "Olmo2ForCausalLM"),
     "olmo2_groups": ("olmo2_gqa", NATIVE, "Olmo2ForCausalLM"),
     "olmo2_repeated": ("olmo2_gqa", EXPAND, "Olmo2ForCausalLM"),
+    "biases_groups": ("biases", NATIVE, "LlamaForCausalLM"),
+    "biases_odd_width": ("biases", EXPAND, "SmolLM3ForCausalLM"),
     "smollm3_groups": ("smollm3", NATIVE, "SmolLM3ForCausalLM"),
 }
 CASES = [*FAMILIES, *PRUNED]

@@ -70,6 +70,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2},
+    "smollm3": {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1, 1, 1, 0], "pad_token_id": 0},
+    "smollm3_that_rotates": {
+        "model_type": "smollm3", "no_rope_layers": [1] * 4, "attention_bias": True, "pad_token_id": 0,
+    },
+    "biases": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2, "tie_word_embeddings": False},
 }  # fmt: skip
 

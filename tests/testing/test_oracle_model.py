@@ -77,7 +77,7 @@ def test_weights_are_reproducible_and_units_differ():
     ("overrides", "field"),
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias"),
         ({"model_type": "mistral", "sliding_window": 16}, "sliding_window"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling"),
     ],

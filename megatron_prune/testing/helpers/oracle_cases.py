@@ -150,14 +150,16 @@ SPECIAL: dict[str, OracleCase] = {
         MODELS["qwen3"],
         {"criterion": "taylor_first", "head_score": "sum"},
     ),
-    "layers-without-positions": (
-        Case(tp=2, pp=2, quanta=COARSE),
+    "layers-without-positions-and-biases": (
+        Case(tp=2, pp=2, sequence_parallel=True, quanta=COARSE),
         tiny_config(
             intermediate_size=64,
             model_type="smollm3",
             num_attention_heads=6,
             num_key_value_heads=3,
             no_rope_layers=[1, 0, 1, 0],
+            attention_bias=True,
+            mlp_bias=True,
         ),
         {"gqa": "cluster"},
     ),

@@ -52,6 +52,8 @@ class Geometry:
     qk_norm: bool
     no_rope: tuple[int, ...] = ()
     norms_after: bool = False
+    proj_bias: bool = False
+    ffn_bias: bool = False
 
     @property
     def queries_per_kv(self) -> int:
@@ -70,10 +72,8 @@ class Geometry:
             raise UserError(f"model_type: {model_type!r} is none of {', '.join(MODEL_TYPES)}")
         if config.get("hidden_act", "silu") != "silu":
             raise UserError(f"hidden_act: {config['hidden_act']!r} is not silu")
-        if config.get("mlp_bias") or (config.get("attention_bias") and model_type != "qwen2"):
-            raise UserError(
-                "attention_bias, mlp_bias: biases are computed on Qwen2's q, k and v only; set both to false"
-            )
+        if model_type == "qwen2" and config.get("mlp_bias"):
+            raise UserError("mlp_bias: Qwen2 has biases on q, k and v only; set it to false")
         windowed = config.get("use_sliding_window", model_type == "mistral") and config.get("sliding_window")
         if windowed:
             raise UserError("sliding_window: only full attention is supported, set it to null")
@@ -92,10 +92,12 @@ class Geometry:
             epsilon=float(config.get("rms_norm_eps", 1e-6)),
             rope=rope,
             tied=bool(config.get("tie_word_embeddings", model_type == "smollm3")),
-            qkv_bias=model_type == "qwen2",
+            qkv_bias=model_type == "qwen2" or bool(config.get("attention_bias")),
             qk_norm=model_type == "qwen3",
             no_rope=tuple(n for n, turns in enumerate(config.get("no_rope_layers") or ()) if not turns),
             norms_after=model_type == "olmo2",
+            proj_bias=bool(config.get("attention_bias")) and model_type != "qwen2",
+            ffn_bias=bool(config.get("mlp_bias")),
         )
 
 
@@ -192,6 +194,10 @@ def weight_table(geometry: Geometry, live: LiveUnits) -> dict[str, WeightDims]:
         kinds |= {"self_attn.v_proj.bias": (KV_HEAD,)}
     if geometry.qk_norm:
         kinds |= {"self_attn.q_norm.weight": (FIXED,), "self_attn.k_norm.weight": (FIXED,)}
+    if geometry.proj_bias:
+        kinds["self_attn.o_proj.bias"] = (STEM,)
+    if geometry.ffn_bias:
+        kinds |= {"mlp.gate_proj.bias": (FFN,), "mlp.up_proj.bias": (FFN,), "mlp.down_proj.bias": (STEM,)}
     if geometry.norms_after:
         del kinds["input_layernorm.weight"]
         kinds |= {"post_feedforward_layernorm.weight": (STEM,)}

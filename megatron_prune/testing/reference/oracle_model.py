@@ -4,7 +4,7 @@
     rms_norm           x / sqrt(mean(x^2) + eps) * weight, over the channels that are there
     attention          causal attention; every query head finds its KV head through `kv_index`
     mlp                SwiGLU: W_down (silu(W_gate x) * W_up x)
-    linear             x W^T, told to whoever records the inputs of weights
+    linear             x W^T, and a bias where there is one, told to whoever records the inputs of weights
     residual_stream    what enters each layer, and what leaves the last
     logits             the whole model
 
@@ -64,10 +64,11 @@ def rotate(x_BHSD: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weights: Mapping[str, Tensor], name: str, record: Record | None) -> Tensor:
-    """x W^T without a bias."""
+    """x W^T, plus the bias of the same name where the model has one."""
     if record is not None:
         record(name, x)
-    return x @ weights[name].T
+    bias = weights.get(name.removesuffix("weight") + "bias")
+    return x @ weights[name].T if bias is None else x @ weights[name].T + bias
 
 
 def attention(
@@ -88,8 +89,6 @@ def attention(
 
     def project(name: str) -> Tensor:
         y = linear(x_BSC, weights, f"{prefix}{name}_proj.weight", record)
-        if geometry.qkv_bias:
-            y = y + weights[f"{prefix}{name}_proj.bias"]
         if geometry.norms_after and name != "v":  # over the heads that are there
             y = rms_norm(y, weights[f"{prefix}{name}_norm.weight"], geometry.epsilon)
         y = y.view(B, S, -1, D)
