@@ -2,6 +2,7 @@
 #
 #   make test MEGATRON_PRUNE_DATA=DIR     also run the tests on real inputs (see tests/conftest.py)
 #   make test ARGS="tests/model -k axes"  further arguments for pytest
+#   make test JOBS=0                      one test after the other (JOBS: how many side by side; else one for each core)
 #   make install TORCH_PIP_ARGS="..."     further arguments for installing torch (another index, say a CPU one)
 #   make install PYTHON=python3.12        the interpreter .venv is made with
 #   make install CONSTRAINTS= TORCH=...   what setup.py allows, instead of the versions in constraints.txt
@@ -20,6 +21,9 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS = $(addprefix -c ,$(CONSTRAINTS))
+# Tests side by side: a test has up to four ranks, so no more than four of them. `make test JOBS=0`: one after the other.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+SIDE_BY_SIDE = -n $(JOBS) --dist worksteal
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 SOURCES = megatron_prune tests setup.py $(wildcard tools examples docs)
 
@@ -70,11 +74,11 @@ constraints: $(UV)  ## resolve setup.py anew into constraints.txt: the newest ve
 	@mv build/constraints.txt constraints.txt
 	@echo "constraints: $$(grep -c == constraints.txt) versions in constraints.txt; run the tests, then commit it"
 
-test: install  ## the tests (12 to 18 minutes on 2 cores)
-	@$(PYTEST) -m "not soak and not slurm and not gguf and not full" $(ARGS)
+test: install  ## the tests (some 10 minutes on 2 cores)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not soak and not slurm and not gguf and not full" $(ARGS)
 
 test-full: install  ## the same and the rest of the covers that `make test` samples
-	@$(PYTEST) -m "not soak and not slurm and not gguf" --hypothesis-profile=full $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not soak and not slurm and not gguf" --hypothesis-profile=full $(ARGS)
 
 # Of an environment's own, made anew each time. TORCH is what was asked for on the command line, if anything was.
 ASKED_TORCH = $(if $(filter command line,$(origin TORCH)),$(TORCH))
@@ -143,7 +147,7 @@ build/engine-%/.installed:
 test-engines: $(ENGINE_ENVS)  ## several megatron-core (ENGINES="0.16.1 0.19.2") and runs handed from one to another: docs/engines.md
 	@for version in $(ENGINES); do \
 	    echo "test-engines: megatron-core $$version"; \
-	    OMP_NUM_THREADS=1 build/engine-$$version/bin/python -m pytest -q -m "not full" $(SMOKE) $(ORACLE) $(ARGS) \
+	    OMP_NUM_THREADS=1 build/engine-$$version/bin/python -m pytest -q $(SIDE_BY_SIDE) -m "not full" $(SMOKE) $(ORACLE) $(ARGS) \
 	        || failed="$$failed $$version"; \
 	done; \
 	rm -rf build/engine-runs; \

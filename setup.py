@@ -58,6 +58,7 @@ EXTRAS = {
         "packaging>=24.2",
         "pytest>=8.2",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",  # a formatter's next version formats differently
         "setuptools>=77",
         "types-PyYAML>=6.0",
