@@ -101,9 +101,11 @@ class GroupConfig:
         "64 for FFN and stem channels of which a rank holds 512 or more in the source, else 1",
         at_least=1,
     )
-    round_to: int = option(
-        1,
-        "multiple to which the *live* width is brought at the end of pruning, by removing the least salient rest",
+    round_to: int | None = option(
+        None,
+        "multiple to which the *live* width is brought at the end of pruning, by removing the least salient rest; "
+        "null: what runtimes like, for FFN and stem channels that may leave: 8, or 16 to 64 where that is at most a "
+        "128th of the source's (1 where that has less than 512); 1: the width that the target gives",
         at_least=1,
     )
     score: str = option(

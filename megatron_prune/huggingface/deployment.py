@@ -39,6 +39,8 @@ def verdicts(config: Mapping[str, Any]) -> Iterator[Verdict]:
         stock = "KV heads serve different numbers of query heads; export with --kv-policy expand"
         yield from (Verdict(name, "no", stock) for name in ("llama.cpp", "vLLM", "SGLang"))
         return
+    if config["torch_dtype"] == "float32":
+        yield Verdict("all of them", "yes", "stored in float32, as the source is; --dtype bfloat16 is half of it")
     yield Verdict("transformers", "yes", f"{config['architectures'][0]}, from {OLDEST_TRANSFORMERS[kind]} on")
     yield from _llama_cpp(config)
     for name in ("vLLM", "SGLang"):

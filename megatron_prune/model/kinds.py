@@ -36,6 +36,8 @@ class Kind:
         served: ids of the followed kind -> for each of them, the id here that serves it.
         quantum: what a stored width is rounded up to where no configuration says, by the units of the source that a
             rank holds.
+        round_to: multiple that the live width is brought to at the end of pruning, where no configuration says, by the
+            units of the source.
         hf_key: what a `config.json` calls their number; empty: it does not state it.
     """
 
@@ -49,6 +51,7 @@ class Kind:
     follows: Kind | None = field(default=None, compare=False)
     served: Callable[[np.ndarray, LlamaShape], np.ndarray] | None = field(default=None, compare=False)
     quantum: Callable[[int], int] = field(default=lambda _: 1, compare=False)
+    round_to: Callable[[int], int] = field(default=lambda _: 1, compare=False)
     hf_key: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
@@ -112,6 +115,12 @@ def aligned(width: int) -> int:
     return 64 if width >= 512 else 1
 
 
+def even(width: int) -> int:
+    """8, or a larger power of two up to 64 that is at most a 128th of the source's width: fast matrix products and FFNs
+    that divide by GPUs, for a small part of the model. Below 512 units 1."""
+    return min(64, max(8, 1 << ((width // 128).bit_length() - 1))) if width >= 512 else 1
+
+
 HEAD = register_kind(
     Kind("head", "heads", "query heads", lambda shape: shape.num_attention_heads, TP, hf_key="num_attention_heads")
 )
@@ -136,6 +145,7 @@ FFN = register_kind(
         lambda shape: shape.ffn_hidden_size,
         TP,
         quantum=aligned,
+        round_to=even,
         hf_key="intermediate_size",
     )
 )
@@ -147,6 +157,7 @@ STEM = register_kind(
         lambda shape: shape.hidden_size,
         is_shared=True,
         quantum=aligned,
+        round_to=even,
         hf_key="hidden_size",
     )
 )

@@ -137,6 +137,15 @@ def recorded(config: Config, source: Architecture) -> Replay | None:
     return Replay.read(pruning.replay, source, pruning.target_params)
 
 
+def live_multiples(config: Config, source: Architecture) -> dict[str, int]:
+    """By name of a kind of group, what its live width is brought to a multiple of at the target: `round_to`, and for
+    kinds in `pruning.types` that say nothing the kind's own."""
+    pruning = config.pruning
+    kinds = {name: find_group(name).kind for name in pruning.types}
+    own = {name: kind.round_to(kind.size(source.shape)) for name, kind in kinds.items()}
+    return own | {name: group.round_to for name, group in pruning.groups.items() if group.round_to is not None}
+
+
 def collector_settings(config: Config, dp_size: int) -> CollectorSettings:
     """The part of the configuration that statistics depend on."""
     pruning, training = config.pruning, config.training
@@ -167,7 +176,7 @@ def pruning_settings(config: Config, dp_size: int, source: Architecture) -> Prun
         updates=second_order.enabled,
         updates_stem=second_order.enabled and second_order.stem and is_shared,
         refresh=second_order.refresh,
-        round_to={name: group.round_to for name, group in pruning.groups.items()},
+        round_to=live_multiples(config, source),
         limits=group_limits(config),
         guard=None if guard.factor is None else SpikeGuard(guard.factor, guard.window),
         replay=recorded(config, source),

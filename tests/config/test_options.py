@@ -55,7 +55,7 @@ def test_help_shows_every_flag_with_its_default():
         in text
     )
     assert "--bf16 | --no-bf16\n" in text
-    assert "default NAME.cost=null NAME.floor=1 NAME.limit=null NAME.quantum=null NAME.round_to=1" in " ".join(
+    assert "default NAME.cost=null NAME.floor=1 NAME.limit=null NAME.quantum=null NAME.round_to=null" in " ".join(
         text.split()
     )
 

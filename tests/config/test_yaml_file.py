@@ -98,7 +98,7 @@ def test_values_are_read_by_the_type_of_their_field():
     assert config.pruning.ratio_steps == (1, 9) and config.pruning.types == ("head", "ffn")
     groups = config.pruning.groups
     assert [groups[name].cost for name in ("head", "ffn", "stem")] == [None, None, 2]
-    assert [groups[name].round_to for name in ("head", "ffn", "stem")] == [1, 64, 1]
+    assert [groups[name].round_to for name in ("head", "ffn", "stem")] == [None, 64, None]
     assert config.checkpoint.load == "null" and config.checkpoint.save is None and config.checkpoint.ckpt_step is None
     assert config.logging.wandb_project == "no" and config.logging.log_throughput is False
 

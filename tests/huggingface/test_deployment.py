@@ -9,7 +9,7 @@ from megatron_prune.model.shape import LlamaShape
 
 
 def told(shape, **changes):
-    config = config_json(Architecture.full(shape), "float32", shape.num_query_groups) | changes
+    config = config_json(Architecture.full(shape), "bfloat16", shape.num_query_groups) | changes
     return {one.runtime: one for one in verdicts(config)}
 
 
@@ -23,6 +23,11 @@ def test_a_shape_of_round_widths_is_taken_everywhere():
     assert found["vLLM"].why.endswith("tensor parallel 1, 2, 4, 8")
     text = table(list(found.values()))
     assert len(text.splitlines()) == 7 and "LlamaForCausalLM, from 4.45 on" in text
+
+
+def test_the_source_s_float32_is_told_of():
+    found = told(llama(), torch_dtype="float32")
+    assert "--dtype bfloat16" in found["all of them"].why and len(found) == 7
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.schedule import RatioSchedule
 from megatron_prune.testing.helpers.sharded import rounded
 from megatron_prune.training.flops import training_flops_per_token
-from megatron_prune.training.pruning_settings import pruning_schedule
+from megatron_prune.training.pruning_settings import live_multiples, pruning_schedule
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "configs"
 SMOL = LlamaShape(24, 2048, 8192, 32, 32, 64, 49152, 2048, tie_word_embeddings=True)
@@ -139,6 +139,22 @@ def test_widths_are_rounded_at_the_end():
     config = config_for(target_params=50_000, groups=GROUPS.having("ffn", round_to=16).having("stem", round_to=8))
     target = plan_route(config, source).target
     assert target.ffn_hidden_size % 16 == 0 and target.hidden_size % 8 == 0 and target.parameters <= 50_000
+
+
+def test_widths_of_large_sources_are_rounded_by_default():
+    """By a 64th of the source's width at most, of kinds that may leave, unless a number is given."""
+    source = Architecture.full(dataclasses.replace(GQA, hidden_size=600, ffn_hidden_size=2100))
+    for groups, types, multiples in (
+        ({}, ("head", "ffn", "stem"), {"head": 1, "ffn": 16, "stem": 8}),
+        ({"stem": GroupConfig(round_to=1)}, ("ffn", "stem"), {"ffn": 16, "stem": 1}),
+        ({"stem": GroupConfig(floor=3)}, ("ffn",), {"ffn": 16}),
+    ):
+        config = config_for(target_params=6_000_000, types=types, groups=GroupConfigs(groups))
+        assert live_multiples(config, source) == multiples
+        target = plan_route(config, source).target
+        assert target.ffn_hidden_size % 16 == 0 and 0.97 < target.parameters / 6_000_000 <= 1
+        assert target.hidden_size == 600 or "stem" in types
+    assert {kind.round_to(kind.size(GQA)) for kind in (HEAD, FFN, STEM)} == {1}, "small sources are left alone"
 
 
 def test_flops_are_summed_over_the_widths_that_are_trained():

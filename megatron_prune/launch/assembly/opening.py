@@ -270,7 +270,7 @@ def _check_groups(pruning: PruningConfig, architecture: Architecture) -> None:
     for name, group in pruning.groups.items():
         width = architecture.width(find_group(name, "pruning.groups").kind)
         for field in ("floor", "round_to"):
-            if getattr(group, field) > width:
+            if (getattr(group, field) or 1) > width:
                 raise UserError(f"pruning.groups: {name}: {field} {getattr(group, field)} is above the model's {width}")
         known = find_group(name).scores
         if group.score not in known:

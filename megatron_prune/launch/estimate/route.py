@@ -27,7 +27,7 @@ from megatron_prune.pruning.groups import GroupKind, Rules, find_group
 from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.pruning.selector import OVERSHOOT
 from megatron_prune.training.flops import training_flops_per_token
-from megatron_prune.training.pruning_settings import recorded, selector_rules
+from megatron_prune.training.pruning_settings import live_multiples, recorded, selector_rules
 
 _SAMPLES = 33  # architectures between source and target at which parameters and FLOPs per token are computed
 
@@ -144,9 +144,8 @@ def plan_route(config: Config, architecture: Architecture) -> Route:
         reached = [ending for ending in (kinds, *endings) if size(ending) <= target]
         kinds = max(reached, key=size)
     end = shrunk(kinds)
-    rounding = [
-        name for name, group in pruning.groups.items() for _ in range(end.width(find_group(name).kind) % group.round_to)
-    ]
+    multiples = live_multiples(config, architecture)
+    rounding = [name for name, to in multiples.items() for _ in range(end.width(find_group(name).kind) % to)]
     assumption = f"if {', '.join(pruning.types)} shrink by the same factor; scores will decide"
     return Route(architecture, rules, tuple(kinds), tuple(rounding), known.origin if known else assumption)
 
