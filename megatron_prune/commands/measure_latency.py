@@ -5,7 +5,8 @@
 
 The first measures the source's shape and smaller ones (fewer heads, narrower FFN, smaller hidden size, fewer layers)
 with random weights; run it on the machine and with the threads that the pruned model is for. The second says how long
-one model takes, measured alike.
+one model takes, measured alike. All are measured in turn, again and again, and the quickest time of each counts: what
+else runs on the machine only ever adds to it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class LatencyOptions:
     prompt_length: int = option(128, "tokens of the prompt", at_least=1)
     decoded_tokens: int = option(32, "tokens after it", at_least=2)
     batch_size: int = option(1, "sequences at once", at_least=1)
-    repeats: int = option(3, "times that everything is done; the median counts", at_least=1)
+    repeats: int = option(3, "times that every model is measured, in turn; the quickest counts", at_least=1)
     threads: int | None = option(None, "CPU threads; null: as torch has them", at_least=1)
     dtype: str = option("float32", ", ".join(DTYPES), metavar="T")
     device: str = option("cpu", "of torch, such as cpu or cuda")
@@ -66,13 +67,11 @@ def measure(arguments: LatencyOptions) -> int:
     shape = shape_from_config(read_json(Path(arguments.hf_model) / "config.json"))
     what = f"{arguments.phase}, {arguments.batch_size} x {arguments.prompt_length} tokens, {arguments.dtype}"
     if arguments.save is None:
-        say(f"{arguments.hf_model}: {timed(arguments, shape):.3f} ms ({what})")
+        say(f"{arguments.hf_model}: {timed(arguments, [shape])[0]:.3f} ms ({what})")
         return 0
     check_file("--save", arguments.save)
-    points = [
-        Point(each, timed(arguments, each))
-        for each in tqdm(around(shape, SHARES), unit="model", disable=not sys.stderr.isatty())
-    ]
+    shapes = around(shape, SHARES)
+    points = [Point(*pair) for pair in zip(shapes, timed(arguments, shapes), strict=True)]
     table = LatencyTable(f"{what}, {arguments.device}, {platform.machine()}", tuple(points))
     replace_file(Path(arguments.save), (json.dumps(table.to_json(), indent=1) + "\n").encode())
     for point in points:
@@ -85,8 +84,15 @@ def measure(arguments: LatencyOptions) -> int:
     return 0
 
 
-def timed(arguments: LatencyOptions, shape: LlamaShape) -> float:
-    """Milliseconds of one token (decode) or of the prompt (prefill), of a model of this shape with random weights."""
+def timed(arguments: LatencyOptions, shapes: Sequence[LlamaShape]) -> list[float]:
+    """Milliseconds of one token (decode) or of the prompt (prefill), of a model of each shape with random weights."""
+    turns = [shape for _ in range(arguments.repeats) for shape in shapes]
+    found = [_once(arguments, shape) for shape in tqdm(turns, unit="model", disable=not sys.stderr.isatty())]
+    return [1000 * min(found[number :: len(shapes)]) for number in range(len(shapes))]
+
+
+def _once(arguments: LatencyOptions, shape: LlamaShape) -> float:
+    """Seconds, once."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -111,12 +117,10 @@ def timed(arguments: LatencyOptions, shape: LlamaShape) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    found = []
     with torch.inference_mode():
-        for _ in range(1 + arguments.repeats):
+        for _ in range(2):  # the first round warms up
             prefill, decode = _one_round(model, tokens, arguments.decoded_tokens, wait)
-            found.append(decode if arguments.phase == "decode" else prefill)
-    return 1000 * statistics.median(found[1:])  # the first one warms up
+    return decode if arguments.phase == "decode" else prefill
 
 
 def _one_round(model: Any, tokens: Any, decoded: int, wait: Callable[[], None]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from megatron_prune.huggingface.gguf_file import convert
 from megatron_prune.huggingface.weights import FolderWeights, live_view
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import FFN, HEAD, STEM
+from megatron_prune.pruning.groups.layer import group_of
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
 from .tokenizer_layouts import LAYOUTS
@@ -114,6 +115,28 @@ def test_expanded_heads_of_a_pruned_model(stories260k: Path, tmp_path: Path) -> 
     runner.close()
     assert ids == [403, 407, 261, 378]
     difference, ours, theirs = compare(tmp_path / "m", file, [1, *ids])
+    assert difference < 1e-4 and ours == theirs
+
+
+def test_a_pruned_model_with_fewer_layers(stories260k: Path, tmp_path: Path) -> None:
+    """Layers 1 and 3 of five have left, and an FFN channel of the others: numbered anew, a plain Llama."""
+    source = FolderWeights(stories260k)
+    from megatron_prune.huggingface.config import read_shape
+
+    architecture = Architecture.full(read_shape(stories260k))
+    for layer in (3, 1):
+        architecture = architecture.without(group_of(architecture, layer))
+    architecture = architecture.without(Group.of(FFN, ((3,), (), (5,), (), (7,))))
+    done = export(
+        live_view(source, architecture), architecture, tmp_path / "m",
+        tokenizer_model=str(stories260k / "tokenizer.model"),
+    )  # fmt: skip
+    assert done.class_name == "LlamaForCausalLM"
+    file = convert(tmp_path / "m", tmp_path / "m.gguf", "f32").file
+    runner = llama(file)
+    assert runner.metadata["llama.block_count"] == "3"
+    runner.close()
+    difference, ours, theirs = compare(tmp_path / "m", file, [1, 403, 407, 261, 378])
     assert difference < 1e-4 and ours == theirs
 
 
