@@ -97,9 +97,10 @@ class CommandLine:
         """Cut the command line into (flag, words that follow it); (None, words) for those before the first flag."""
         flag, words = None, list[str]()
         for token in argv:
-            if token.startswith("--"):
+            name, equals, value = token.partition("=")
+            if name.startswith("--") and not any(map(str.isspace, name)):  # --slurm "--ntasks 1" has a value
                 yield flag, words
-                flag, equals, value = token.partition("=")
+                flag = name
                 words = [value] if equals else []
             elif flag is None and self.argument is None:
                 word, known = one_line(token), self.flags()

@@ -50,6 +50,7 @@ def test_values_with_spaces_signs_and_equal_signs_stay_as_given():
     assert load_config(["--data-path", "0.3", "a", "0.7", "b"]).data.data_path == "0.3 a 0.7 b"
     assert load_config(["--save=runs/x=1"]).checkpoint.save == "runs/x=1"
     assert load_config(["--load=--odd"]).checkpoint.load == "--odd"
+    assert load_config(["--load", "--odd place", "--seed", "3"]).checkpoint.load == "--odd place", "no flag has spaces"
 
 
 def test_mapping_parts_may_be_null():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,29 @@ def test_a_run_without_the_data_is_one_line(tmp_path: Path, monkeypatch: Any, ca
     assert "MEGATRON_PRUNE_DATA is unset" in capsys.readouterr().err
     assert run.main(["--results", str(tmp_path), "--collect"]) == 2
     assert "holds no results yet" in capsys.readouterr().err
+
+
+def test_a_job_array_waits_for_what_it_needs(real_data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """As docs/reproduction.md spells it, against a stand-in for sbatch, which writes down what it is asked."""
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" ---- >> "{tmp_path}/asked"\necho 71\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("MEGATRON_PRUNE_DATA", str(real_data))
+    places = ["--runs", str(tmp_path / "q's runs"), "--results", str(tmp_path / "results")]
+    words = ["--subset", "medium", "--only", "defaults", "scratch_found", *places, "--slurm", "--ntasks 1 -t 9"]
+    assert run.main(words) == 0
+    output = capsys.readouterr().out
+    assert output == "job 71: runs 0 to 3\njob 71: runs 4 to 7\njob 71: collects\n"
+    first, second, last = (part.split("\n") for part in (tmp_path / "asked").read_text().split("\n----\n") if part)
+    options, wait = ["--ntasks", "1", "-t", "9", "--wrap"], ["--dependency", "afterany:71"]
+    assert first[:-1] == ["--parsable", "--array", "0-3", *options]
+    assert second[:-1] == ["--parsable", "--array", "4-7", *wait, *options]
+    assert last[:-1] == ["--parsable", *wait, *options]
+    for asked, index in ((first, "$SLURM_ARRAY_TASK_ID"), (second, "$SLURM_ARRAY_TASK_ID"), (last, "-1")):
+        inner = shlex.split(asked[-1])
+        assert inner[-2:] == ["--index", index] and str(tmp_path / "q's runs") in inner
 
 
 @pytest.mark.full
