@@ -176,6 +176,9 @@ def _close(trainer: Trainer, directory: Path | None, status: str) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_prune.runtime.failures import leave
+    from megatron_prune.runtime.signals import die_of_interrupts
+
+    die_of_interrupts()
+    from megatron_prune.runtime.failures import leave  # imports torch
 
     leave(main())

@@ -10,6 +10,7 @@ at_most      while entered, a limit of time
 
 import contextlib
 import copy
+import functools
 import importlib
 import os
 import shutil
@@ -23,6 +24,7 @@ from pathlib import Path
 import yaml
 
 from megatron_prune.commands import COMMANDS
+from megatron_prune.commands import main as commands
 from megatron_prune.config import Config, load_config
 from megatron_prune.config.options import all_options, options_of, sections_of
 from megatron_prune.errors import UserError
@@ -112,6 +114,13 @@ class Shop:
         self.folder, self.tiny = folder, TinyRun(folder / "inputs")
         self.run, self.hf, self.text = folder / "run", folder / "hf", self.tiny.folder / "text_0.txt"
         self.gguf = folder / "hf.gguf"
+
+    @functools.cached_property
+    def megatron(self):
+        """The export as Megatron-LM's checkpoint."""
+        place = self.folder / "megatron"
+        assert commands(["convert-to-megatron", "--load", str(self.run), "--save", str(place)]) == 0
+        return place
 
     def configuration(self, save):
         """A working one, as YAML's values."""
@@ -277,6 +286,32 @@ COMMANDS_HERE = {
     ],
 }
 """Command -> words of a use that is right."""
+
+WRITERS = {
+    **{name: way for name, way in COMMANDS_HERE.items() if name not in ("evaluate", "inspect", "score")},
+    "convert-from-megatron": lambda shop, room: ["--load", shop.megatron, "--save", room / "o"],
+    "convert-to-hf, shards": lambda shop, room: [
+        *("--load", shop.run, "--save", room / "o", "--max-shard-size", "10KB", "--kv-policy", "cluster")
+    ],
+    "evaluate": lambda shop, room: [*COMMANDS_HERE["evaluate"](shop, room), "--output-dir", room / "e"],
+    "inspect": lambda shop, room: ["--load", shop.run, "--plot", room / "i.png"],
+    "score": lambda shop, room: [
+        *(*shop.tiny.arguments(room / "o")[:-4], "--batches", "1", "--json", room / "s.json", "--plot", room / "s.png")
+    ],
+    "recipe": lambda shop, room: ["--load", shop.run, "--output", room / "recipe.json"],
+    "measure-latency": lambda shop, room: [
+        *("--hf-model", shop.tiny.source, "--save", room / "t.json", "--repeats", "1", "--prompt-length", "4"),
+        *("--decoded-tokens", "2"),
+    ],
+    "pretrain": lambda shop, room: shop.tiny.arguments(room / "o", "--on-save-error", "stop"),
+    "pretrain, cache": lambda shop, room: shop.tiny.arguments(
+        shop.folder / "room" / "o", "--data-cache-path", room / "cache", "--exit-interval", "1"
+    ),
+    "pretrain, TensorBoard": lambda shop, room: shop.tiny.arguments(
+        shop.folder / "room" / "o", "--tensorboard-dir", room / "tb", "--exit-interval", "1"
+    ),
+}
+"""The same, writing whatever they can write into `room`; what comes after a comma tells several of a command apart."""
 
 
 def wrong_command(random, shop, room):

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.checkpoint.crc import crc32
-from megatron_prune.checkpoint.lease import FolderBusyError, refuse_others
+from megatron_prune.checkpoint.lease import FolderBusyError, is_lease, refuse_others
 from megatron_prune.errors import UserError
 from megatron_prune.reading import open_file, read_content
 from megatron_prune.runtime.folders import replace_file, write_file
@@ -87,6 +87,18 @@ def refuse_step(directory: Path, what: str) -> None:
     """
     if iteration_of(directory.resolve()) is not None:
         raise UserError(f"{what}: {directory} has the name of one checkpoint; give the folder of a run")
+
+
+def refuse_content(directory: Path, what: str) -> None:
+    """Raise UserError unless `directory` is absent or empty, but for leases and what saves that were killed have left.
+
+    Args:
+        what: the field or flag that names it, for the message.
+    """
+    if directory.is_dir() and all(is_lease(entry) or entry.match("iter_*.tmp-*") for entry in directory.iterdir()):
+        return
+    if directory.exists():
+        raise UserError(f"{what}: {directory} is there already; name a folder that does not exist or is empty")
 
 
 def step_folder(directory: Path, iteration: int) -> Path:

@@ -79,6 +79,15 @@ class _Save:
     digests: dict[str, Digest] = field(default_factory=dict)
     error: str | None = field(default=None)
 
+    def whole(self) -> Path:
+        """Steps 2 and 3. Raises as `finish`; when it is interrupted (Ctrl-C), nothing is left."""
+        try:
+            self.write()
+            return self.finish()
+        except BaseException:
+            self.abandon()
+            raise
+
     def write(self) -> None:
         """Step 2; a failure is kept for step 3."""
         try:
@@ -246,8 +255,7 @@ def save_checkpoint(
     if saver is not None:
         saver.start(save)
         return None
-    save.write()
-    return save.finish()
+    return save.whole()
 
 
 def save_weights(
@@ -280,9 +288,7 @@ def save_weights(
     facts = Facts(str(dtype).removeprefix("torch."), (), 0, 1, 1, 1)
     files = record_files(iteration, ShardLayout.pack(architecture, 1, {}), facts, state, [])
     with hold(mesh, Path(directory), "--save"):
-        save = _start(mesh, directory, iteration, parts, files, KEEP_ALL)
-        save.write()
-        return save.finish()
+        return _start(mesh, directory, iteration, parts, files, KEEP_ALL).whole()
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ from megatron_prune.checkpoint.pieces import spread
 from megatron_prune.checkpoint.streams import ALIGNMENT, Scratch, SummingFile, on_host
 from megatron_prune.errors import UserError
 from megatron_prune.runtime.compat import storage_info
+from megatron_prune.runtime.folders import naming
 
 THREADS = 2  # that write, hence files, per rank (megatron-core's number)
 
@@ -168,7 +169,7 @@ class _Writer(FileSystemWriterAsync):
         results, scratch = [], Scratch()
         # The archive format has sums of its own, which cost as much as ours and would find nothing more.
         without_sums = config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
-        with without_sums, path.open("wb", buffering=1 << 20) as file:
+        with naming(path), without_sums, path.open("wb", buffering=1 << 20) as file:
             stream: Any = SummingFile(file)
             while values:
                 item, read = values.pop()

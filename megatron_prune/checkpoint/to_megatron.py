@@ -13,6 +13,8 @@ the distributed optimizer, where each tensor is of its weight's shape and name. 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,14 +25,17 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
+from torch.distributed import checkpoint
 
 from megatron_prune.checkpoint.files import begin, publish
 from megatron_prune.checkpoint.megatron import IN_LAYER, LAYER, TOP
 from megatron_prune.checkpoint.storage import quiet
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, first_line
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import finite
+from megatron_prune.runtime.folders import naming, probe_folder
 
 # Stock layers expect an extra state of each, which is empty but for fp8.
 _WITH_EXTRA_STATE = (
@@ -124,8 +129,8 @@ def save_for_megatron(
         adam: of the same shape; None: weights alone.
 
     Raises:
-        UserError: the model's rotary scaling is none of Megatron's.
-        OSError: the folder cannot be written.
+        UserError: the model's rotary scaling is none of Megatron's, or the folder cannot be written.
+        OSError: the same.
     """
     more = {"no_save_rng": True, "no_save_optim": adam is None, "use_distributed_optimizer": adam is not None} | more
     known = vars(arguments_for(shape, dtype)) | {"padded_vocab_size": padded_vocab_size, "iteration": iteration} | more
@@ -149,14 +154,35 @@ def save_for_megatron(
         for name in _WITH_EXTRA_STATE:
             key = f"{LAYER}{name}._extra_state"
             state[f"{key}.{layer}"] = ShardedObject(key, None, (shape.num_layers,), (layer,))
+    is_new = not directory.exists()
     folder = begin(directory, iteration)
     try:
-        with quiet():
+        with quiet(), _told(folder):
             dist_checkpointing.save(state, str(folder), content_metadata=content)
         return publish(folder, directory, iteration)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory if is_new else folder, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """While entered, what megatron-core could not write to `folder` is one error that says why. Its writers are
+    processes, of whose errors only the text arrives, and that in a log line, too.
+    """
+    remarks = logging.getLogger(FileSystemWriterAsync.__module__)
+    before, remarks.disabled = remarks.disabled, True
+    try:
+        with naming(folder):
+            yield
+    except (RuntimeError, checkpoint.CheckpointException) as error:  # of torch's archives, of the processes
+        probe_folder(folder, "--save")
+        if isinstance(error, RuntimeError):
+            raise
+        text = first_line(next((failure for failure, _ in error.failures.values()), error))
+        raise UserError(f"{folder}: cannot be written: {text}") from error
+    finally:
+        remarks.disabled = before
 
 
 def _tensors(

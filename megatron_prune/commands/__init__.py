@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from megatron_prune import __version__
 from megatron_prune.config.values import did_you_mean
 from megatron_prune.errors import one_line
+from megatron_prune.runtime.signals import die_of_interrupts
 
 # What libraries say about absent accelerators and about themselves at every import is no news for the user.
 warnings.filterwarnings("ignore", module=r"(torch|megatron\.core|lm_eval|datasets|transformers)(\..*)?$")
@@ -82,6 +83,7 @@ def start(argv: Sequence[str] | None = None) -> None:
     """Run as the program does: end the process with the exit status; where nobody reads any more what it says
     (`| head`), with that of a program that the signal for it ended.
     """
+    die_of_interrupts()
     try:
         status = main(argv)
         sys.stdout.flush()

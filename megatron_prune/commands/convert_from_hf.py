@@ -92,12 +92,13 @@ def convert_folder(arguments: ImportOptions, save: Path) -> int:
 
     folder = Path(arguments.hf_model)
     architecture = read_architecture(folder)  # before the slow imports
+    from megatron_prune.checkpoint.files import refuse_content
     from megatron_prune.huggingface.shards import DTYPES, dtype_name
     from megatron_prune.huggingface.weights import FolderWeights
 
     if arguments.dtype is not None and arguments.dtype not in DTYPES:
         raise UserError(f"--dtype {arguments.dtype}: unknown; use {', '.join(DTYPES)}")
-    check_new_folder("--save", save)
+    refuse_content(save, "--save")
     weights = FolderWeights(folder)
     weights.check(architecture)
     read: Reader = weights

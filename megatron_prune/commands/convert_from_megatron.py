@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.commands.convert_from_hf import write
-from megatron_prune.commands.running import check_new_folder, run_command, say
+from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 
 _STORED = "as the stored arguments say unless given"
@@ -39,11 +39,12 @@ class MegatronImportOptions:
 
 def convert(arguments: MegatronImportOptions) -> int:
     """Open, check, write; the exit status. Raises UserError."""
+    from megatron_prune.checkpoint.files import refuse_content
     from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
     from megatron_prune.model.architecture import Architecture
 
     save = Path(arguments.save)
-    check_new_folder("--save", save)
+    refuse_content(save, "--save")
     options = ShapeOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ShapeOptions)})
     source = MegatronCheckpoint(Path(arguments.load), options)
     architecture = Architecture.full(source.shape)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import check_new_folder, run_command, say
+from megatron_prune.commands.running import run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 
@@ -96,6 +96,7 @@ def adam_of(reader: CheckpointReader, plan: KvPlan) -> AdamState:
 def convert(arguments: MegatronExportOptions) -> int:
     """Check, read, write; the exit status. Raises UserError."""
     from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.files import refuse_content
     from megatron_prune.checkpoint.to_megatron import save_for_megatron, stock_misfit
     from megatron_prune.huggingface.kv_policy import CLUSTER, KvPlan
     from megatron_prune.huggingface.provenance import tokenizer_of
@@ -105,7 +106,7 @@ def convert(arguments: MegatronExportOptions) -> int:
     from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
     save, tp = Path(arguments.save), arguments.tensor_model_parallel_size
-    check_new_folder("--save", save)
+    refuse_content(save, "--save")
     if arguments.kv_policy == CLUSTER:
         raise UserError(f"--kv-policy {CLUSTER}: stock Megatron has no such attention; use native or expand")
     reader = CheckpointReader(arguments.load, arguments.ckpt_step)

@@ -25,6 +25,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.first_format import group_name
 from megatron_prune.model.kinds import HEAD, KV_HEAD, find_kind
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.runtime.folders import replace_figure
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint import CheckpointReader
@@ -212,7 +213,7 @@ def plot(architecture: Architecture, path: Path) -> None:
         fontsize=9,
         wrap=True,
     )
-    figure.savefig(path, dpi=150)
+    replace_figure(path, figure, dpi=150)
     pyplot.close(figure)
 
 

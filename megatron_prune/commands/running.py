@@ -12,15 +12,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from megatron_prune.commands import COMMANDS
 from megatron_prune.config import CommandLine, Given
 from megatron_prune.errors import UserError, log_lines, one_line
 from megatron_prune.runtime.places import speaks
+from megatron_prune.runtime.signals import heeded_signals
 
 
 def run_command(
@@ -43,8 +47,6 @@ def run_command(
     def through(given: Given) -> int:
         from megatron_prune.runtime import failures
 
-        # Leaving by an exception removes temporary files and what is half written.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return work(given.own())
         except KeyboardInterrupt:
@@ -55,8 +57,6 @@ def run_command(
             if reason is None:
                 raise
             raise UserError(reason) from error
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     return run_on_ranks(name, own, through, argv, level=logging.WARNING, about=about)
 
@@ -92,7 +92,41 @@ def run_on_ranks(
     log_lines(level)
     from megatron_prune.runtime.failures import exit_status
 
-    return exit_status(lambda: work(given))
+    with _leaving_by_exception():
+        return exit_status(lambda: work(given))
+
+
+@contextmanager
+def _leaving_by_exception() -> Iterator[None]:
+    """While entered, signals that ask to stop end the process by an exception: what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if _is_in_del(frame):  # which would swallow it
+            again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        for other in before:  # what follows is not to be interrupted, but by Ctrl-C
+            signal.signal(other, signal.SIG_IGN if other != signal.SIGINT else signal.default_int_handler)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in heeded_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_in_del(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def named_first(flag: str, argv: Sequence[str] | None) -> Sequence[str] | None:

@@ -32,7 +32,7 @@ from megatron_prune.errors import UserError, first_line
 from megatron_prune.model import first_format
 from megatron_prune.model.kinds import find_kind
 from megatron_prune.reading import read_words
-from megatron_prune.runtime.folders import replace_file
+from megatron_prune.runtime.folders import replace_figure, replace_file
 
 FIRST, LAST = ("ratio", "pruning tokens", "all tokens", "parameters"), ("loss at the target", "final loss")
 
@@ -168,7 +168,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     paths = [folder / "loss_vs_tokens.png", folder / "loss_vs_parameters.png"]
     for figure, path in zip((by_tokens, by_parameters), paths):
-        figure.savefig(path, dpi=100)
+        replace_figure(path, figure, dpi=100)
     return paths
 
 

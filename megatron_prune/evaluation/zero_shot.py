@@ -35,6 +35,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.evaluation.installed import lacking
 from megatron_prune.evaluation.models import ModelFolder
 from megatron_prune.reading import open_file
+from megatron_prune.runtime.folders import write_file
 
 ALL = "all"
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -336,7 +337,7 @@ def _specification(selected: Selected, scratch: Path) -> str:
         **task.changes,
     }
     path = scratch / f"{task.name}.yaml"
-    path.write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf-8")
+    write_file(path, yaml.safe_dump(definition, sort_keys=False).encode(), lasting=False)
     return str(path)
 
 

@@ -28,7 +28,7 @@ from megatron_prune.huggingface import config as stock
 from megatron_prune.huggingface.replacing import refresh_list
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import KV_HEAD
-from megatron_prune.runtime.folders import replace_file
+from megatron_prune.runtime.folders import replace_file, write_file
 
 MODEL_TYPE, CLASS = "cluster_llama", "ClusterLlamaForCausalLM"
 CONFIGURATION, MODELING = "configuration_cluster_llama", "modeling_cluster_llama"
@@ -81,7 +81,7 @@ def config_json(architecture: Architecture, dtype: str, special_ids: Mapping[str
 def copy_code(folder: Path) -> None:
     """Write the two files that `auto_map` names into `folder`."""
     for name, content in _code().items():
-        (folder / name).write_bytes(content)
+        write_file(folder / name, content, lasting=False)
 
 
 def refresh_code(folder: str | Path) -> list[str]:

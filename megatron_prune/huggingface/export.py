@@ -46,6 +46,8 @@ from megatron_prune.huggingface.weights import layers_left
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.sources import finite
 from megatron_prune.model.table import EMBEDDING, Part
+from megatron_prune.runtime.failures import mishap
+from megatron_prune.runtime.folders import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +130,12 @@ def export(
             card = model_card(
                 architecture, source_architecture, plan, dtype_name(stored.main), parameters, facts or CardFacts()
             )
-            (staged / "README.md").write_text(card, encoding="utf-8")
+            write_file(staged / "README.md", card.encode(), lasting=False)
             write_list(staged)
             check_kept(staged, target)
             put_in_place(staged, target)
     except OSError as error:
-        raise UserError(f"--save {target}: cannot be written: {error}") from error
+        raise UserError(f"--save {target}: cannot be written: {mishap(error) or error}") from error
     names = tuple(target / file.name for file in files)
     return Exported(target, names, config["architectures"][0], plan, stored, parameters)
 
@@ -214,7 +216,7 @@ def _write_settings(
         config = config_json(architecture, dtype_name(dtype), plan.num_key_value_heads, ids)
     generation = ids | (source.get("generation_config") or {}) | {"transformers_version": WRITTEN_FOR}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_file(folder / name, (json.dumps(content, indent=2) + "\n").encode(), lasting=False)
     return config
 
 

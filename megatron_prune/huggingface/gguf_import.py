@@ -40,6 +40,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.table import ParamTable
 from megatron_prune.reading import open_file
+from megatron_prune.runtime.folders import write_file
 
 # GGUF's architecture -> the model_type whose computation it is.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -220,7 +221,7 @@ def write_folder(model: GgufModel, folder: str | Path, dtype: str | None = None)
         staged = staging(target)
         with sole_writer(target, "--hf-model"), claim_folder(staged):
             for name, content in (("config.json", config), ("generation_config.json", generation)):
-                (staged / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                write_file(staged / name, (json.dumps(content, indent=2) + "\n").encode(), lasting=False)
             with _damaged(model.file):
                 write_tokenizer(model.fields, staged, model.shape, str(model.file))
             write_shards(staged, [entries], fetch)
@@ -239,7 +240,7 @@ def _write_card(model: GgufModel, folder: Path) -> None:
     head = f"---\nlicense: {json.dumps(licence)}\n---\n" if isinstance(licence, str) else ""
     name = model.fields.get("general.name", model.file.stem)
     text = f"{head}# {name}\n\nFrom {model.file.name}, most of whose weights were stored as {model.quantization}.\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_file(folder / "README.md", text.encode(), lasting=False)
 
 
 def _decimal(value: Any) -> Any:

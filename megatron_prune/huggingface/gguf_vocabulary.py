@@ -20,6 +20,7 @@ from megatron_prune.huggingface.gguf_tokenizer import CONTROL, SPLITS, UNUSED, U
 from megatron_prune.huggingface.sentencepiece_model import PieceKind, SentencePieceModel, SpmPiece, write_model
 from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.runtime.folders import write_file
 
 _KEY = "tokenizer.ggml."
 # Our word (a Vocabulary's) -> GGUF's.
@@ -198,7 +199,7 @@ def _write_sentencepiece(stored: _Stored, folder: Path, context: int) -> None:
     )
     with scratch_folder() as place:
         file = place / "tokenizer.model"
-        file.write_bytes(write_model(model))
+        write_file(file, write_model(model), lasting=False)
         export_tokenizer(file, folder, context, add_bos=stored.add_bos)
     if stored.chat_template is not None:  # whose special tokens are meant, not spelled
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -228,4 +229,4 @@ def _compare(stored: _Stored, folder: Path) -> None:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_file(file, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(), lasting=False)

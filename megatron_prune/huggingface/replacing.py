@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_prune.errors import UserError
 from megatron_prune.reading import read_words
+from megatron_prune.runtime.folders import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def _facts(file: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, files: dict[str, Any]) -> None:
-    (folder / LIST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    write_file(folder / LIST, (json.dumps({"files": files}, indent=2) + "\n").encode(), lasting=False)
 
 
 def _read(folder: Path) -> dict[str, Any]:

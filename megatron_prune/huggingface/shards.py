@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.folders import naming, write_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WRITTEN = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -110,7 +111,8 @@ def write_shards(folder: Path, shards: list[list[ShardEntry]], fetch: Callable[[
         }
         weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
         index = {"metadata": sizes, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        text = (json.dumps(index, indent=2) + "\n").encode()
+        write_file(folder / "model.safetensors.index.json", text, lasting=False)
     return [folder / name for name in names]
 
 
@@ -123,10 +125,10 @@ def _write_file(path: Path, entries: list[ShardEntry], fetch: Callable[[str], Te
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in entries:
             tensor = fetch(entry.name)
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, f"{entry.name}: {tensor.shape}"
-            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

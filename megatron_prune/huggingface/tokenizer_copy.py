@@ -32,6 +32,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface.chat import as_setting, chat_templates, render_chats
 from megatron_prune.huggingface.sentencepiece_model import belongs
 from megatron_prune.huggingface.tokenizer_export import NASTY_TEXTS, verify_tokenizer
+from megatron_prune.runtime.folders import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ def _write_plain(place: TokenizerPlace, save_dir: Path, source: _Reading) -> Non
 
 def _write_json(file: Path, content: Any) -> None:
     try:
-        file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_file(file, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(), lasting=False)
     except UnicodeEncodeError as error:
         raise UserError(f"the source's {file.name} holds text that is no valid Unicode ({error.reason})") from error
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from megatron_prune.data.leftovers import scratch_folder
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.folders import write_file
 
 from .sentencepiece_model import SentencePieceModel, read_model
 from .sentencepiece_to_json import tokenizer_json
@@ -108,7 +109,7 @@ def export_tokenizer(
     with scratch_folder() as staged:
         for name, content in files.items():
             text = json.dumps(content, ensure_ascii=False, indent=2)
-            (staged / name).write_text(text + "\n", encoding="utf-8")
+            write_file(staged / name, (text + "\n").encode(), lasting=False)
         shutil.copyfile(tokenizer_model, staged / "tokenizer.model")
         config = save_dir / "config.json"
         # A stock model_type may change the class AutoTokenizer picks; with code of its own, a folder's says nothing,

@@ -3,7 +3,6 @@ removals where tokens do not tell their order (no training in between, or anothe
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -12,7 +11,7 @@ from typing import Any
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.groups import default_names, group_names
 from megatron_prune.pruning.history import Removal, before
-from megatron_prune.runtime.folders import replace_file
+from megatron_prune.runtime.folders import replace_figure
 
 
 def plot_history(history: Sequence[Removal], architecture: Architecture, directory: Path) -> list[Path]:
@@ -34,8 +33,7 @@ def plot_history(history: Sequence[Removal], architecture: Architecture, directo
 
     paths = [directory / "pruning_saliencies.png", directory / "pruning_widths.png"]
     for figure, path in zip((saliencies, widths), paths, strict=True):
-        figure.savefig(drawn := io.BytesIO(), dpi=120, format="png")
-        replace_file(path, drawn.getvalue(), lasting=False)
+        replace_figure(path, figure, dpi=120)
     return paths
 
 

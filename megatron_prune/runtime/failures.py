@@ -31,6 +31,7 @@ from megatron_prune.runtime.agreement import first_complaint
 from megatron_prune.runtime.mesh import Mesh, agree
 from megatron_prune.runtime.places import speaks
 from megatron_prune.runtime.rendezvous import NotMetError
+from megatron_prune.runtime.signals import raise_interrupts
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -103,8 +104,9 @@ def lost_contact(error: BaseException) -> str | None:
 
 def exit_status(job: Callable[[], int]) -> int:
     """Run `job`; a mistake becomes one line on stderr of one rank (of each node's first, before ranks know each
-    other; of a rank alone, where it is that one's).
+    other; of a rank alone, where it is that one's). From here on Ctrl-C is an exception, which cleans up.
     """
+    raise_interrupts()
     try:
         return job()
     except SilentError as error:

@@ -2,14 +2,20 @@
 
 probe_folder   make it, write a block, leave nothing but the folder: before the work whose result goes there
 hindrance      what can be seen of that without touching anything
+naming         what the system refuses names the file
 write_file     a new file, on the disk when the call returns
 replace_file   a file's new content in the place of the old, in one piece
+replace_figure the same for a drawing of matplotlib's
 """
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_prune.errors import UserError
 
@@ -46,17 +52,23 @@ def hindrance(folder: str | Path) -> str | None:
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} may not be written"
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """While entered, an OSError that names no file, as that of a write to a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_file(path: Path, content: bytes, lasting: bool = True) -> None:
     """Write `path`; `lasting`: it survives a power cut from here on. Raises OSError that names the file."""
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            if lasting:
-                os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)  # the system names none where a write fails, as on a full disk
-        raise
+    with naming(path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        if lasting:
+            os.fsync(file.fileno())
 
 
 def replace_file(path: Path, content: bytes, lasting: bool = True) -> None:
@@ -67,3 +79,9 @@ def replace_file(path: Path, content: bytes, lasting: bool = True) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_figure(path: Path, figure: Any, dpi: int) -> None:
+    """Draw a figure of matplotlib's, in the format that the name's ending says, and `replace_file`."""
+    figure.savefig(drawn := io.BytesIO(), dpi=dpi, format=path.suffix[1:])
+    replace_file(path, drawn.getvalue(), lasting=False)

@@ -2,6 +2,7 @@
 
     StopSignals     context manager: while it is open, they are noted instead of ending the process
     heeded_signals  which of them this process listens to
+    die_of_interrupts, raise_interrupts  what Ctrl-C does before a program has begun its work, and from then on
 
 A scheduler announces preemption with SIGTERM or SIGUSR1, to one rank, to all, or to the launcher, which passes it on; a
 terminal sends SIGINT (Ctrl-C) and, when it is closed, SIGHUP. All mean the same, but a second SIGINT leaves at once. A
@@ -28,6 +29,23 @@ def heeded_signals() -> list[signal.Signals]:
     them to listen; what a terminal sends is left ignored where it is.
     """
     return [n for n in STOP_SIGNALS if n not in _OF_TERMINALS or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def die_of_interrupts() -> None:
+    """Ctrl-C ends this process as other signals do, without a traceback: modules are being imported, and nothing is
+    there to be cleaned up.
+    """
+    _exchange(signal.default_int_handler, signal.SIG_DFL)
+
+
+def raise_interrupts() -> None:
+    """Ctrl-C is KeyboardInterrupt again."""
+    _exchange(signal.SIG_DFL, signal.default_int_handler)
+
+
+def _exchange(old: Any, new: Any) -> None:
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == old:
+        signal.signal(signal.SIGINT, new)
 
 
 class StopSignals:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prune.model.kinds import Kind
+from megatron_prune.runtime.folders import replace_figure
 from megatron_prune.saliency.scores import UnitScores
 
 _BY_ID = 256  # up to so many units of a layer, each stands at its own number
@@ -43,7 +44,7 @@ def plot_scores(scores: Mapping[str, UnitScores], path: Path, title: str = "", *
             _heat_map(figure, axes, values / size, label, "unit by score" if is_sorted else "unit")
     if title:
         figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    replace_figure(path, figure, dpi=100)
 
 
 def _by_layer(units: UnitScores, kind: Kind) -> tuple[np.ndarray, bool]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -35,6 +36,7 @@ class Sinks:
 
     def __init__(self, config: Config, directory: Path | None, iteration: int = 0) -> None:
         self._board: Any = None
+        self._place: str | Path = ""
         self._wandb: Any = None
         metrics = config.logging.prometheus_file
         self._metrics = Path(metrics) if metrics else directory and directory / FILE_NAME
@@ -44,6 +46,7 @@ class Sinks:
         if board is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            _leave_telling_to_draw()
             # What a run that was killed wrote after its last checkpoint is hidden, or the curve would be drawn twice.
             purge = iteration + 1 if iteration else None
             try:
@@ -52,7 +55,9 @@ class Sinks:
                 raise UserError(
                     f"logging.tensorboard_dir (--tensorboard-dir): {board} cannot be written: {error.strerror}"
                 ) from error
-            self._board.add_text("configuration", textwrap.indent(dump(config), "    "), iteration)
+            self._place = board
+            text = textwrap.indent(dump(config), "    ")
+            self._draw(lambda board: board.add_text("configuration", text, iteration))
         if config.logging.wandb_project:
             self._wandb = start_wandb(config)
 
@@ -95,7 +100,20 @@ class Sinks:
                 write(self._board)
             except OSError as error:
                 self._board = None
-                logger.warning("no more TensorBoard figures: %s", error.strerror)
+                logger.warning("no more TensorBoard figures: %s: %s", self._place, error.strerror)
+
+
+def _leave_telling_to_draw() -> None:
+    """What TensorBoard's writing thread cannot write is raised at the next call, too: no traceback of the thread."""
+    before = threading.excepthook
+    if before.__module__ == __name__:
+        return
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+            before(failed)
+
+    threading.excepthook = tell
 
 
 def check_wandb(config: Config) -> None:

@@ -133,7 +133,8 @@ class Trainer:
         self._finish_saving()
         if self.saver and self.saver.complete != self.state.iteration:
             raise TrainingStoppedError(
-                f"the run ends at iteration {self.state.iteration} and could not save it; {self.where_to_resume()}"
+                f"{self.config.checkpoint.save}: iteration {self.state.iteration}, the run's last, could not be saved; "
+                f"{self.where_to_resume()}"
             )
         if status == FINISHED and self.state.nonfinite_in_a_row:
             raise TrainingStoppedError(

@@ -1,8 +1,6 @@
 """A disk that is really full: a small tmpfs. The run says so, keeps the last good checkpoint, goes on or stops."""
 
 import json
-import os
-import subprocess
 
 import pytest
 
@@ -11,6 +9,7 @@ from megatron_prune.pretrain import main
 from megatron_prune.testing.benchmarks.kills import victim
 from megatron_prune.testing.helpers.ranks import watch_ranks
 from megatron_prune.testing.helpers.tiny_runs import prepare
+from tests.disks import grow, small_disk
 
 MIB = 1 << 20
 
@@ -21,15 +20,10 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """An empty file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={MIB}", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", MIB) as folder:
+        yield folder
 
 
 def names(save):
@@ -37,15 +31,13 @@ def names(save):
 
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])
-def test_a_full_disk_is_said_and_survived(tiny, small_disk, policy):
-    save = small_disk / "run"
+def test_a_full_disk_is_said_and_survived(tiny, disk, policy):
+    save = disk / "run"
     arguments = tiny.arguments(save, "--save-interval", 2, "--on-save-error", policy, "--async-save")
     fates = watch_ranks(victim, 1, main, arguments)
     output = fates[0].output
     assert fates[0].exit_code == 2, output
-    # TensorBoard's writer thread dies in its own way; nothing else does.
-    assert output.count("Traceback") == output.count("Exception in thread") <= 1, output
-    assert ("Traceback" in output) == ("event_file_writer.py" in output), output
+    assert "Traceback" not in output, output
     good = CheckpointReader(save).record.iteration
     assert good >= 2 and f"iteration {good} is safe" in output
     assert "No space left on device" in output
@@ -55,13 +47,13 @@ def test_a_full_disk_is_said_and_survived(tiny, small_disk, policy):
         assert f"iteration {good + 5:8d}/" not in output
     else:
         assert "WARNING: checkpoint of iteration" in output and "training goes on" in output
-        assert f"could not save it; resume from iteration {good}" in output
+        assert f"could not be saved; resume from iteration {good}" in output
         assert " iteration       14/" in output
     status = save / "run_status.json"
     assert not status.exists() or json.loads(status.read_text())["status"] == "stopped"
 
     # With room again, the same command goes on from the last good one.
-    subprocess.run(["mount", "-o", f"remount,size={16 * MIB}", str(small_disk)], check=True)
+    grow(disk, 16 * MIB)
     fates = watch_ranks(victim, 1, main, arguments)
     assert fates[0].exit_code == 0, fates[0].output
     assert json.loads(status.read_text()) == {"status": "finished", "iteration": 14}

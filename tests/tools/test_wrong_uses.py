@@ -3,13 +3,26 @@
 import os
 import random
 import shutil
+import signal
+import time
 
 import pytest
 
 from megatron_prune.commands import main
 from megatron_prune.runtime.signals import StopSignals
 from megatron_prune.testing.helpers.tiny_runs import prepare
-from tests.wrong_use import Shop, TookTooLongError, at_most, call, files, folder_of, strange_file, wrong_command
+from tests.disks import small_disk
+from tests.wrong_use import (
+    WRITERS,
+    Shop,
+    TookTooLongError,
+    at_most,
+    call,
+    files,
+    folder_of,
+    strange_file,
+    wrong_command,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,6 +79,76 @@ def test_what_is_no_file_or_another_one_is_noticed(shop, first, capfd, monkeypat
         if told:
             found[seed] = words[0], what, told
     assert not found
+
+
+BLOCK = 4096
+ROOM = [*(1, 2, 3, 5, 9, 20, 40, 100, 300), 3000]  # blocks
+_IN_SHORT = {"convert-to-hf": [1, 20], "preprocess": [1], "token-scaling": [3], "recipe": [1]}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("way", "room"),
+    [
+        *((way, room) for way, room in _IN_SHORT.items()),
+        *(pytest.param(way, ROOM, marks=pytest.mark.full) for way in WRITERS),
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_the_file(shop, way, room, tmp_path, capfd, monkeypatch):
+    """Whatever the room that is left; and nothing is there afterwards that is not whole."""
+    found = {}
+    for blocks in room:
+        monkeypatch.chdir(folder_of(shop.folder / "room"))
+        with small_disk(tmp_path / "disk", BLOCK * blocks) as disk:
+            done = call(main, [way.partition(",")[0], *WRITERS[way](shop, disk)], capfd)
+            left = [path.name for path in disk.rglob("*") if path.name.endswith((".tmp", ".partial", ".writer"))]
+        problems = [*done.problems(), *left]
+        if done.status == 2 and str(disk) not in done.errors[0]:
+            problems.append("the line names nothing")
+        if problems:
+            found[blocks] = problems, done.output
+        if done.status == 0 and blocks > 1:
+            break
+    assert not found
+    assert done.status == 0 or len(room) < len(ROOM), "there is room enough in the end"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_command_that_is_told_to_stop_while_it_writes_leaves_nothing(shop, number, capfd, monkeypatch, tmp_path):
+    """The signal comes with the first file that is flushed to the disk, once in a `__del__`, where exceptions are lost;
+    further ones while it cleans up.
+    """
+    flush, remove = os.fsync, shutil.rmtree
+
+    class Fragile:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+
+    def flush_and_signal(descriptor):
+        monkeypatch.setattr(os, "fsync", flush)
+        Fragile()
+        flush(descriptor)
+        time.sleep(0.2)  # in a thread, beside which Python's own handler comes to its turn
+
+    def remove_and_signal(*args, **how):
+        if number != signal.SIGINT:  # a second Ctrl-C is meant
+            os.kill(os.getpid(), number)
+        remove(*args, **how)
+
+    monkeypatch.setattr(os, "fsync", flush_and_signal)
+    monkeypatch.setattr(shutil, "rmtree", remove_and_signal)
+    words = ["convert-from-hf", "--hf-model", shop.tiny.source, "--save", tmp_path / "run"]
+    try:
+        status = call(main, words, capfd).status
+    except SystemExit as left:
+        status = left.code
+    assert status == 128 + number
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    (tmp_path / "run" / "iter_0000000.tmp-0123abcd").mkdir(parents=True)  # as what was killed leaves
+    assert call(main, words, capfd).status == 0
+    assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_0000000"]
 
 
 @pytest.mark.parametrize(("name", "status"), [(b"m\x1b[31m\x07 n\n", 0), (b"m\xff", 2)])

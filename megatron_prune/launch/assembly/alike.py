@@ -28,7 +28,7 @@ from megatron_prune.launch.assembly.samples import fingerprints
 from megatron_prune.launch.assembly.teaching import FIELD as TEACHER
 from megatron_prune.runtime.agreement import ranks_named
 from megatron_prune.runtime.failures import agreed
-from megatron_prune.runtime.folders import probe_folder
+from megatron_prune.runtime.folders import probe_folder, write_file
 from megatron_prune.runtime.mesh import Mesh, agree, broadcast_object
 
 _FIELD, _PROBE = "checkpoint.save (--save)", ".shared-"
@@ -149,7 +149,7 @@ def _write_probe(folder: Path) -> tuple[str, str]:
     probe_folder(folder, _FIELD)
     for left in folder.glob(_PROBE + "*"):
         left.unlink(missing_ok=True)
-    (folder / name).write_text(content)
+    write_file(folder / name, content.encode())
     return name, content
 
 

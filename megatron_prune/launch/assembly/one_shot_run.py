@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint.lease import is_lease
+from megatron_prune.checkpoint.files import refuse_content
 from megatron_prune.config import (
     CheckpointConfig,
     Config,
@@ -96,7 +96,7 @@ def check_pruning(config: Config, world_size: int) -> Config:
     if config.checkpoint.save is None:
         raise UserError("checkpoint.save (--save) is not set: give the folder of the pruned model's checkpoint")
     folder = Path(config.checkpoint.save)
-    refuse_content(folder)
+    refuse_content(folder, "checkpoint.save")
     present = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     if not os.access(present, os.W_OK):
         raise UserError(f"checkpoint.save: {folder} cannot be written: no permission in {present}")
@@ -105,12 +105,6 @@ def check_pruning(config: Config, world_size: int) -> Config:
     config = dataclasses.replace(config, training=training)
     validate(config, world_size)
     return config
-
-
-def refuse_content(folder: Path) -> None:
-    """Raise UserError unless `folder` is absent or empty, but for leases."""
-    if folder.exists() and (not folder.is_dir() or not all(map(is_lease, folder.iterdir()))):
-        raise UserError(f"checkpoint.save: {folder} is there already; name a folder that does not exist or is empty")
 
 
 @dataclass(frozen=True)
@@ -175,7 +169,9 @@ def prune_and_save(
     """
     assert config.checkpoint.save is not None
     with Watch(None, launchers(os.environ)) as watch, writing(config.checkpoint.save, run.mesh, watch):
-        agreed(run.mesh, lambda: refuse_content(Path(str(config.checkpoint.save))))  # somebody was faster, perhaps
+        agreed(
+            run.mesh, lambda: refuse_content(Path(str(config.checkpoint.save)), "checkpoint.save")
+        )  # somebody was faster, perhaps
         insist_shared(run.mesh, config.checkpoint.save)
         return _prune_and_save(config, run, on_removal, groups_per_scoring)
 

@@ -1,0 +1,27 @@
+"""A disk that is really full: a small tmpfs, where this user may mount one."""
+
+import contextlib
+import os
+import subprocess
+
+import pytest
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """`folder`, made anew, holds an empty file system of `size` bytes while entered; `size` may be grown by `grow`."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        folder.rmdir()
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        folder.rmdir()
+
+
+def grow(folder, size):
+    """Give the small disk at `folder` room for `size` bytes."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
