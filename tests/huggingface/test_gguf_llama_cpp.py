@@ -171,6 +171,43 @@ def test_q8_0_is_what_llama_cpp_quantizes_to(stories260k: Path, tmp_path: Path) 
     assert compared == 1 + 5 * 6 and len(ours.fallbacks) == 5
 
 
+K_QUANTS = {"Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}
+
+
+@pytest.mark.parametrize("hidden, ffn, block", [(256, 512, True), (272, 520, False)])
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_llama_cpp_s_own_quantizer_takes_our_files(
+    kind: str, hidden: int, ffn: int, block: bool, stories260k: Path, tmp_path: Path
+) -> None:
+    """The K types quantize rows of 256; others llama.cpp stores in another type, and the file runs all the same."""
+    import ctypes
+
+    import gguf
+
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-gguf")
+    skip_where_amx_is_compiled_in("q8_0")
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "head_dim": 64, "num_key_value_heads": 2}
+    config = tiny_config(vocab_size=512, num_hidden_layers=2, **sizes)
+    folder = write_hf_folder(tmp_path / "m", config, random_llama_weights(config))
+    (folder / "tokenizer.model").write_bytes((stories260k / "tokenizer.model").read_bytes())
+    plain, small = convert(folder, tmp_path / "m.gguf", "f32").file, tmp_path / "small.gguf"
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = K_QUANTS[kind], 1
+    assert llama_cpp.llama_model_quantize(str(plain).encode(), str(small).encode(), ctypes.byref(settings)) == 0
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(str(small)).tensors}
+    assert types["blk.0.attn_output.weight"].endswith("_K"), "rows of 256 in either model"
+    assert types["blk.0.ffn_up.weight"].endswith("_K") == block
+    ids = torch.randint(3, 512, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    scores = []
+    for file in (plain, small):
+        runner = llama(file)
+        runner.eval(ids)
+        scores.append(np.array(runner.scores[: len(ids)]))
+        runner.close()
+    correlation = np.corrcoef(scores[0].ravel(), scores[1].ravel())[0, 1]
+    assert correlation > 0.9
+
+
 UNIGRAMS: dict[str, dict[str, Any]] = {
     "default": {},
     "plain": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},

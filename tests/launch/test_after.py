@@ -69,6 +69,14 @@ def test_validation_data_of_their_own_are_measured_as_in_training(config):
     assert asked["--tokenizer-model"] == ["spm"], "for a source whose folder holds none"
 
 
+def test_the_page_is_written_again_where_one_is_wanted(config, monkeypatch):
+    pytest.importorskip("plotly", reason="needs plotly: install megatron-prune[report]")
+    words = after.page(config).words
+    assert words[3:] == ("report", "runs/x", "--output", "runs/x/report.html")
+    without = dataclasses.replace(config, logging=dataclasses.replace(config.logging, report=False))
+    assert after.page(without).words == ()
+
+
 def test_what_is_named_for_it_comes_first(config):
     asked = options(after.evaluate(with_evaluation(config, eval_data_path="one.txt two.txt")))
     assert asked["--data-path"] == ["one.txt", "two.txt"] and "--eval-samples" not in asked

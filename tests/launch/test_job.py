@@ -132,7 +132,7 @@ def test_bash_starts_torchrun_which_starts_ranks_of_which_one_speaks(tmp_path):
 def test_torchrun_takes_the_script_through_all_stages(tmp_path):
     """The loss that `evaluate` finds in the exported model is the training's own."""
     save, config = tmp_path / "run", tmp_path / "run.yaml"
-    config.write_text(dump(load_config(prepare(tmp_path).arguments(save))))
+    config.write_text(dump(load_config(prepare(tmp_path).arguments(save, "--report"))))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     code, output = run(*torchrun, SCRIPT, config)
     assert code == 0 and output.count("done: stages prune, continue, export, evaluate") == 1, output
@@ -142,6 +142,8 @@ def test_torchrun_takes_the_script_through_all_stages(tmp_path):
     assert models[1]["perplexity"][0]["loss"] == pytest.approx(final["validation_loss"], rel=1e-4)
     ledger = json.loads((save / "launch_status.json").read_text())
     assert ledger["done"] == dict.fromkeys(("export", "evaluate"), final["iteration"]) and not ledger["skipped"]
+    page, measured = save / "report.html", save / "evaluation" / "evaluation.json"
+    assert page.stat().st_mtime_ns > measured.stat().st_mtime_ns, "the page shows the evaluation"
 
 
 @pytest.mark.timeout(300)

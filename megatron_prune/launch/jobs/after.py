@@ -2,6 +2,7 @@
 
 export      checkpoint -> Hugging Face folder
 evaluate    source and exported model side by side, on what the configuration names or the run's own validation data
+page        the run's report.html anew, with what was measured
 check       what can be known before training about whether `evaluate` will work
 run         start one, see it through, end it when this process is told to leave
 """
@@ -19,6 +20,7 @@ from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.installed import lacking
 from megatron_prune.launch.jobs.stages import EVALUATION, EXPORTED
+from megatron_prune.report.html_page import FILE_NAME, is_installed
 from megatron_prune.runtime.places import search_path
 
 _PROGRAM = (sys.executable, "-m", "megatron_prune")
@@ -72,6 +74,14 @@ def evaluate(config: Config) -> Job:
     models = [str(path) for path in (_source(config), save / EXPORTED) if path is not None]
     command = (*_PROGRAM, "evaluate", "--hf-model", *models, *wanted)
     return Job((*command, "--output-dir", str(save / EVALUATION)), left_out)
+
+
+def page(config: Config) -> Job:
+    """The run's page again, which training wrote before anything was evaluated; empty where none is wanted."""
+    save = Path(str(config.checkpoint.save))
+    if not config.logging.report or not is_installed():
+        return Job(())
+    return Job((*_PROGRAM, "report", str(save), "--output", str(save / FILE_NAME)))
 
 
 def check(config: Config) -> str | None:

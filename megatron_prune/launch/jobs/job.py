@@ -337,6 +337,9 @@ class _Rank:
                 logger.info("stage %s: %s, %s", stage, "incomplete" if job.words else "skipped", job.left_out)
                 self.ledger = self.ledger.with_skipped(stage, job.left_out)
             self.ledger.write(self.save)
+        words = after.page(self.config).words if stages.EVALUATE in todo else ()
+        if words and after.run(words) != 0:
+            logger.warning("%s: the page could not be written anew; it lacks the evaluation", self.save)
         self._note(FINISHED)
         logger.info("done: stages %s; everything is in %s", ", ".join(self.request.stages), self.save)
         return 0
