@@ -3,8 +3,8 @@
     verdicts   config.json of an export -> a verdict per runtime
     table      verdicts -> text
 
-transformers and llama.cpp were run on exports (docs/deploy.md); what is said of vLLM and SGLang is what their sources
-require of a model's sizes, and was not run.
+transformers and llama.cpp were run on exports, vLLM on some (docs/deploy.md); what is said of tensor parallelism and of
+SGLang is what their sources require of a model's sizes, and was not run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron_prune.huggingface.config import OLDEST_TRANSFORMERS, shape_from_co
 from megatron_prune.huggingface.gguf_file import why_not
 
 TP_SIZES = (1, 2, 4, 8)
+RUN_IN_VLLM = ("llama", "mistral", "qwen3")  # with one process (docs/deploy.md)
 Q8_BLOCK, K_BLOCK = 32, 256  # elements of a row that llama.cpp quantizes together
 
 
@@ -87,7 +88,10 @@ def _server(name: str, config: Mapping[str, Any]) -> Verdict:
         return Verdict(name, "no", f"takes hidden / heads ({implied:g}) for the head dimension ({config['head_dim']})")
     if config["head_dim"] != int(implied):
         why += f"; needs a release that reads head_dim ({config['head_dim']}, not hidden/heads)"
-    return Verdict(name, "yes", f"by its sources, not run: {why}")
+    ran = name == "vLLM" and config["model_type"] in RUN_IN_VLLM
+    its = "the sources of releases with an OLMo 2 class" if config["model_type"] == "olmo2" else "its sources"
+    seen = f"run on a CPU; by {its}" if ran else f"by {its}, not run"
+    return Verdict(name, "yes", f"{seen}: {why}")
 
 
 def table(found: Sequence[Verdict]) -> str:
