@@ -20,12 +20,14 @@ import io
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -150,6 +152,8 @@ def _problem(found: Any, folder: Path) -> str:
         name = known.get("relative_path")
         if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
             return f"{vars(index).get('fqn')!r} lies in {name!r}, which names no file of this folder"
+        if known.get("transform_descriptors"):
+            return f"{vars(index).get('fqn')!r} is packed in {name!r}, which no writer of ours or Megatron's does"
         if not _are_sizes([known.get("offset"), known.get("length")]):
             return f"{vars(index).get('fqn')!r} lies at no place in {name!r}"
     return ""
@@ -212,7 +216,10 @@ class GuardedReader(FileSystemReader):
                 raise UserError(f"{one_line(str(self._folder))}: holds no tensor {item.storage_index.fqn!r}")
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in files.items():
-            with _plainly(self._folder / name), open_file(self._folder / name):
+            with _plainly(self._folder / name), open_file(self._folder / name) as file:
+                for item in items:
+                    place = self.storage_data[item.storage_index]
+                    _insist_unpacked(io.BufferedReader(_Part(file, place.offset, place.length)))
                 super().read_data(dataclasses.replace(plan, items=items), planner)
         done.set_result(None)
         return done
@@ -245,7 +252,8 @@ def load_plain(path: Path, classes: Sequence[Callable[..., Any]] = (), **argumen
     Raises:
         UserError: the file cannot be read, is damaged, or holds something else, named by its class.
     """
-    with _plainly(path), _besides(classes), open_file(path):
+    with _plainly(path), _besides(classes), open_file(path) as file:
+        _insist_unpacked(file)
         return torch.load(path, map_location="cpu", weights_only=True, **arguments)
 
 
@@ -266,7 +274,49 @@ def load_object(folder: Path, metadata: Metadata, key: str, classes: Sequence[Ca
         held = path.stat().st_size
         file.seek(min(place.offset, held))
         content = io.BytesIO(file.read(min(place.length, held)))
+        _insist_unpacked(content)
         return torch.load(content, map_location="cpu", weights_only=True)
+
+
+class _Part(io.RawIOBase):
+    """`length` bytes of `file` from `start` on, as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._at = file, start, 0
+        self._length = min(length, max(file.seek(0, io.SEEK_END) - start, 0))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max({io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence] + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        content = self._file.read(min(len(buffer), max(self._length - self._at, 0)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def _insist_unpacked(file: IO[bytes]) -> None:
+    """Raise ValueError for an archive whose content is larger than itself: torch packs nothing, but unpacks."""
+    if not zipfile.is_zipfile(file):
+        return
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise ValueError("its parts are packed, which torch's are not")
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether its values are all there: a tensor of strides 0 has as many as it likes."""
+    return tensor.layout is torch.strided and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
 def _besides(classes: Sequence[Callable[..., Any]]) -> contextlib.AbstractContextManager[Any]:

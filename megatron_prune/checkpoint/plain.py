@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.guarded_reader import load_plain
+from megatron_prune.checkpoint.guarded_reader import is_whole, load_plain
 from megatron_prune.errors import UserError
 
 _ARRAY = "__ndarray__"
@@ -64,6 +64,8 @@ def decode(value: Any) -> Any:
     """Inverse of `encode`."""
     if isinstance(value, dict):
         if value.keys() == {_ARRAY}:
+            if not is_whole(value[_ARRAY]):
+                raise TypeError("an array has fewer values than its shape")
             return value[_ARRAY].numpy()
         return {key: decode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

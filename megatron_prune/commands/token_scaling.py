@@ -23,12 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_prune.checkpoint.record import STATE_FIELDS, check_fields
 from megatron_prune.commands.running import run_command, say
+from megatron_prune.config import load_plain_yaml
 from megatron_prune.config.options import option
-from megatron_prune.errors import UserError, first_line
+from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
 from megatron_prune.model.kinds import find_kind
 from megatron_prune.reading import read_words
@@ -69,7 +68,7 @@ def read_run(folder: Path) -> Run | str:
         facts = json.loads(read_words(summary))
         stages = facts["stages"]
         check_fields(facts, {"stages": STATE_FIELDS["stages"]}, summary, required=True)
-        pruning = (yaml.safe_load(read_words(config)) or {}).get("pruning", {})
+        pruning = (load_plain_yaml(read_words(config)) or {}).get("pruning", {})
         ratio = str(pruning.get("ratio", "?"))
         if pruning.get("schedule") == "curve":
             ratio = f"{pruning['curve']['shape']} to {pruning['curve']['end']}"
@@ -93,8 +92,6 @@ def read_run(folder: Path) -> Run | str:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{folder}: not what a run writes ({type(error).__name__}: {error})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{config}: no YAML ({first_line(error)})") from error
 
 
 def _accuracy(path: Path) -> float | None:

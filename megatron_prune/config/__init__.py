@@ -37,7 +37,7 @@ from megatron_prune.config.schema import (
     TrainingConfig,
 )
 from megatron_prune.config.validation import check_fields, check_head_score, data_parallel_size, validate
-from megatron_prune.config.yaml_file import dump, read_file, read_yaml, yaml_value
+from megatron_prune.config.yaml_file import dump, load_plain_yaml, read_file, read_yaml, yaml_value
 
 __all__ = [
     "CheckpointConfig",
@@ -65,6 +65,7 @@ __all__ = [
     "data_parallel_size",
     "dump",
     "load_config",
+    "load_plain_yaml",
     "parse_command",
     "read_file",
     "read_yaml",

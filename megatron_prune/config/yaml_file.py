@@ -18,11 +18,12 @@ from megatron_prune.config.moved import renamed_entry
 from megatron_prune.config.options import NamedParts, Option, all_options, options_of, sections_of
 from megatron_prune.config.schema import Config
 from megatron_prune.config.values import RawValue, convert, did_you_mean
-from megatron_prune.errors import UserError, one_line
+from megatron_prune.errors import UserError, first_line, one_line
 from megatron_prune.reading import open_stream
 
-_DEEPEST = 4
+_DEEPEST, _DEEPEST_ANYWHERE = 4, 100
 _LONGEST = 1 << 20  # characters; /dev/zero has no end
+_MOST = 100_000  # values
 _NO_WRAP = 10**9
 
 
@@ -128,32 +129,68 @@ def _where_it_belongs(name: str) -> str:
 
 def _parse(text: str, source: str) -> RawValue:
     try:
+        _count_aliases(text)
         root = yaml.compose(text, Loader=yaml.BaseLoader)
+        return None if root is None else _plain(root, source, 0, iter(range(_MOST)))
+    except RecursionError:
+        raise UserError(f"{source}: nested too deep, a configuration has sections, keys and values") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or "unreadable characters"
         raise UserError(f"{source}{line}: not valid YAML: {problem}") from None
-    return None if root is None else _plain(root, source, depth=0)
 
 
-def _plain(node: yaml.Node, source: str, depth: int) -> RawValue:
-    """A YAML node as text, None, list or mapping: scalars stay text, whatever they look like."""
+def _plain(node: yaml.Node, source: str, depth: int, left: Iterator[int]) -> RawValue:
+    """A YAML node as text, None, list or mapping: scalars stay text, whatever they look like.
+
+    Args:
+        left: how many nodes there may be; aliases of aliases can make more than memory holds.
+    """
     line = f"{source}, line {node.start_mark.line + 1}"
     if depth > _DEEPEST:
         raise UserError(f"{line}: nested too deep, a configuration has sections, keys and values")
+    if next(left, None) is None:
+        raise UserError(f"{line}: more than {_MOST:,} values, aliases of aliases perhaps")
     if isinstance(node, yaml.ScalarNode):
         is_null = node.style is None and node.value in ("", "~", "null")
         return None if is_null else str(node.value)
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, source, depth + 1) for item in node.value]
+        return [_plain(item, source, depth + 1, left) for item in node.value]
     mapping: dict[str, Any] = {}
     for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{line}: a key is a word, not a list or mapping")
         key = str(key_node.value)
         if key in mapping:
             raise UserError(f'{source}, line {key_node.start_mark.line + 1}: the key "{one_line(key)}" is given twice')
-        mapping[key] = _plain(value_node, source, depth + 1)
+        mapping[key] = _plain(value_node, source, depth + 1, left)
     return mapping
+
+
+def _count_aliases(text: str) -> int:
+    """How many there are. Raises RecursionError: it is nested so deep that composing it would take for ever."""
+    depth, aliases = 0, 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > _DEEPEST_ANYWHERE:
+            raise RecursionError(f"nested deeper than {_DEEPEST_ANYWHERE} levels")
+    return aliases
+
+
+def load_plain_yaml(text: str) -> Any:
+    """A stranger's YAML as plain values: without aliases, which can stand for more than memory holds.
+
+    Raises:
+        ValueError: it is none, or has aliases.
+    """
+    try:
+        if _count_aliases(text):
+            raise ValueError("aliases")
+        return yaml.safe_load(text)
+    except Exception as error:  # constructors raise whatever Python does for a value that is none
+        raise ValueError(f"no YAML ({first_line(error)})") from error
 
 
 def yaml_value(value: Any) -> str:

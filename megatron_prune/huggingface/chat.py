@@ -5,17 +5,19 @@
 
 transformers' tokenizers read `tokenizer_config.json` (one template, or a list of named ones), `chat_template.jinja` and
 `additional_chat_templates/`; `chat_template.json`, which only processors read, is taken where these say nothing.
-Templates are text in a sandboxed language: rendering runs no code of the folder's.
+Templates are text in a sandboxed language: rendering runs no code of the folder's, in bounded time and memory.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.data.tokenizer_files import settings_in
 from megatron_prune.errors import UserError
+from megatron_prune.runtime.bounded import OverrunError, bounded
 
 DEFAULT = "default"
 """transformers' name of the template that is used unless another one is asked for."""
@@ -24,6 +26,7 @@ _USER = {"role": "user", "content": "Once upon a time <b>&</b>\n"}
 _REPLY = {"role": "assistant", "content": " There was a girl."}
 _SYSTEM = {"role": "system", "content": "Be brief."}
 _CONVERSATIONS = ([_USER], [_USER, _REPLY, _USER], [_SYSTEM, _USER, _REPLY, _USER])
+_SECONDS, _MEMORY = 10, 1 << 30
 
 
 def chat_templates(folder: Path, tokenizer: Any) -> dict[str, str]:
@@ -58,22 +61,40 @@ def as_setting(templates: dict[str, str]) -> str | list[dict[str, str]] | None:
     return [{"name": name, "template": template} for name, template in templates.items()]
 
 
-def render_chats(tokenizer: Any, templates: dict[str, str]) -> dict[str, str]:
-    """For each template, what it makes of some conversations; what it refuses is told by the kind of error."""
+def render_chats(
+    tokenizer: Any, templates: dict[str, str], seconds: int = _SECONDS, memory: int = _MEMORY
+) -> dict[str, str]:
+    """For each template, what it makes of some conversations; what it refuses is told by the kind of error.
+
+    Args:
+        seconds, memory: that a template may take (see `bounded`).
+
+    Raises:
+        UserError: one of them does not come to an end, or would fill the memory.
+    """
     rendered = {}
     for name, template in templates.items():
-        texts = []
-        for messages in _CONVERSATIONS:
-            for prompt in (False, True):
-                try:
-                    text = tokenizer.apply_chat_template(
-                        [dict(message) for message in messages],
-                        chat_template=template,
-                        tokenize=False,
-                        add_generation_prompt=prompt,
-                    )
-                except Exception as error:  # a template may raise whatever it likes, and its language adds its own
-                    text = f"{type(error).__name__}: {error}"
-                texts.append(text)
-        rendered[name] = json.dumps(texts, ensure_ascii=False)
+        try:
+            rendered[name] = bounded(partial(_render, tokenizer, template), seconds, memory)
+        except OverrunError as error:
+            raise UserError(f"chat template {name!a}: to render some messages it {error}") from error
     return rendered
+
+
+def _render(tokenizer: Any, template: str) -> str:
+    texts = []
+    for messages in _CONVERSATIONS:
+        for prompt in (False, True):
+            try:
+                text = tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                )
+            except MemoryError:
+                raise
+            except Exception as error:  # a template may raise whatever it likes, and its language adds its own
+                text = f"{type(error).__name__}: {error}"
+            texts.append(text)
+    return json.dumps(texts)

@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
-
 from megatron_prune.checkpoint.record import TABLE, TEXT, check_fields
-from megatron_prune.errors import UserError, first_line
+from megatron_prune.config import load_plain_yaml
+from megatron_prune.errors import UserError
 from megatron_prune.huggingface.model_card import CardFacts
 from megatron_prune.huggingface.shards import DTYPES
 from megatron_prune.huggingface.source_facts import read_source
@@ -96,9 +95,9 @@ def dtypes_of(meta: Mapping[str, Any], stored: str) -> tuple[str, dict[str, str]
 def config_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The run's configuration as plain mappings; an older version's is read as well. Raises UserError."""
     try:
-        content = yaml.safe_load(meta.get("config") or "{}")
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"config of the checkpoint's run: no YAML ({first_line(error)})") from error
+        content = load_plain_yaml(meta.get("config") or "{}")
+    except ValueError as error:
+        raise UserError(f"config of the checkpoint's run: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values() if values):
         raise UserError("config of the checkpoint's run: no sections of options")
     return content

@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_prune.config import load_plain_yaml
 from megatron_prune.data.hub_files import hub_id, read_json
 from megatron_prune.data.tokenizer_files import settings_in
 from megatron_prune.errors import UserError
@@ -73,8 +72,8 @@ def _read_card(folder: Path) -> dict[str, str]:
     """
     try:
         head = re.match(r"---\n(.*?)\n---", read_words(folder / "README.md"), re.DOTALL)
-        content = yaml.safe_load(head[1]) if head else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = load_plain_yaml(head[1]) if head else None
+    except (OSError, ValueError):
         content = None
     stated = content if isinstance(content, dict) else {}
     base = stated.get("base_model")

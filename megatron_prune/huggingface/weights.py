@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.guarded_reader import load_plain
+from megatron_prune.checkpoint.guarded_reader import is_whole, load_plain
 from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer, present, read_json, what_else
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_shape
@@ -310,6 +310,8 @@ def _load_legacy(file: Path) -> tuple[dict[str, Tensor], bool]:
         content, is_mapped = load_plain(file), False
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise UserError(f"{file}: is no table of tensors; only plain weights (a state dict) are read")
+    if wrong := next((name for name, tensor in content.items() if not is_whole(tensor)), None):
+        raise UserError(f"{file}: {wrong!a} is no plain tensor, or has fewer values than its shape")
     return content, is_mapped
 
 

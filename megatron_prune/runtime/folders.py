@@ -30,7 +30,8 @@ def probe_folder(folder: str | Path, field: str) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
-            with probe.open("wb") as file:
+            probe.unlink(missing_ok=True)
+            with probe.open("xb") as file:
                 file.write(bytes(4096))
                 file.flush()
                 os.fsync(file.fileno())
@@ -63,8 +64,13 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def write_file(path: Path, content: bytes, lasting: bool = True) -> None:
-    """Write `path`; `lasting`: it survives a power cut from here on. Raises OSError that names the file."""
-    with naming(path), path.open("wb") as file:
+    """Write `path`; `lasting`: it survives a power cut from here on. Raises OSError that names the file.
+
+    It is a new file: what a link leads to, that stands in its place, is not touched.
+    """
+    with naming(path):
+        path.unlink(missing_ok=True)
+    with naming(path), path.open("xb") as file:
         file.write(content)
         file.flush()
         if lasting:

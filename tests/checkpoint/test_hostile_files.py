@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.table import ParamTable
+from megatron_prune.runtime.folders import replace_file
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_runs import prepare
 from tests.checkpoint.small_run import SHAPE, Kind, build, mesh_of
@@ -151,6 +153,77 @@ def test_the_payload_does_what_it_says(folder, tmp_path):
     trap_in_metadata(folder / ITERATION, tmp_path / "ran")
     metadata_of(folder / ITERATION)
     assert (tmp_path / "ran").exists()
+
+
+# Files that are larger than they look ---------------------------------------------------------------------------------
+
+
+def packed(content):
+    """The same archive, its parts compressed and followed by a gigabyte of nothing."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as plain, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name) + bytes(64 << 20 if name.endswith("/data/0") else 0))
+    return out.getvalue()
+
+
+def bomb_in_common(folder):
+    torch.save({**torch.load(folder / "common.pt", weights_only=True), "more": torch.ones(9)}, folder / "common.pt")
+    (folder / "common.pt").write_bytes(packed((folder / "common.pt").read_bytes()))
+
+
+def endless_array_in_common(folder):
+    common = torch.load(folder / "common.pt", weights_only=True)
+    torch.save({**common, "more": {"__ndarray__": torch.ones(1).expand(1 << 45)}}, folder / "common.pt")
+
+
+def bomb_as_tensor(folder):
+    metadata = metadata_of(folder)
+    place = place_of(metadata)
+    write_object(folder, place, torch.ones(metadata.state_dict_metadata[EMBEDDING].size))
+    content = packed((folder / "__9_0.distcp").read_bytes())
+    (folder / "__9_0.distcp").write_bytes(content)
+    place.length = len(content)
+    write_metadata(folder, metadata)
+
+
+def packed_by_extension(folder):
+    """As torch writes it with an extension, whose reader unpacks whatever comes."""
+    metadata = metadata_of(folder)
+    place_of(metadata).transform_descriptors = ["stream.zstd"]
+    write_metadata(folder, metadata)
+
+
+BOMBS = {
+    bomb_in_common: "common.pt: damaged or of another kind (its parts are packed",
+    endless_array_in_common: "common.pt: holds what is never stored",
+    bomb_as_tensor: "__9_0.distcp: damaged or of another kind (its parts are packed",
+    packed_by_extension: ".metadata: damaged",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb.__name__)
+def test_nothing_is_unpacked(bomb, folder, capsys):
+    from megatron_prune.commands import inspect_checkpoint
+
+    bomb(folder / ITERATION)
+    sign(folder / ITERATION)
+    assert inspect_checkpoint.main(["--load", str(folder), "--verify"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and BOMBS[bomb] in error, error
+
+
+def test_links_in_a_strangers_folder_lead_no_write_out_of_it(folder, tmp_path):
+    """What a run writes there replaces the link, and what it leads to stays as it is."""
+    mine = tmp_path / "mine"
+    mine.write_text("dear")
+    for name in ("latest_checkpointed_iteration.txt", "run_status.json", "config.yaml"):
+        for place in (folder / name, folder / f"{name}.tmp"):
+            place.unlink(missing_ok=True)
+            place.symlink_to(mine)
+        replace_file(folder / name, b"new")
+        assert (folder / name).read_text() == "new" and not (folder / name).is_symlink()
+    assert mine.read_text() == "dear"
 
 
 def load_it(rank, world, folder):

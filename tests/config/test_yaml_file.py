@@ -7,9 +7,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prune.config import Config, dump, load_config, parse_command, read_yaml
+from megatron_prune.config import Config, dump, load_config, load_plain_yaml, parse_command, read_yaml
 from megatron_prune.config.options import Option, options_of, sections_of
 from megatron_prune.errors import UserError
+
+# 1,000 times a list of 1,000 values.
+BOMB = f"model: {{hf_model: &a [{'x,' * 1000}]}}\ndata: {{data_path: [{'*a,' * 1000}]}}"
 
 TEXTS = st.text(min_size=1).filter(str.strip)
 
@@ -162,6 +165,12 @@ def test_values_are_read_by_the_type_of_their_field():
         ("- training", "run.yaml: expected sections (model, parallel,"),
         ("training: 5", "run.yaml: expected keys and values under the section training"),
         ("a: &a [*a]", "run.yaml, line 1: nested too deep"),
+        ("a: " + "[" * 100_000, "nested too deep"),
+        (BOMB, "more than 100,000 values, aliases of aliases perhaps"),
+        ("? [a, b]\n: 1", "run.yaml, line 1: a key is a word"),
+        ("k: &a [1, 2]\n? [*a, *a]\n: 1", "a key is a word"),
+        ("? &a [*a]\n: 1", "a key is a word"),
+        ("training: {seed: " + "9" * 6000 + "}", "training.seed in run.yaml: expected a whole number"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
         ("model: \x00", "not valid YAML"),
     ],
@@ -171,6 +180,21 @@ def test_mistakes_in_a_file_are_named(text, message):
         read_yaml(text, "run.yaml")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {k: 1}\nb: &b {<<: [*a, *a]}\nc: {<<: [*b, *b]}",
+        *("a: *b", "a: [", "[" * 50_000, "2001-99-99", "!!int x", "!!timestamp x", "!!bool x", "9" * 6000, "{[a]: 1}"),
+        *("!!python/object:os.system x", "!!python/name:os.system", "a: \x00", "%YAML 9.9", "!!float '.'", "? {a: 1}"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_strangers_yaml_is_read_or_a_value_error(text):
+    with pytest.raises(ValueError, match="no YAML"):
+        load_plain_yaml(text)
+    assert load_plain_yaml("a: [1, b]") == {"a": [1, "b"]} and load_plain_yaml("") is None
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -29,6 +29,18 @@ from megatron_prune.huggingface.tokenizer_export import NASTY_TEXTS, export_toke
 
 from .tokenizer_layouts import CHATML, LAYOUTS, TOOLS, VICUNA, byte_level, write
 
+ESCAPES = (
+    "{{{{ cycler.__init__.__globals__.os.system('{0}') }}}}",
+    "{{{{ lipsum.__globals__['os'].popen('{0}').read() }}}}",
+    "{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}{{{{ undefined_there.{0} }}}}",
+    "{{{{ ('{{0.__class__.__init__.__globals__}}'|attr('format'))(messages) }}}}{{{{ raise_exception('{0}') }}}}",
+)
+BOMBS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**10 }}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+)
+
 ROWS = 520
 CHAT = [{"role": "user", "content": "Once upon\n"}, {"role": "assistant", "content": " a time."}]
 FOLLOWS_TRANSFORMERS_5 = int(__import__("transformers").__version__.partition(".")[0]) >= 5
@@ -345,6 +357,14 @@ def test_templates_are_rendered_and_refusals_compared(stories260k: Path, text: P
     told = render_chats(library, {"default": VICUNA})["default"]
     assert "<s>USER: Once upon a time <b>&</b>" in told and "no system messages" in told
     assert render_chats(library, {"default": VICUNA.replace(": ", ":")})["default"] != told
+    mark = tmp_path / "ran"
+    for escape in ESCAPES:
+        told = json.loads(render_chats(library, {"default": escape.format(f"touch {mark}")})["default"])
+        assert all("Error" in text for text in told), told
+    assert not mark.exists()
+    for bomb in BOMBS:
+        with pytest.raises(UserError, match="needs more than 1 s or 64 MiB"):
+            render_chats(library, {"default": bomb}, 1, 64 << 20)
     copy_tokenizer(find_tokenizer(folder), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     write(tmp_path / "out", {"tokenizer_config.json": config | {"chat_template": TOOLS}})

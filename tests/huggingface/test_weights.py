@@ -165,6 +165,12 @@ def test_pickle_with_code_is_refused_and_not_run(weights: dict[str, Tensor], tmp
     torch.save({**weights, "trap": Opener(str(tmp_path / "ran"))}, folder / "pytorch_model.bin")
     assert "asks for io.open, which is neither tensor nor plain value" in complaint(folder)
     assert not (tmp_path / "ran").exists()
+    name = next(iter(weights))
+    endless = torch.zeros(1).expand(weights[name].shape)
+    for wrong in (endless, weights[name].to_sparse()):
+        torch.save({**weights, name: wrong}, folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="is no plain tensor, or has fewer values than its shape"):
+            FolderWeights(folder)
     torch.save({"state": weights}, folder / "pytorch_model.bin")
     assert "is no table of tensors" in complaint(folder)
 
