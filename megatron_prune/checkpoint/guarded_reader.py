@@ -275,6 +275,7 @@ def load_object(folder: Path, metadata: Metadata, key: str, classes: Sequence[Ca
         file.seek(min(place.offset, held))
         content = io.BytesIO(file.read(min(place.length, held)))
         _insist_unpacked(content)
+        content.seek(0)
         return torch.load(content, map_location="cpu", weights_only=True)
 
 
