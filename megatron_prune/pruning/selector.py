@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_prune.model.architecture import Architecture, Group
-from megatron_prune.pruning.budget import Budget
 from megatron_prune.pruning.groups import GroupKind, Rules
 from megatron_prune.saliency.scores import UnitScores, score_length
 
 OVERSHOOT = 0.005  # `finish: exact` avoids groups that end further below the target than this share of it
+STRETCH = 0.8  # for its sake a kind may come down to this share of its balanced width, where not only parameters count
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def choose(
     found = {kind.name: c for kind in kinds if (c := _candidate(kind, scores, architecture, rules))}
     if not found:
         return None
-    eligible = _fitting(found, rules.budget) if rules.finish == "exact" else found
+    eligible = _fitting(found, rules) if rules.finish == "exact" else found
     eligible = {name: c for name, c in _balanced(eligible, rules).items() if name not in resting}
     if not eligible:
         return None
@@ -112,11 +112,19 @@ def normalized(score: float, saved: float, rules: Rules) -> float:
     return score / saved if rules.normalize == "per_parameter" and score > 0 else score
 
 
-def _fitting(found: dict[str, Candidate], budget: Budget) -> dict[str, Candidate]:
-    """Those that end no further than OVERSHOOT below the target, or else the one that ends nearest to it."""
-    fitting = {name: c for name, c in found.items() if c.size >= budget.target * (1 - OVERSHOOT)}
-    nearest = max(found, key=lambda name: found[name].size)
-    return fitting or {nearest: found[nearest]}
+def _fitting(found: dict[str, Candidate], rules: Rules) -> dict[str, Candidate]:
+    """Those that end no further than OVERSHOOT below the target, or else the one that ends nearest to it.
+
+    Every group saves parameters, so a few smaller ones close any gap. Of time some save next to nothing, and whole
+    kinds would leave to spare one layer: under other limits than parameters, what fits goes no lower than STRETCH of
+    its balanced width while another kind keeps its own.
+    """
+    fitting = {name: c for name, c in found.items() if c.size >= rules.budget.target * (1 - OVERSHOOT)}
+    patient = {name: c for name, c in fitting.items() if c.left >= STRETCH * rules.widths.get(name, 0)}
+    if patient or (fitting and not rules.limits):
+        return patient if rules.limits else fitting
+    nearest = max(_balanced(found, rules).items() if fitting else found.items(), key=lambda item: item[1].size)
+    return dict([nearest])
 
 
 def _balanced(found: dict[str, Candidate], rules: Rules) -> dict[str, Candidate]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, LAYER, STEM, find_kind
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.pruning.budget import Limit, flops_per_token, kv_cache_per_token
+from megatron_prune.pruning.budget import Limit, flops_per_token, kv_cache_per_token, parameters
 from megatron_prune.pruning.groups import Rules
 from megatron_prune.pruning.groups.layer import group_of
 from megatron_prune.pruning.selector import choose, least_architecture
@@ -101,6 +101,7 @@ def cases(draw):
         normalize=draw(st.sampled_from(["none", "per_parameter"])),
         finish=draw(st.sampled_from(["exact", "first"])),
         floors={name: draw(st.integers(1, 4)) for name in ALL_KINDS},
+        widths={name: draw(st.integers(0, 12)) for name in ALL_KINDS if draw(st.booleans())},
         limits=tuple(
             Limit(
                 name,
@@ -127,6 +128,7 @@ def oracle_decision(scores, settings):
         seq_length=SEQUENCE,
         finish="exact" if settings.finish == "exact" else "any",
         layer_score=settings.scores["layer"],
+        balanced=dict(settings.widths),
     )
     architecture = scores.architecture
     geometry, live = geometry_of(architecture.shape), live_units(architecture)
@@ -213,6 +215,24 @@ def test_finish_exact_prefers_what_does_not_overshoot():
     only_heads = Rules(target, normalize="none", types=("head",))
     chosen = choose(scores, FULL, only_heads)
     assert chosen is not None and chosen.group.name == "head", "better below the target than never there"
+
+
+def test_finish_exact_does_not_empty_a_kind_for_the_sake_of_another():
+    """A head overshoots; FFN channels would end well, but go no lower than four fifths of their balanced width."""
+    few = FULL
+    for unit in (0, 1):
+        few = few.without(Group.of(FFN, ((unit,), (unit,))))
+    target = few.parameters - few.cost(Group.of(FFN, ((2,), (2,))))
+    for balanced, name in ((5, "ffn"), (6, "ffn"), (7, "head")):  # 5 of 8 channels would be left
+        counted = Limit("latency", target, parameters)
+        rules = Rules(
+            None, types=("head", "ffn"), normalize="none", widths={"ffn": balanced, "head": 1}, limits=(counted,)
+        )
+        scores = UnitScores.from_vector(few, np.ones(score_length(few)))
+        chosen = choose(scores, few, rules)
+        assert chosen is not None and chosen.group.name == name, balanced
+    chosen = choose(scores, few, dataclasses.replace(rules, widths={"ffn": 7, "head": 4}))
+    assert chosen is not None and chosen.group.name == "ffn", "no kind keeps its balance: the nearest"
 
 
 def test_finish_exact_ends_as_near_to_the_target_as_it_can():

@@ -314,14 +314,20 @@ def choose(
     """The candidate to remove, and its margin: the relative gap to the best alternative (0 = a tie).
 
     `finish: exact`: groups that overshoot target x (1 - 0.5 %) are passed over while another one is left; where all
-    do, the one that ends nearest to the target goes. Then kinds at their balanced width are passed over while another
-    one is left, then those that rest; None when nothing remains.
+    do, the one that ends nearest to the target goes. Under other limits than parameters such another one must keep
+    80 % of its balanced width; where none does, the nearest one goes of a kind that keeps its balance (of any, if none
+    does). Then kinds at their balanced width are passed over while another one is left, then those that rest; None when
+    nothing remains.
     """
     eligible = list(found)
     if rules.finish == "exact":
         target = next(iter(rules.target.values()))
-        eligible = [c for c in found if c.size >= target * (1 - 0.005)]
-        eligible = eligible or [max(found, key=lambda c: c.size)]
+        ends_well = [c for c in found if c.size >= target * (1 - 0.005)]
+        share = 0 if set(rules.target) <= {"params"} else 0.8
+        eligible = [c for c in ends_well if c.left >= share * rules.balanced.get(c.kind, 0)]
+        if not eligible:
+            in_balance = [c for c in found if c.left >= rules.balanced.get(c.kind, 0)]
+            eligible = [max((in_balance if ends_well else []) or found, key=lambda c: c.size)]
     eligible = [c for c in eligible if c.left >= rules.balanced.get(c.kind, 0)] or eligible
     eligible = [c for c in eligible if c.kind not in resting]
     if not eligible:
