@@ -223,4 +223,5 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 
 def _help_entry(usage: str, text: str) -> list[str]:
-    return [f"  {usage}", *_wrapped(text, " " * 6)]
+    first, *more = _wrapped(usage, "  ")
+    return [first, *(f"      {line}" for line in more), *_wrapped(text, " " * 6)]

@@ -114,11 +114,16 @@ def test_a_full_disk_is_one_line_that_names_the_file(shop, way, room, tmp_path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_command_that_is_told_to_stop_while_it_writes_leaves_nothing(shop, number, capfd, monkeypatch, tmp_path):
+def test_a_command_that_is_told_to_stop_while_it_writes_leaves_nothing(
+    shop, number, capfd, monkeypatch, tmp_path, request
+):
     """The signal comes with the first file that is flushed to the disk, once in a `__del__`, where exceptions are lost;
     further ones while it cleans up.
     """
     flush, remove = os.fsync, shutil.rmtree
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)  # tests may run under nohup, or after one that runs the launcher
+    request.addfinalizer(lambda: signal.signal(number, before))
 
     class Fragile:
         def __del__(self):
@@ -144,7 +149,7 @@ def test_a_command_that_is_told_to_stop_while_it_writes_leaves_nothing(shop, num
         status = left.code
     assert status == 128 + number
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == usual
     monkeypatch.setattr(shutil, "rmtree", remove)
     (tmp_path / "run" / "iter_0000000.tmp-0123abcd").mkdir(parents=True)  # as what was killed leaves
     assert call(main, words, capfd).status == 0

@@ -20,7 +20,6 @@ from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.installed import lacking
 from megatron_prune.launch.jobs.stages import EVALUATION, EXPORTED
-from megatron_prune.report.html_page import FILE_NAME, is_installed
 from megatron_prune.runtime.places import search_path
 
 _PROGRAM = (sys.executable, "-m", "megatron_prune")
@@ -78,8 +77,12 @@ def evaluate(config: Config) -> Job:
 
 def page(config: Config) -> Job:
     """The run's page again, which training wrote before anything was evaluated; empty where none is wanted."""
+    if not config.logging.report:
+        return Job(())
+    from megatron_prune.report.html_page import FILE_NAME, is_installed  # imports numpy, which launchers do without
+
     save = Path(str(config.checkpoint.save))
-    if not config.logging.report or not is_installed():
+    if not is_installed():
         return Job(())
     return Job((*_PROGRAM, "report", str(save), "--output", str(save / FILE_NAME)))
 
