@@ -74,7 +74,7 @@ constraints: $(UV)  ## resolve setup.py anew into constraints.txt: the newest ve
 	@mv build/constraints.txt constraints.txt
 	@echo "constraints: $$(grep -c == constraints.txt) versions in constraints.txt; run the tests, then commit it"
 
-test: install  ## the tests (some 10 minutes on 2 cores)
+test: install  ## the tests (some 12 minutes on 2 cores)
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not soak and not slurm and not gguf and not full" $(ARGS)
 
 test-full: install  ## the same and the rest of the covers that `make test` samples
