@@ -120,11 +120,15 @@ def _fitting(found: dict[str, Candidate], rules: Rules) -> dict[str, Candidate]:
     its balanced width while another kind keeps its own.
     """
     fitting = {name: c for name, c in found.items() if c.size >= rules.budget.target * (1 - OVERSHOOT)}
-    patient = {name: c for name, c in fitting.items() if c.left >= STRETCH * rules.widths.get(name, 0)}
-    if patient or (fitting and not rules.limits):
-        return patient if rules.limits else fitting
-    nearest = max(_balanced(found, rules).items() if fitting else found.items(), key=lambda item: item[1].size)
-    return dict([nearest])
+    if rules.limits:
+        kept = {name: c for name, c in fitting.items() if c.left >= STRETCH * rules.widths.get(name, 0)}
+    else:
+        kept = fitting
+    if kept:
+        return kept
+    left = _balanced(found, rules) if fitting else found
+    nearest = max(left, key=lambda name: left[name].size)
+    return {nearest: left[nearest]}
 
 
 def _balanced(found: dict[str, Candidate], rules: Rules) -> dict[str, Candidate]:

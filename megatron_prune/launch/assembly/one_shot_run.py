@@ -169,9 +169,8 @@ def prune_and_save(
     """
     assert config.checkpoint.save is not None
     with Watch(None, launchers(os.environ)) as watch, writing(config.checkpoint.save, run.mesh, watch):
-        agreed(
-            run.mesh, lambda: refuse_content(Path(str(config.checkpoint.save)), "checkpoint.save")
-        )  # somebody was faster, perhaps
+        save = Path(config.checkpoint.save)
+        agreed(run.mesh, lambda: refuse_content(save, "checkpoint.save"))  # somebody was faster, perhaps
         insist_shared(run.mesh, config.checkpoint.save)
         return _prune_and_save(config, run, on_removal, groups_per_scoring)
 

@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -85,12 +86,12 @@ class Route:
         """The architecture after the first `removals` groups; which units left is immaterial."""
         return _shrunk(self.source, Counter(self.kinds[:removals]), self.rules)
 
-    @property
+    @cached_property
     def target(self) -> Architecture:
         """The architecture at the end of the pruning phase."""
         return _shrunk(self.source, Counter(self.kinds + self.rounding), self.rules)
 
-    @property
+    @cached_property
     def uneven(self) -> dict[str, int]:
         """By name of kind, the multiple that its width at the target is none of, of those that keep matrix products
         fast (the kind's own quantum; of a small model none)."""
@@ -101,9 +102,7 @@ class Route:
     @property
     def even(self) -> Architecture:
         """The target with these widths brought down to their multiples."""
-        target = self.target
-        over = {name: target.width(find_group(name).kind) % multiple for name, multiple in self.uneven.items()}
-        return _shrunk(target, Counter(over), self.rules)
+        return _shrunk(self.target, _above(self.target, self.uneven), self.rules)
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ def plan_route(config: Config, architecture: Architecture) -> Route:
         reached = [ending for ending in (kinds, *endings) if size(ending) <= target]
         kinds = max(reached, key=size)
     end = shrunk(kinds)
-    multiples = live_multiples(config, architecture)
-    rounding = [name for name, to in multiples.items() for _ in range(end.width(find_group(name).kind) % to)]
+    rounding = _above(end, live_multiples(config, architecture)).elements()
     assumption = f"if {', '.join(pruning.types)} shrink by the same factor; scores will decide"
     return Route(architecture, rules, tuple(kinds), tuple(rounding), known.origin if known else assumption)
 
@@ -200,6 +198,11 @@ def _shrunk(source: Architecture, removed: Counter[str], rules: Rules) -> Archit
     for name, count in removed.items():
         left = find_group(name).shrunk(left, count, rules) if count else left
     return left
+
+
+def _above(architecture: Architecture, multiples: Mapping[str, int]) -> Counter[str]:
+    """By name of a kind of group, units above the last multiple."""
+    return Counter({name: architecture.width(find_group(name).kind) % to for name, to in multiples.items()})
 
 
 def removal_iters(schedule: Schedule, route: Route, tokens_per_iteration: int) -> np.ndarray:
