@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from megatron_prune.model.architecture import Group
+from megatron_prune.huggingface.config import shape_from_config
+from megatron_prune.launch.estimate.dry_run import estimate
+from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.classes import AUTO, HYBRID, engine_of
 from megatron_prune.model.kinds import FFN, STEM
 from megatron_prune.pruning.groups.layer import group_of
 from megatron_prune.testing.helpers.meters import BytesSent
 from megatron_prune.testing.helpers.ranks import run_ranks
-from megatron_prune.testing.helpers.sharded import Case
+from megatron_prune.testing.helpers.sharded import Case, run_config
 from megatron_prune.testing.reference.oracle import OracleSettings
-from tests.resharding.live_run import GQA, canonical, start
+from tests.resharding.live_run import GQA, MICRO_BATCH, MICRO_BATCHES, SEQUENCE, canonical, start
 
 pytestmark = pytest.mark.skipif(engine_of(AUTO) == HYBRID, reason="a HybridModel keeps its layers, so far")
 MODEL = {**GQA, "num_hidden_layers": 4}
@@ -82,3 +84,28 @@ def test_state_goes_from_old_owners_to_new_ones_and_weights_to_counterparts():
 def test_not_a_bit_is_lost_on_other_layouts(case):
     before, after, *_ = run_ranks(drop_the_first, case.world_size, case, NARROWER)[0]
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def drop_the_last_two(_rank, _world_size, case):
+    """Bytes that this rank sends point to point while first the last layer leaves, then the one before it."""
+    trainer = start(case, MODEL, OracleSettings())
+    trainer.iterate()
+    model, sent = trainer.model, 0
+    for layer in (3, 2):
+        model.synchronise()
+        model.retire(group_of(model.architecture, layer))
+        with BytesSent() as traffic:
+            assert model.compact()
+        sent += traffic.by_operator.get("send", 0)
+    return sent
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_dry_run_knows_what_is_sent(bf16):
+    case = Case(pp=2, bf16=bf16)
+    architecture = Architecture.full(shape_from_config(MODEL))
+    target = architecture.parameters - 2 * architecture.cost(group_of(architecture, 3))
+    settings = OracleSettings(target_params=target, types=("layer",), balance=0)
+    config = case.applied(run_config(settings, MICRO_BATCHES, MICRO_BATCH, SEQUENCE))
+    moves = estimate(config, architecture, case.world_size).stage_moves
+    assert moves.bytes == max(run_ranks(drop_the_last_two, case.world_size, case)) > 0

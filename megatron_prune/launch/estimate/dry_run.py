@@ -40,7 +40,7 @@ from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank
 from megatron_prune.launch.estimate.report import Estimate, Finding, render
 from megatron_prune.launch.estimate.route import plan_phases, plan_plain, plan_route, removal_iters
-from megatron_prune.launch.estimate.traffic import compactions, pruning_traffic, training_traffic
+from megatron_prune.launch.estimate.traffic import compactions, pruning_traffic, stage_moves, training_traffic
 from megatron_prune.launch.jobs import after
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout
@@ -263,6 +263,7 @@ def estimate(
         pruning_traffic=on_top,
         compaction=compaction,
         compactions=count,
+        stage_moves=stage_moves(config, layout, placement, route, iterations),
         scorings=len(np.unique(iterations)),
     )
 

@@ -46,6 +46,7 @@ class Estimate:
         phases: (pruning or plain training, continued training).
         traffic: of the fullest rank per iteration; `pruning_traffic` on top where it scores.
         compaction: what one compaction sends; `compactions`: how many there are; `scorings`: iterations that score.
+        stage_moves: what a rank of the busiest stage sends while layers change their stages, on the whole way.
     """
 
     world_size: int
@@ -61,6 +62,7 @@ class Estimate:
     compaction: Traffic | None
     compactions: int
     scorings: int
+    stage_moves: Traffic | None = None
 
 
 def render(config: Config, findings: tuple[Finding, ...], estimate: Estimate) -> str:
@@ -211,6 +213,8 @@ def _traffic(estimate: Estimate) -> list[str]:
     if estimate.compaction is not None and estimate.compaction.bytes:
         each = f"{estimate.compaction.what}, {estimate.compaction.bytes / 1e6:,.2f} MB"
         lines.append(f"  {each}; about {estimate.compactions:,} of them on the way to the target")
+    if estimate.stage_moves is not None and estimate.stage_moves.bytes:
+        lines.append(f"  {estimate.stage_moves.what}: {estimate.stage_moves.bytes / 1e6:,.2f} MB on the whole way")
     return lines
 
 

@@ -5,6 +5,7 @@
     pruning_traffic   what iterations that score send on top, and what a compaction moves
     handed_on         elements that change their owner in a compaction
     compactions       how many compactions lie on the way to the target
+    stage_moves       what layers that change their pipeline stage on that way send
 
 A ring all-reduce over n ranks sends 2 (n - 1) / n of the data, a reduce-scatter or all-gather half of that. Small
 messages (losses, norms, decisions) are left out.
@@ -12,6 +13,8 @@ messages (losses, norms, decisions) are left out.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,6 +27,7 @@ from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import GradientBuffer, output_elements, stage_buffer, stage_rows
 from megatron_prune.launch.estimate.route import Route
 from megatron_prune.model.layout import ShardLayout
+from megatron_prune.pruning.groups import find_group
 from megatron_prune.saliency.scores import score_length
 
 _MOMENTS = 2
@@ -176,3 +180,35 @@ def compactions(layout: ShardLayout, route: Route, iterations: np.ndarray) -> in
         if -(-width[name] // multiples[name]) < before:
             due.add(int(iteration))
     return len(due)
+
+
+def stage_moves(
+    config: Config, layout: ShardLayout, placement: Placement, route: Route, iterations: np.ndarray
+) -> Traffic:
+    """What a rank of the busiest stage sends on the whole of `route` for layers that go to another pipeline stage:
+    weights from each rank to its counterpart, optimizer state from its owners.
+
+    Args:
+        layout: at the start. placement: of it. iterations: `removal_iters` of the route.
+    """
+    names = {name for name in route.kinds if len(find_group(name).shrunk(route.source, 1, route.rules).layers)
+             < len(route.source.layers)}  # fmt: skip
+    optimizer = FP32 * (_MOMENTS + config.training.bf16)
+    sharded = config.parallel.use_distributed_optimizer
+    per_element = element_size(config) + optimizer / (placement.dp if sharded else 1)
+    moved, sent = 0, Counter[int]()
+    for last in (number for number, name in enumerate(route.kinds, 1) if name in names):
+        together = int(np.searchsorted(iterations, iterations[last - 1], side="right"))  # compacted at its end
+        after = ShardLayout.pack(route.after(together), layout.tp, layout.quanta)
+        later = placement.of(config, after.layers)
+        homes = {layer: stage for stage, layers in enumerate(later.stages) for layer in layers}
+        for stage, layers in enumerate(placement.stages):
+            for layer in layers:
+                if homes.get(layer, stage) != stage:
+                    moved += 1
+                    sent[stage] += sum(
+                        math.prod(row.local_shape(after)) for row in after.architecture.table.rows if row.layer == layer
+                    )
+        placement = later
+    what = f"layers that change their pipeline stage ({moved} times, if it is the last ones that leave)"
+    return Traffic(what, per_element * max(sent.values(), default=0))
