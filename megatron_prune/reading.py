@@ -4,6 +4,7 @@
     read_content  all of a small one, as bytes
     read_words    the same as text
     is_there      whether a file stands under a name, as against nothing at all
+    insist_own    a file of a folder is not a link to a file somewhere else
     open_stream   a file, or a pipe that somebody writes into
 
 Opening a pipe waits until somebody writes into it, which may be never, and devices have no end. All of these raise
@@ -15,6 +16,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FuturesTimeoutError
@@ -22,6 +24,8 @@ from pathlib import Path
 
 LARGEST = 512 << 20  # bytes of what is read at once and is no tensor; vocabularies take some tens of MB
 _SECONDS_WITHOUT_WRITER = 10.0
+_NUMBERS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_HUB_BLOB = re.compile(r"/(models|datasets)--[^/]+/blobs/([0-9a-f]{40}|[0-9a-f]{64})$")
 
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "is a folder"),
@@ -79,6 +83,30 @@ def is_there(path: str | Path) -> bool:
             raise FileNotFoundError(errno.ENOENT, "is a link to a file that is not there", str(path)) from None
         return False
     return True
+
+
+def insist_own(path: str | Path, folder: str | Path | None = None) -> None:
+    """See that what is read as `path` is a file of the folder it is in, and none of its reader's own.
+
+    A stranger's folder may hold a link to any file of whoever reads it, whose text would then travel on in an export.
+    A link may lead to a file in the same folder, to one of the same name anywhere, and to a hub's cache (its snapshots
+    are links to blobs called by their hashes). Files of numbers, which are read as nothing else, may be links to
+    anywhere: large ones often are.
+
+    Args:
+        folder: whose file it is; its parent unless given.
+
+    Raises:
+        OSError: it is a link to another file.
+    """
+    path = os.fspath(path)
+    folder = os.path.dirname(path) if folder is None else os.fspath(folder)
+    target, root = os.path.realpath(path), os.path.realpath(folder)
+    inside = os.path.relpath(path, folder)
+    is_own = target.startswith(os.path.join(root, "")) or target.endswith(f"{os.sep}{inside}")
+    if is_own or path.endswith(_NUMBERS) or _HUB_BLOB.search(target):
+        return
+    raise OSError(errno.EPERM, f"is a link out of its folder, to {target}; if that is meant, put a copy here", path)
 
 
 def open_stream(path: str | Path) -> io.FileIO:

@@ -8,10 +8,13 @@ import pytest
 
 
 @contextlib.contextmanager
-def small_disk(folder, size):
-    """`folder`, made anew, holds an empty file system of `size` bytes while entered; `size` may be grown by `grow`."""
+def small_disk(folder, size, inodes=0):
+    """`folder`, made anew, holds an empty file system of `size` bytes while entered; `size` may be grown by `grow`.
+
+    `inodes`: files and folders that fit into it, itself among them; 0: any number.
+    """
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         folder.rmdir()
         pytest.skip("needs the right to mount a file system")

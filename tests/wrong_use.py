@@ -108,12 +108,22 @@ def files(folder):
 
 
 class Shop:
-    """`folder` with inputs, a finished run in `run`, its export in `hf` and that as a GGUF file."""
+    """`folder` with inputs, a finished run in `run`, its export in `hf`, and the source as a GGUF file."""
 
     def __init__(self, folder):
         self.folder, self.tiny = folder, TinyRun(folder / "inputs")
         self.run, self.hf, self.text = folder / "run", folder / "hf", self.tiny.folder / "text_0.txt"
-        self.gguf = folder / "hf.gguf"
+        self.gguf = folder / "source.gguf"
+
+    def write_gguf(self):
+        """The source's model with a BPE tokenizer, which can be read again."""
+        import sentencepiece
+
+        place = shutil.copytree(self.tiny.source, self.folder / "bpe")
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(self.text), model_prefix=f"{place}/tokenizer", vocab_size=64, model_type="bpe", minloglevel=2
+        )
+        assert commands(["convert-to-gguf", "--hf-model", str(place), "--save", str(self.gguf)]) == 0
 
     @functools.cached_property
     def megatron(self):
@@ -290,6 +300,9 @@ COMMANDS_HERE = {
 WRITERS = {
     **{name: way for name, way in COMMANDS_HERE.items() if name not in ("evaluate", "inspect", "score")},
     "convert-from-megatron": lambda shop, room: ["--load", shop.megatron, "--save", room / "o"],
+    "convert-from-hf, GGUF": lambda shop, room: [
+        *("--gguf", shop.gguf, "--hf-model", room / "o", "--save", room / "run")
+    ],
     "convert-to-hf, shards": lambda shop, room: [
         *("--load", shop.run, "--save", room / "o", "--max-shard-size", "10KB", "--kv-policy", "cluster")
     ],

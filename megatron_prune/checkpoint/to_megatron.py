@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import multiprocessing
+import queue
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -157,12 +159,25 @@ def save_for_megatron(
     is_new = not directory.exists()
     folder = begin(directory, iteration)
     try:
-        with quiet(), _told(folder):
+        with quiet(), _by_itself(), _told(folder):
             dist_checkpointing.save(state, str(folder), content_metadata=content)
         return publish(folder, directory, iteration)
     except BaseException:
         shutil.rmtree(directory if is_new else folder, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    """While entered, what megatron-core's writer has written reaches its save in a plain queue, as they are one process
+    here. The server that it would start for that outlives a process that is killed, with a temporary folder.
+    """
+    context = vars(multiprocessing.get_context("spawn"))
+    context["Manager"] = lambda: argparse.Namespace(Queue=queue.Queue)
+    try:
+        yield
+    finally:
+        del context["Manager"]
 
 
 @contextlib.contextmanager

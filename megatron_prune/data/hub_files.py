@@ -1,7 +1,7 @@
 """Small files of a Hugging Face folder, and what a folder is where it holds no model.
 
 read_json       a file -> its JSON object
-present         whether a file is there; something else in its place is refused
+present         whether a file is there; something else in its place is refused, a link out of its folder, too
 is_lfs_pointer  a clone without Git LFS
 what_else       what such a folder may be instead, as a hint for people
 hub_id          the model's id, where the folder is a hub's cache
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import UserError
-from megatron_prune.reading import is_there, open_file, read_words
+from megatron_prune.reading import insist_own, is_there, open_file, read_words
 
 LFS_HINT = "is a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
 
@@ -24,9 +24,10 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`.
 
     Raises:
-        UserError: there is no such file, or it is no JSON object.
+        UserError: there is no such file, it is a link out of its folder, or no JSON object.
     """
     try:
+        insist_own(file)
         content = json.loads(read_words(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
@@ -41,11 +42,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def present(file: Path) -> bool:
-    """Whether `file` is there. Raises UserError where something else is (a link that leads nowhere, a pipe, a folder):
-    left out in silence, its content would be missed later."""
+def present(file: Path, folder: Path | None = None) -> bool:
+    """Whether `file` of `folder` (its parent unless given) is there.
+
+    Raises:
+        UserError: something else is (a link that leads nowhere, a pipe, a folder): left out in silence, its content
+            would be missed later; or it is a link that `insist_own` refuses.
+    """
     try:
-        return is_there(file)
+        is_file = is_there(file)
+        insist_own(file, folder)
+        return is_file
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
 

@@ -19,7 +19,6 @@ import glob
 import itertools
 import multiprocessing
 import os
-import signal
 import time
 import warnings
 from collections import deque
@@ -39,6 +38,7 @@ from megatron_prune.data.leftovers import claim, clear_unowned, sole_writer
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.runtime.compat import start_all_workers, stop_feeding
+from megatron_prune.runtime.signals import begin_worker
 
 _CHUNK_CHARACTERS = 1 << 18
 _CHUNK_DOCUMENTS = 1024
@@ -232,9 +232,7 @@ def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, options: Op
     context = multiprocessing.get_context("spawn")
     pending: deque[Future[_Chunk]] = deque()
     others = set(multiprocessing.active_children())
-    # An interrupt is the parent's to handle; it reaches the whole process group.
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(options.workers, context, initializer=signal.signal, initargs=ignore_interrupt)
+    pool = ProcessPoolExecutor(options.workers, context, initializer=begin_worker)
     start_all_workers(pool)
     try:
         for texts, disk_bytes in _chunks(documents):

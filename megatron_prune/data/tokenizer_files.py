@@ -81,6 +81,8 @@ def find_tokenizer(path: str | Path, kind: str | None = None) -> TokenizerPlace:
         seen = HUGGING_FACE if place.suffix == ".json" else SENTENCEPIECE
         if kind is None and seen == SENTENCEPIECE:
             _refuse_to_lose(place)
+        if (kind or seen) == HUGGING_FACE:
+            _insist_readable(place.parent, ("config.json", *SIDE_FILES), named=place)
         return TokenizerPlace(kind or seen, str(path), place)
     if kind == SENTENCEPIECE:
         if not present(place / TOKENIZER_MODEL):
@@ -105,16 +107,21 @@ def holds_tokenizer(folder: Path) -> bool:
     return any(present(folder / name) for name in VOCABULARY_FILES)
 
 
-def _insist_readable(folder: Path, names: Iterable[str]) -> None:
-    """transformers leaves out what is no file, and reads as much as there is.
+def _insist_readable(folder: Path, names: Iterable[str], named: Path | None = None) -> None:
+    """transformers leaves out what is no file, and reads as much as there is, by names that its classes know.
+
+    Args:
+        named: a file that the user named, and that may be a link to anywhere.
 
     Raises:
-        UserError: something else stands in the place of one of these files, or it is larger than any of its kind.
+        UserError: something else stands in the place of one of these files, or it is larger than any of its kind; any
+            file of the folder is a link out of it.
     """
     templates = folder / CHAT_TEMPLATE_FOLDER
     more = sorted(templates.glob("*.jinja")) if templates.is_dir() else []
+    more += [file for file in sorted(folder.iterdir()) if file.is_symlink() and file.is_file() and file != named]
     for file in [*(folder / name for name in names if name != CHAT_TEMPLATE_FOLDER), *more]:
-        if present(file) and file.stat().st_size > LARGEST:
+        if present(file, folder) and file.stat().st_size > LARGEST:
             raise UserError(f"{file}: is larger than {LARGEST:,} bytes, which no tokenizer is")
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,8 @@ ORDINARY_TEXTS = (
 _PROBES = ("  two", "\n\n12", "a   12", " one\n\n\n two  ", "\t\u2581x")
 """Text whose ids do depend on that."""
 PLAIN_CLASS = 'state "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+_NEVER_OPENED = ("name_or_path", "special_tokens_map_file")  # where it was once saved
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -61,6 +64,7 @@ def load_library(place: TokenizerPlace) -> Any:
     except ImportError as error:
         raise UserError(f"{place.path}: reading it needs transformers: install megatron-prune[hf]") from error
     refuse_code(place.folder)
+    refuse_paths(place.folder)
     with _as_folder(place) as folder:
         try:
             tokenizer = _read(place, folder, transformers)
@@ -105,6 +109,28 @@ def refuse_code(folder: Path) -> None:
     if "auto_map" in settings_in(folder / "tokenizer_config.json"):
         file = folder / "tokenizer_config.json"
         raise UserError(f"{file}: auto_map asks for code outside transformers; use a tokenizer without it")
+
+
+def refuse_paths(folder: Path) -> None:
+    """Classes take whatever the settings say as their arguments, and open what these name, wherever it is.
+
+    Raises:
+        UserError: the settings of the folder's tokenizer name a file outside of it.
+    """
+    for name in _SETTINGS:
+        inner: list[Any] = [settings_in(folder / name)]
+        while inner:
+            value = inner.pop()
+            if isinstance(value, dict):
+                inner += [one for key, one in value.items() if key not in _NEVER_OPENED]
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str) and os.path.isfile(value) and not _is_in(folder, value):
+                raise UserError(f"{folder / name}: names the file {value}, outside of its folder; take the entry out")
+
+
+def _is_in(folder: Path, file: str) -> bool:
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
 
 
 @contextlib.contextmanager

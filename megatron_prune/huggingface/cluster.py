@@ -126,7 +126,7 @@ def read_architecture(folder: str | Path) -> Architecture:
             beside it.
     """
     file = Path(folder) / "config.json"
-    if file.is_file():
+    if stock.present(file):
         config = stock.read_json(file)
         if config.get("model_type") == MODEL_TYPE:
             return _recorded(config, str(file))

@@ -16,7 +16,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import SPECIAL_IDS, Fields, shown
 from megatron_prune.huggingface.shards import dtype_name
 from megatron_prune.huggingface.weights import FolderWeights
-from megatron_prune.reading import read_words
+from megatron_prune.reading import insist_own, read_words
 
 CARD_FIELDS = ("license", "license_name", "license_link", "base_model")
 
@@ -71,6 +71,7 @@ def _read_card(folder: Path) -> dict[str, str]:
     card is written for people, so what cannot be read in it keeps nobody from using the model; nothing local is taken.
     """
     try:
+        insist_own(folder / "README.md")
         head = re.match(r"---\n(.*?)\n---", read_words(folder / "README.md"), re.DOTALL)
         content = load_plain_yaml(head[1]) if head else None
     except (OSError, ValueError):

@@ -2,6 +2,7 @@
 
     StopSignals     context manager: while it is open, they are noted instead of ending the process
     heeded_signals  which of them this process listens to
+    begin_worker    what a process of a pool does first: it leaves signals to its parent, and with it
     die_of_interrupts, raise_interrupts  what Ctrl-C does before a program has begun its work, and from then on
 
 A scheduler announces preemption with SIGTERM or SIGUSR1, to one rank, to all, or to the launcher, which passes it on; a
@@ -13,6 +14,7 @@ done in the handler itself: a rank may be in the middle of a collective, and all
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -29,6 +31,21 @@ def heeded_signals() -> list[signal.Signals]:
     them to listen; what a terminal sends is left ignored where it is.
     """
     return [n for n in STOP_SIGNALS if n not in _OF_TERMINALS or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def begin_worker() -> None:
+    """In a process of a pool: Ctrl-C, which reaches the whole group, is its parent's to handle; and when that is gone,
+    however it ended, this process ends, too. A pool's workers would wait for their next job for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(INTERRUPTED)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def die_of_interrupts() -> None:

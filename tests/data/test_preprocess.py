@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -187,31 +189,45 @@ def test_two_at_one_prefix_are_refused_in_one_line(text_file: Path, sp_model: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.bin", "p.idx", "p.json"]
 
 
-def test_a_worker_that_is_killed_is_one_line(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def started(text_file: Path, sp_model: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[Any]]]:
+    """A preprocessing of its own process that takes long, and its two workers, once they are there."""
     source = tmp_path / "a.txt"
     source.write_text(text_file.read_text() * 200)
-    command = [
-        sys.executable,
-        str(REPOSITORY / "tools" / "preprocess_data.py"),
-        "--input",
-        str(source),
-        "--workers",
-        "2",
-    ]
+    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--workers", "2"]
+    command += ["--input", str(source)]
     command += ["--output-prefix", str(tmp_path / "out" / "p"), "--tokenizer-model", str(sp_model)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as job:
-        while not (workers := [c for c in psutil.Process(job.pid).children() if "spawn_main" in " ".join(c.cmdline())]):
-            time.sleep(0.01)
-        workers[0].kill()
         try:
-            _, told = job.communicate(timeout=90)
+            workers = list[Any]()
+            while len(workers) < 2:
+                time.sleep(0.01)
+                children = psutil.Process(job.pid).children()
+                workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+            yield job, workers
         finally:
             job.kill()  # one that hangs must not hold up the rest
+
+
+def test_a_worker_that_is_killed_is_one_line(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+    with started(text_file, sp_model, tmp_path) as (job, workers):
+        workers[0].kill()
+        _, told = job.communicate(timeout=90)
     assert job.returncode == 2
-    lines = [line for line in told.splitlines() if not line.endswith("read as text")]
+    lines = [line for line in told.splitlines() if not line.endswith(("read as text", "tokens/s"))]
     assert len(lines) == 1 and "--workers 2: a process was killed or ran out of memory" in lines[0], told
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_do_not_outlive_a_killed_run(text_file: Path, sp_model: Path, tmp_path: Path) -> None:
+    with started(text_file, sp_model, tmp_path) as (job, workers):
+        job.kill()
+        job.wait(30)
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        for worker in alive:
+            worker.kill()
+    assert not alive
 
 
 @pytest.mark.parametrize(("workers", "inputs"), [(1, "--input <(zcat a.gz)"), (2, "--input /dev/stdin < <(zcat a.gz)")])

@@ -1,10 +1,13 @@
 """Every command with wrong flags, by the hundred: it works, or says one line and leaves nothing."""
 
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import tempfile
 import time
+from multiprocessing.managers import BaseManager
 
 import pytest
 
@@ -34,7 +37,7 @@ def shop(tmp_path_factory):
     words = shop.tiny.arguments(shop.run, "--save-interval", 10)
     assert main(["pretrain", *map(str, words)]) == 0
     assert main(["convert-to-hf", "--load", str(shop.run), "--save", str(shop.hf)]) == 0
-    assert main(["convert-to-gguf", "--hf-model", str(shop.hf), "--save", str(shop.gguf)]) == 0
+    shop.write_gguf()
     return shop
 
 
@@ -83,23 +86,31 @@ def test_what_is_no_file_or_another_one_is_noticed(shop, first, capfd, monkeypat
 
 BLOCK = 4096
 ROOM = [*(1, 2, 3, 5, 9, 20, 40, 100, 300), 3000]  # blocks
+ENTRIES = [*range(1, 13), *(15, 20, 30, 60), 1000]  # files and folders
 _IN_SHORT = {"convert-to-hf": [1, 20], "preprocess": [1], "token-scaling": [3], "recipe": [1]}
+_ENTRIES_IN_SHORT = {"convert-from-hf, GGUF": [1, 4, 9], "convert-to-hf": [3, 6], "convert-to-gguf": [2]}
+_KINDS = {"blocks": (ROOM, _IN_SHORT), "entries": (ENTRIES, _ENTRIES_IN_SHORT)}
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("way", "room"),
+    ("kind", "way", "room"),
     [
-        *((way, room) for way, room in _IN_SHORT.items()),
-        *(pytest.param(way, ROOM, marks=pytest.mark.full) for way in WRITERS),
+        *((kind, way, room) for kind, (_, in_short) in _KINDS.items() for way, room in in_short.items()),
+        *(
+            pytest.param(kind, way, rooms, marks=pytest.mark.full)
+            for kind, (rooms, _) in _KINDS.items()
+            for way in WRITERS
+        ),
     ],
 )
-def test_a_full_disk_is_one_line_that_names_the_file(shop, way, room, tmp_path, capfd, monkeypatch):
-    """Whatever the room that is left; and nothing is there afterwards that is not whole."""
+def test_a_full_disk_is_one_line_that_names_the_file(shop, kind, way, room, tmp_path, capfd, monkeypatch):
+    """Whatever the room that is left, in bytes or in entries; and nothing is there afterwards that is not whole."""
     found = {}
     for blocks in room:
         monkeypatch.chdir(folder_of(shop.folder / "room"))
-        with small_disk(tmp_path / "disk", BLOCK * blocks) as disk:
+        sizes = (BLOCK * blocks, 0) if kind == "blocks" else (1 << 30, blocks)
+        with small_disk(tmp_path / "disk", *sizes) as disk:
             done = call(main, [way.partition(",")[0], *WRITERS[way](shop, disk)], capfd)
             left = [path.name for path in disk.rglob("*") if path.name.endswith((".tmp", ".partial", ".writer"))]
         problems = [*done.problems(), *left]
@@ -110,7 +121,25 @@ def test_a_full_disk_is_one_line_that_names_the_file(shop, way, room, tmp_path, 
         if done.status == 0 and blocks > 1:
             break
     assert not found
-    assert done.status == 0 or len(room) < len(ROOM), "there is room enough in the end"
+    assert done.status == 0 or len(room) < 10, "there is room enough in the end"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "ways",
+    [["convert-to-megatron"], pytest.param(list(WRITERS), marks=pytest.mark.full)],
+    ids=["one", "all"],
+)
+def test_no_process_and_no_temporary_folder_is_there_to_outlive_a_killed_command(
+    shop, ways, capfd, monkeypatch, tmp_path
+):
+    """multiprocessing's servers outlive a `kill -9` of whoever started them, with their folders `pymp-*`."""
+    monkeypatch.setattr(tempfile, "tempdir", str(folder_of(tmp_path / "temporary")))
+    monkeypatch.setattr(BaseManager, "start", lambda *_: pytest.fail("starts a server"))
+    for way in ways:
+        assert call(main, [way.partition(",")[0], *WRITERS[way](shop, folder_of(tmp_path / "room"))], capfd).status == 0
+        assert not multiprocessing.active_children()
+        assert not list((tmp_path / "temporary").glob("pymp-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

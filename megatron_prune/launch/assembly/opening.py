@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def first_architecture(config: Config, source: Architecture) -> Architecture:
         return source
     path, field = Path(config.model.architecture), "model.architecture (--architecture)"
     try:
-        found = Architecture.from_json(read_json(path))
+        found = Architecture.from_json(read_json(Path(os.path.realpath(path))))  # a link that the user named is meant
     except UserError as error:
         raise UserError(f"{field}: {path}: {str(error).removeprefix('architecture.json: ')}") from error
     alive = found.shape == source.shape and all(

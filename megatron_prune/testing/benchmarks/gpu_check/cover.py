@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune.runtime.signals import begin_worker
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row
 from megatron_prune.testing.benchmarks.gpu_check.smoke import BF16_ERROR, FP32_ERROR
 from megatron_prune.testing.helpers.comparison import (
@@ -69,7 +70,7 @@ def check(context: Context) -> Iterator[Row]:
     workers = min(len(names), 8 if context.is_cuda else 2)
     os.environ["OMP_NUM_THREADS"] = "1"
     tests = _start_marked_tests()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker) as pool:
         jobs = {pool.submit(compare_one, name, context.device, context.tiny): name for name in names}
         for job in as_completed(jobs):
             yield job.result() if job.exception() is None else _failed(jobs[job], job.exception())
