@@ -6,7 +6,7 @@
 #
 # Everything is written to build/demo, which is emptied first. The table at the end is also in build/demo/results.md.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 OUT=build/demo
 STEPS=7

@@ -12,7 +12,7 @@
 # that are done are skipped, so the same command goes on after an interruption. Needs `pip install datasets` to download;
 # HF_TOKEN is passed on by it where a corpus asks for an account. Licences are the publishers': read them before you train.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; fi
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -47,7 +47,12 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$tokenizer" ] || fail "--tokenizer-model is not set: name the source model's folder; ids must be that model's"
 [ -e "$tokenizer" ] || [ -n "$dry" ] || fail "--tokenizer-model $tokenizer: no such file or folder"
+for word in "$tokenizer" "$output" "$raw" "$share" "$root"; do
+    [[ $word != *[[:cntrl:]]* ]] || fail "names must be free of line ends and other control characters: $(printf %q "$word")"
+done
+[[ $output != -* ]] || output=./$output
 raw=${raw:-$output/raw}
+[[ $raw != -* ]] || raw=./$raw
 
 for name in $corpora; do
     read -r _ repository configuration key billions < <(table | awk -v name="$name" '$1 == name') \
@@ -66,8 +71,8 @@ for name in $corpora; do
         fail "$text: no such file, and --no-download"
     fi
     if [ -n "$dry" ]; then
-        [ -f "$text" ] || echo "   would run: ${fetch[*]}"
-        echo "   would run: ${encode[*]}"
+        [ -f "$text" ] || echo "   would run:$(printf ' %q' "${fetch[@]}")"
+        echo "   would run:$(printf ' %q' "${encode[@]}")"
         continue
     fi
     mkdir -p "$raw" "$output"

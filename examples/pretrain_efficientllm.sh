@@ -11,7 +11,7 @@
 #
 # Each stage (prune, continue, export, evaluate) is skipped when it is done, so the same command resumes a job.
 
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH="" cd -- "$(dirname -- "$0")" && pwd)
 # PYTHON names the interpreter; else the repository's .venv, if make install has made one; else what is on the path.
 if [ -z "${PYTHON:-}" ] && [ -x "$here/../.venv/bin/python" ]; then PYTHON="$here/../.venv/bin/python"; fi
 exec "${PYTHON:-python3}" "$here/pretrain_efficientllm.sh" "$@"

@@ -17,7 +17,7 @@
 #
 # Steps that are done are not done again: remove their output in OUT to repeat them. The table is also in OUT/results.md.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 TOKENS=${TOKENS:-200000} MINUTES=${MINUTES:-30} TARGET=${TARGET:-112M} LIMIT=${LIMIT:-100} OUT=${OUT:-build/smollm2}
 CORPUS=${CORPUS:-python} DATA=${MEGATRON_PRUNE_DATA:-}
@@ -30,7 +30,7 @@ export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false HF_H
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 fail() {
-    echo "error: $*" >&2
+    printf 'error: %s\n' "${*//[[:cntrl:]]/?}" >&2 # a terminal would obey them
     exit 2
 }
 step=0
@@ -46,6 +46,10 @@ prune() { python -m megatron_prune "$@"; }
 [[ $TOKENS =~ ^[0-9]+$ ]] && [ "$TOKENS" -ge $((10 * PER_STEP)) ] || fail "TOKENS=$TOKENS: a whole number of at least $((10 * PER_STEP))"
 [[ $MINUTES =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES: a whole number of minutes"
 [[ $LIMIT =~ ^[1-9][0-9]*$ ]] || fail "LIMIT=$LIMIT: a whole number of documents"
+for word in "$TARGET" "$OUT" "$CORPUS" "${FLAGS:-}"; do
+    [[ $word != *[[:cntrl:]]* ]] || fail "settings must be free of line ends and other control characters: $(printf %q "$word")"
+done
+[[ $OUT != -* ]] || OUT=./$OUT
 case $CORPUS in
 python) files=() ;;
 wikitext | tinystories)

@@ -11,7 +11,7 @@
 # --slurm the runs are a job array, and a last small job collects. CONFIG should evaluate (training.eval_interval).
 # --stage NAMES: stages of each run (prune,continue); with export,evaluate there is accuracy to draw, too.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; fi
 PYTHON=${PYTHON:-python3}
 
@@ -51,7 +51,7 @@ mkdir -p "$out"
 if [ -n "$collect" ]; then
     tabulate
 elif [ -n "$slurm" ]; then
-    out=$(cd "$out" && pwd)
+    out=$(CDPATH="" cd -- "$out" && pwd)
     tasks=0
     : >"$out/array_flags.txt"
     for ratio in $ratios; do

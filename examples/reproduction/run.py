@@ -340,17 +340,29 @@ def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def submit(slurm: str, arguments: ReproductionOptions, count: int, first: int) -> None:
-    """A job array of the runs that need no other, one of those that do, and a last job that collects."""
-    own = [sys.executable, str(HERE / "run.py"), "--subset", arguments.subset, "--results", arguments.results]
-    own += ["--runs", arguments.runs, "--plan", arguments.plan, "--index"]
+    """A job array of the runs that need no other, one of those that do, and a last job that collects.
+
+    Raises:
+        UserError: the options are no words of a shell, or sbatch refuses them.
+    """
+    named = {"subset": arguments.subset, "results": arguments.results, "runs": arguments.runs, "plan": arguments.plan}
+    own = [sys.executable, str(HERE / "run.py"), *(f"--{name}={value}" for name, value in named.items())]
+    own += [*(["--only", *arguments.only] if arguments.only else []), "--index"]
+    try:
+        options = shlex.split(slurm)
+    except ValueError as error:
+        raise UserError(f"--slurm {slurm}: {error}") from error
     previous: list[str] = []
     for begin, end in ((0, first), (first, count), (-1, 0)):
         if begin >= end:
             continue
         array = ["--array", f"{begin}-{end - 1}"] if begin >= 0 else []
         index = '"$SLURM_ARRAY_TASK_ID"' if begin >= 0 else "-1"
-        words = ["sbatch", "--parsable", *array, *previous, *shlex.split(slurm), "--wrap", f"{shlex.join(own)} {index}"]
-        job = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip().partition(";")[0]
+        words = ["sbatch", "--parsable", *array, *previous, *options, "--wrap", f"{shlex.join(own)} {index}"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"--slurm {slurm}: sbatch: {done.stderr.strip().partition(chr(10))[0] or done.returncode}")
+        job = done.stdout.strip().partition(";")[0]
         previous = ["--dependency", f"afterany:{job}"]
         print(f"job {job}: {f'runs {begin} to {end - 1}' if begin >= 0 else 'collects'}", flush=True)
 

@@ -113,8 +113,10 @@ def test_a_job_array_waits_for_what_it_needs(real_data: Path, tmp_path: Path, mo
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("MEGATRON_PRUNE_DATA", str(real_data))
     places = ["--runs", str(tmp_path / "q's runs"), "--results", str(tmp_path / "results")]
-    words = ["--subset", "medium", "--only", "defaults", "scratch_found", *places, "--slurm", "--ntasks 1 -t 9"]
-    assert run.main(words) == 0
+    only = ["--only", "defaults", "scratch_found"]
+    words = ["--subset", "medium", *only, *places, "--slurm"]
+    assert run.main([*words, "--ntasks '1"]) == 2 and "No closing quotation" in capsys.readouterr().err
+    assert run.main([*words, "--ntasks 1 -t 9"]) == 0
     output = capsys.readouterr().out
     assert output == "job 71: runs 0 to 3\njob 71: runs 4 to 7\njob 71: collects\n"
     first, second, last = (part.split("\n") for part in (tmp_path / "asked").read_text().split("\n----\n") if part)
@@ -124,7 +126,10 @@ def test_a_job_array_waits_for_what_it_needs(real_data: Path, tmp_path: Path, mo
     assert last[:-1] == ["--parsable", *wait, *options]
     for asked, index in ((first, "$SLURM_ARRAY_TASK_ID"), (second, "$SLURM_ARRAY_TASK_ID"), (last, "-1")):
         inner = shlex.split(asked[-1])
-        assert inner[-2:] == ["--index", index] and str(tmp_path / "q's runs") in inner
+        assert inner[-5:] == [*only, "--index", index] and f"--runs={tmp_path}/q's runs" in inner
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    assert run.main([*words, "--partition x"]) == 2
+    assert "sbatch: error: invalid partition" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -94,6 +94,7 @@ def test_nothing_to_compare_is_a_mistake(runs, tmp_path, capsys):
 
 def script(folder, *words, path=None):
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    environment["CDPATH"] = str(folder / "elsewhere")  # where cd looks first, in some people's shells
     if path is not None:
         environment["PATH"] = f"{path}:{environment['PATH']}"
     command = ["bash", str(SCRIPT), *map(str, words)]
@@ -110,6 +111,7 @@ def test_a_job_array_has_a_task_per_ratio(tmp_path):
     sbatch.write_text(f'#!/bin/sh\necho "$@ ($ARRAY_FLAGS)" >> {tmp_path}/asked\necho 71\n')
     sbatch.chmod(0o755)
     (tmp_path / "run.yaml").write_text("{}\n")
+    (tmp_path / "elsewhere" / "out").mkdir(parents=True)
     words = ("run.yaml", "out", "--ratios", "8:1 1:9", "--slurm", "--nodes 8 --time 1:00", "--", "--lr", "1e-4")
     code, output = script(tmp_path, *words, path=tmp_path / "bin")
     assert code == 0 and "job array 71 with 2 runs" in output, output
@@ -141,7 +143,9 @@ def recorder(path, file, status=0):
     return path
 
 
-@pytest.mark.parametrize("name", ["q'; touch X; '", 'with spaces and "quotes"', "$(touch X) `touch X` %j * \\", "ü"])
+@pytest.mark.parametrize(
+    "name", ["q'; touch X; '", 'with spaces and "quotes" -- b', "$(touch X) `touch X` %j * \\", "ü 100%n", "-x"]
+)
 def test_names_reach_jobs_as_they_are(name, tmp_path):
     """Through the job array's flags, the batch script, and the words that collect, each run as Slurm would run it."""
     folder = tmp_path / name
@@ -149,7 +153,8 @@ def test_names_reach_jobs_as_they_are(name, tmp_path):
     python = recorder(folder / "python", tmp_path / "collected")
     for command, status in (("sbatch", 0), ("srun", 3)):
         recorder(tmp_path / "bin" / command, tmp_path / f"{command}-asked", status)
-    (folder / "run.yaml").write_text("{}\n")
+    config = f"{name}.yaml"
+    (folder / config).write_text("{}\n")
     environment = os.environ | {"PYTHON": str(python), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
     def bash(*words, **more):
@@ -158,16 +163,19 @@ def test_names_reach_jobs_as_they_are(name, tmp_path):
 
     data = f"3 {name}"
     words = ("--ratios", "1:9", "--slurm", "", "--", "--data-path", data, "--note", "")
-    code, output = bash("bash", str(SCRIPT), "run.yaml", str(folder / "out"), *words)
+    code, output = bash("bash", str(SCRIPT), config, str(folder / "out"), *words)
     assert code == 0, output
     array, last = map(ast.literal_eval, (tmp_path / "sbatch-asked").read_text().splitlines())
-    assert array[array.index("--stage") - 1] == "run.yaml"
+    assert os.path.normpath(array[array.index("--stage") - 1]) == config
 
     slurm = {"JOB_ID": "71", "ARRAY_TASK_ID": "0", "JOB_NAME": "job", "JOB_NUM_NODES": "1", "JOB_NODELIST": "here"}
     variables = {f"SLURM_{key}": value for key, value in slurm.items()} | {"MEGATRON_PRUNE_ROOT": str(ROOT)}
-    code, output = bash("bash", array[3], *array[4:], ARRAY_FLAGS=str(folder / "out" / "array_flags.txt"), **variables)
+    variables |= {"ARRAY_FLAGS": str(folder / "out" / "array_flags.txt"), "SLURM_NTASKS_PER_NODE": "2"}
+    code, output = bash("bash", array[3], *array[4:], **variables)
     assert code == 3, output
     asked = ast.literal_eval((tmp_path / "srun-asked").read_text())
+    logs = str(folder / "job-71" / "run-0").replace("%", "%%")
+    assert f"--output={logs}/rank-%t.log" in asked  # as Slurm writes a percent sign
     save = str(folder / "out" / "ratio_1-9")
     schedule = ["--prune-schedule", "ratio", "--prune-ratio", "1:9"]
     expected = ["--", "--data-path", data, "--note", "", *schedule, "--save", save]
@@ -179,6 +187,26 @@ def test_names_reach_jobs_as_they_are(name, tmp_path):
     collected = ast.literal_eval((tmp_path / "collected").read_text())
     assert collected == [str(ROOT / "tools" / "token_scaling.py"), "--runs", save, "--output-dir", str(folder / "out")]
     assert not list(tmp_path.rglob("X"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "task"), [(None, "0"), ("--lr 1\n", "1"), ("--note 'a b\n", "0"), ("", "0")], ids=repr
+)
+def test_a_task_without_its_flags_trains_nothing(lines, task, tmp_path):
+    """An array that was submitted without its environment, or a line that is not there or cut off."""
+    recorder(tmp_path / "bin" / "srun", tmp_path / "asked")
+    flags = tmp_path / "flags"
+    if lines is not None:
+        flags.write_text(lines)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "MEGATRON_PRUNE_ROOT": str(ROOT)}
+    environment |= {"SLURM_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": task, "SLURM_JOB_NAME": "job"}
+    environment |= {} if lines is None else {"ARRAY_FLAGS": str(flags)}
+    batch = ROOT / "examples" / "slurm" / "pretrain_efficientllm.sbatch"
+    done = subprocess.run(
+        ["bash", str(batch), "run.yaml"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and f"needs line {int(task) + 1} of ARRAY_FLAGS" in done.stderr, done.stderr
+    assert not (tmp_path / "asked").exists()
 
 
 @pytest.mark.parametrize(
