@@ -110,7 +110,7 @@ def removed(model: Any, kind: str, layer: int, unit: int) -> Iterator[None]:
     """Without one unit: a head or channel loses its output weights, which is all it does; a stem channel is retired."""
     from megatron_prune.model.architecture import Group
     from megatron_prune.model.llama import bind_layout
-    from megatron_prune.resharding.retire import zero_units
+    from megatron_prune.resharding.live import zero_units
 
     parameters = dict(model.module.named_parameters())
     before, layout = {name: p.data.clone() for name, p in parameters.items()}, model.layout

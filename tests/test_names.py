@@ -1,4 +1,5 @@
-"""The package stays easy to find one's way in: names occur once, and modules import each other in one direction.
+"""The package stays easy to find one's way in: names occur once, functions are short, and modules import each other in
+one direction.
 
 Read with ast from the sources, as in test_rooms. Imports inside functions count as well; those under TYPE_CHECKING,
 which only say what an annotation means, do not.
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_rooms import PACKAGE, ROOT, import_targets
+
+MOST_LINES = 60  # of a function, docstring and signature counted
 
 
 def sources(root: Path) -> dict[Path, ast.Module]:
@@ -71,6 +74,13 @@ def test_modules_import_each_other_in_one_direction() -> None:
     graph = imports(sources(ROOT), PACKAGE)
     assert sum(map(len, graph.values())) > len(graph), "imports are not seen"
     assert cycle(graph) == []
+
+
+def test_functions_are_short() -> None:
+    nodes = ((node, path) for path, tree in sources(ROOT).items() for node in ast.walk(tree))
+    functions = ((n, path) for n, path in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    lines = {f"{path}: {n.name}": (n.end_lineno or 0) - n.lineno + 1 for n, path in functions}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
 
 
 @pytest.mark.parametrize(

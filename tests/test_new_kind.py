@@ -13,8 +13,9 @@ from megatron_prune.config import GroupConfig, GroupConfigs
 from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.launch.assembly.assemble import fresh_model
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.families import llama_rows, register_rows
 from megatron_prune.model.kinds import FFN, TP, Kind, register_kind
-from megatron_prune.model.table import Dim, Param, Part, llama_rows, register_rows
+from megatron_prune.model.table import Dim, Param, Part
 from megatron_prune.pruning.groups import GroupKind, group_names, register_group
 from megatron_prune.resharding.verify import verify
 from megatron_prune.runtime.device import choose_device

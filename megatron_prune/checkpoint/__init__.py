@@ -7,8 +7,9 @@
 
 Below them: `pieces` (where a rank's tensors lie in the canonical ones: pure), `tensors` (what a rank saves and loads),
 `storage` (megatron-core's torch_dist format), `streams` (memory and files on the way there), `files` (names, checksums,
-publishing, keeping), `lease` (one writer per folder), `guarded` and `plain` (reading without running what is read),
-`crc`, `rng`. Importing the package imports none of them: launchers read `files`, `lease` and `record` without torch.
+publishing, keeping), `lease` and `owner` (one writer per folder), `fields` (what stored values must be),
+`guarded_reader` and `plain` (reading without running what is read), `crc`, `rng`. Importing the package imports none of
+them: launchers read `files`, `lease` and `record` without torch.
 """
 
 from importlib import import_module

@@ -2,8 +2,6 @@
 
     DIR/writer.lease-7     who writes into DIR (`Owner`, as JSON); its time of change is the heartbeat
 
-    Owner           a process: host, pid and start, job, what launched it
-    death           why an owner counts as dead, or None: the whole decision, pure but for a look at its process
     acquire         take DIR, or say in one line who has it -> Lease
     Lease           keeps it alive (`loss`), gives it back (`release`)
     refuse_others   last look before a folder is cleared or a checkpoint published
@@ -13,34 +11,25 @@ of starters one wins. It then looks again, and steps back unless every other fil
 the later sees the earlier. Files are judged anew at that second look, never by the names seen at the first: numbers
 begin again once a folder was given back, and a starter that stood still between its looks would take a live owner's
 file for the dead one's that had this name before. Only who has won removes dead owners' files. So a file's owner holds
-DIR as long as that file is there, and nobody ever removes a live one's.
-
-Dead is: no process of that pid and start on the same machine (at once); the same Slurm job, started again since (at
-once); else no heartbeat for `EXPIRY` seconds, by the file server's clock alone.
+DIR as long as that file is there, and nobody ever removes a live one's. Who counts as dead: see `owner`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import json
 import os
 import random
 import re
-import secrets
-import socket
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from megatron_prune.checkpoint.owner import EXPIRY, Owner, Process, death, is_leaving
 from megatron_prune.errors import UserError
 from megatron_prune.reading import open_file
 
 PREFIX = "writer.lease-"
-EXPIRY = 120.0  # seconds; building an index may hold up a heartbeat for a while
 PATIENCE = 30.0  # seconds that a starter waits for an owner that is about to leave
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _TRIES = 20
@@ -48,146 +37,6 @@ _TRIES = 20
 
 class FolderBusyError(OSError):
     """Another live process writes into the folder."""
-
-
-# Processes ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process of one machine. `start` is its start (ticks since boot), None where the system does not say."""
-
-    pid: int
-    start: int | None
-
-    @classmethod
-    def find(cls, pid: int) -> Process:
-        """The process that has this pid now."""
-        try:
-            return cls(pid, _start(pid))
-        except OSError:
-            return cls(pid, None)
-
-    def is_running(self) -> bool:
-        """Whether this very process still runs: one that got its pid later is another, and a zombie has ended."""
-        is_ours = True
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):  # the latter: no system has that many
-            return False
-        except PermissionError:
-            is_ours = False
-        try:
-            return self.start is None or _start(self.pid) == self.start
-        except OSError:  # /proc may hide somebody else's (hidepid), or this process may open no more files
-            return not is_ours or Path(f"/proc/{self.pid}").exists()
-
-
-def _start(pid: int) -> int | None:
-    """Start of a process from /proc; None when it is a zombie. Raises OSError: it is gone, or /proc does not say."""
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def this_machine() -> str:
-    """What two processes share whose pids can be compared: the boot of one kernel, and a pid namespace."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a folder.
-
-    Args:
-        machine: see `this_machine`. job, restarts: Slurm's, how often it was requeued.
-        above: pid and start of what launched it, where it ends with that.
-        since: seconds since the epoch, for people.
-    """
-
-    token: str
-    host: str
-    machine: str
-    pid: int
-    start: int | None
-    job: str | None
-    restarts: int
-    above: tuple[tuple[int, int | None], ...]
-    command: str
-    since: float
-
-    @classmethod
-    def of_this_process(cls, environ: Mapping[str, str], above: Sequence[Process] = ()) -> Owner:
-        """This process, with a token of its own."""
-        own, restarts = Process.find(os.getpid()), environ.get("SLURM_RESTART_COUNT", "0")
-        return cls(
-            token=secrets.token_hex(8),
-            host=socket.gethostname(),
-            machine=this_machine(),
-            pid=own.pid,
-            start=own.start,
-            job=environ.get("SLURM_JOB_ID"),
-            restarts=int(restarts) if restarts.isdecimal() else 0,
-            above=tuple((process.pid, process.start) for process in above),
-            command=Path(sys.argv[0]).name.replace("__main__.py", "megatron-prune")[:80],
-            since=time.time(),
-        )
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Owner:
-        """Inverse of `to_json`. Raises ValueError."""
-        try:
-            values = json.loads(text)
-            above = tuple((int(pid), start) for pid, start in values.pop("above"))
-            owner = cls(**values, above=above)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-            raise ValueError(str(error)) from error
-        if not isinstance(owner.pid, int) or not isinstance(owner.restarts, int):
-            raise ValueError("pid and restarts are numbers")
-        return owner
-
-    def to_json(self) -> bytes:
-        """As the file holds it."""
-        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
-
-    def is_same_process(self, other: Owner) -> bool:
-        """Whether both are one process."""
-        return (self.machine, self.pid, self.start) == (other.machine, other.pid, other.start)
-
-    def was_requeued_as(self, other: Owner) -> bool:
-        """Whether `other` is the same Slurm job, started again: Slurm ends the former start before."""
-        return self.job is not None and self.job == other.job and self.restarts < other.restarts
-
-    def __str__(self) -> str:
-        job = "" if self.job is None else f", job {self.job}"
-        at = time.strftime("%F %T", time.localtime(self.since)) if isinstance(self.since, (int, float)) else "?"
-        return ascii(f"pid {self.pid} on {self.host}{job} ({self.command}, since {at})")[1:-1]
-
-
-def death(owner: Owner | None, me: Owner, age: float) -> str | None:
-    """Why `owner` is dead, as far as `me` can tell; None: it lives, or may live.
-
-    Args:
-        owner: None when its file cannot be read. age: seconds since its last heartbeat.
-    """
-    if owner is not None and owner.machine == me.machine:
-        return None if Process(owner.pid, owner.start).is_running() else "its process is gone"
-    if owner is not None and owner.was_requeued_as(me):
-        return "its job was requeued"
-    return f"no sign of life for {age:.0f} s" if age > EXPIRY else None
-
-
-def _is_leaving(owner: Owner | None, me: Owner) -> bool:
-    """Whether it will end by itself, soon: what launched it is gone, or its job was started again."""
-    if owner is None or owner.machine != me.machine:
-        return False
-    return owner.was_requeued_as(me) or not all(Process(*one).is_running() for one in owner.above)
-
-
-# The folder -----------------------------------------------------------------------------------------------------------
 
 
 def is_lease(path: Path) -> bool:
@@ -349,7 +198,7 @@ def _attempt(directory: Path, proposal: Path, me: Owner, made: tuple[Path, ...])
         path, owner, age = alive
         if owner is not None and owner.is_same_process(me):
             return Lease(path, owner, is_nested=True)
-        return _words(owner, me, age, path), _is_leaving(owner, me)
+        return _words(owner, me, age, path), is_leaving(owner, me)
     number = max(present, default=0) + 1
     mine = directory / f"{PREFIX}{number}"
     if not _link(proposal, mine, me):

@@ -45,7 +45,8 @@ from megatron_prune.checkpoint.files import (
     write_files,
     write_manifest,
 )
-from megatron_prune.checkpoint.lease import Lease, Process, acquire
+from megatron_prune.checkpoint.lease import Lease, acquire
+from megatron_prune.checkpoint.owner import Process
 from megatron_prune.checkpoint.pieces import spread
 from megatron_prune.checkpoint.record import Facts, record_files
 from megatron_prune.checkpoint.rng import capture_rng

@@ -26,6 +26,8 @@ from megatron_prune.errors import UserError
 from megatron_prune.reading import read_words
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_prune.checkpoint import CheckpointReader
     from megatron_prune.huggingface.export import Exported
     from megatron_prune.huggingface.model_card import CardFacts
@@ -81,15 +83,7 @@ class ExportOptions:
 def convert(arguments: ExportOptions) -> int:
     """Export and, where asked, verify; the exit status, 1 when the verification failed. Raises UserError."""
     if arguments.refresh_code is not None:
-        if arguments.load or arguments.save:
-            raise UserError(
-                "--refresh-code changes the code in DIR and nothing else: it goes without --load and --save"
-            )
-        from megatron_prune.huggingface.cluster import refresh_code
-
-        changed = refresh_code(arguments.refresh_code)
-        say(f"{arguments.refresh_code}: {' and '.join(changed) or 'nothing'} brought up to date")
-        return 0
+        return refresh(arguments.refresh_code, bool(arguments.load or arguments.save))
     for flag, value in (("--load", arguments.load), ("--save", arguments.save)):
         if value is None:
             raise UserError(f"{flag} is not given: --load and --save are needed (or --refresh-code)")
@@ -144,6 +138,16 @@ def convert(arguments: ExportOptions) -> int:
         return 0
     is_same = tokenizer is None or verify_tokenizer(arguments, done, tokenizer, tokenizer_type)
     return 0 if verify(arguments, read_left, a, done, tokenizer) and is_same else 1
+
+
+def refresh(folder: str, has_others: bool) -> int:
+    """Bring the code in an export up to date; `has_others`: --load or --save are given as well, which is refused."""
+    from megatron_prune.huggingface.cluster import refresh_code
+
+    if has_others:
+        raise UserError("--refresh-code changes the code in DIR and nothing else: it goes without --load and --save")
+    say(f"{folder}: {' and '.join(refresh_code(folder)) or 'nothing'} brought up to date")
+    return 0
 
 
 def card_facts(arguments: ExportOptions, reader: CheckpointReader) -> CardFacts:
@@ -227,11 +231,8 @@ def verify(
         load_stock_model,
         run_stock,
         sample_tokens,
-        training_logits,
         wrong_weight,
     )
-    from megatron_prune.runtime.device import choose_device
-    from megatron_prune.runtime.mesh import close_mesh, init_mesh
 
     text = read_text(arguments.verify_text)
     length = min(LENGTH, architecture.shape.max_position_embeddings)
@@ -244,12 +245,7 @@ def verify(
     wrong = wrong_weight(model, stored_weights(read, architecture, done.plan, done.dtypes))
     exported = run_stock(model, tokens)
     del model
-    mesh = init_mesh(choose_device("cpu"), 1, 1)
-    try:
-        # Rounded as the export is, so that what remains is what the export did wrong.
-        trained = training_logits(lambda name: read(name).to(done.dtypes.of(name)), architecture, tokens, mesh)
-    finally:
-        close_mesh()
+    trained = trained_logits(read, architecture, done, tokens)
     asked = arguments.verify_tolerance
     limit = exported.tolerance if asked is None else asked
     difference = (exported.logits - trained).abs().max().item()
@@ -273,6 +269,19 @@ def verify(
         + (f"{wrong} is NOT what the checkpoint holds" if wrong else "every weight is bit for bit as in the checkpoint")
     )
     return close and is_cached and exported.generated_alike and wrong is None
+
+
+def trained_logits(read: Callable[[str], Any], architecture: Architecture, done: Exported, tokens: Tensor) -> Tensor:
+    """The training model's, of weights rounded as the export's: what then differs, the export did wrong."""
+    from megatron_prune.huggingface.verify_export import training_logits
+    from megatron_prune.runtime.device import choose_device
+    from megatron_prune.runtime.mesh import close_mesh, init_mesh
+
+    mesh = init_mesh(choose_device("cpu"), 1, 1)
+    try:
+        return training_logits(lambda name: read(name).to(done.dtypes.of(name)), architecture, tokens, mesh)
+    finally:
+        close_mesh()
 
 
 def read_text(file: str | None) -> str:

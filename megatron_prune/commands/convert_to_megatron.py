@@ -24,6 +24,7 @@ from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from megatron_prune.checkpoint import CheckpointReader
@@ -140,10 +141,20 @@ def convert(arguments: MegatronExportOptions) -> int:
             written = save_for_megatron(save, reader.record.iteration, shape, read, dtype, padded, more, adam)
     finally:
         close_mesh()
+    report(written, shape, plan.policy, dtype, adam, padded)
+    return 0
+
+
+def report(
+    written: Path, shape: LlamaShape, policy: str, dtype: torch.dtype, adam: AdamState | None, padded: int
+) -> None:
+    """Say what was written, and what to know of it."""
+    from megatron_prune.checkpoint.to_megatron import stock_misfit
+
     fits = [str(n) for n in range(1, MOST_RANKS + 1) if stock_misfit(shape, n) is None]
     say(
         f"{written}: GPTModel, {shape.num_layers} layers, hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, "
-        f"{shape.num_attention_heads} heads, {shape.num_query_groups} KV heads ({plan.policy}), {dtype}"
+        f"{shape.num_attention_heads} heads, {shape.num_query_groups} KV heads ({policy}), {dtype}"
     )
     if adam:
         say(
@@ -153,7 +164,6 @@ def convert(arguments: MegatronExportOptions) -> int:
     if padded > shape.vocab_size:
         say(f"{padded - shape.vocab_size} rows of padding take part in Megatron's softmax, and do not here")
     say(f"tensor-parallel sizes that share it out evenly: {', '.join(fits)}")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from megatron_prune.evaluation.corpora import Corpus, IndexedOptions
     from megatron_prune.evaluation.models import ModelFolder
     from megatron_prune.evaluation.side_by_side import Evaluated, Report
-    from megatron_prune.evaluation.zero_shot import Selected
+    from megatron_prune.evaluation.tasks import Selected
 
 DTYPES = ("float32", "bfloat16", "float16")
 LONGEST = 2048  # tokens of a window, unless --seq-length says otherwise
@@ -99,7 +99,8 @@ def evaluate(arguments: EvaluationOptions, scratch: Path) -> Report:
     from megatron_prune.evaluation.corpora import check_corpus, is_text
     from megatron_prune.evaluation.models import open_candidate
     from megatron_prune.evaluation.side_by_side import Report, write_report
-    from megatron_prune.evaluation.zero_shot import harness_version, select_tasks
+    from megatron_prune.evaluation.tasks import select_tasks
+    from megatron_prune.evaluation.zero_shot import harness_version
     from megatron_prune.runtime.folders import probe_folder
 
     check(arguments)

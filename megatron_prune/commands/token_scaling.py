@@ -23,7 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.record import STATE_FIELDS, check_fields
+from megatron_prune.checkpoint.fields import check_fields
+from megatron_prune.checkpoint.record import STATE_FIELDS
 from megatron_prune.commands.running import run_command, say
 from megatron_prune.config import load_plain_yaml
 from megatron_prune.config.options import option

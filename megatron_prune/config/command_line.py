@@ -85,6 +85,6 @@ def configured(given: Given, file: str | None, recipe: str | None = None) -> Con
     config = Config() if recipe is None else recipe_config(recipe)
     config = config if file is None else read_file(file, config)
     filled = {name: given.fill(name, getattr(config, name)) for name in sections_of(Config)}
-    config = dataclasses.replace(config, **filled)
+    config = dataclasses.replace(config, **filled).settled
     check_fields(config)
     return config

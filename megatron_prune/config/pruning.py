@@ -263,11 +263,14 @@ class PruningConfig:
         """Whether this run removes anything at all."""
         return self.target_params is not None or bool(self.target.other_limits)
 
-    def __post_init__(self) -> None:
+    @property
+    def settled(self) -> "PruningConfig":
+        """The same with `target: params` as `target_params`; where the two differ, which is refused when it is checked,
+        as it is."""
         params = self.target.params
-        if params is not None and self.target_params in (None, params):  # else it is refused when it is checked
-            object.__setattr__(self, "target_params", params)
-            object.__setattr__(self, "target", dataclasses.replace(self.target, params=None))
+        if params is None or self.target_params not in (None, params):
+            return self
+        return dataclasses.replace(self, target_params=params, target=dataclasses.replace(self.target, params=None))
 
     @property
     def ratio_steps(self) -> tuple[int, int]:

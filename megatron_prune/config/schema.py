@@ -249,6 +249,11 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @property
+    def settled(self) -> "Config":
+        """The same in one way of saying it; see `PruningConfig.settled`."""
+        return replace(self, pruning=self.pruning.settled)
+
+    @property
     def tokens_per_iteration(self) -> int:
         """Tokens that one optimizer step consumes."""
         return self.training.global_batch_size * self.data.seq_length

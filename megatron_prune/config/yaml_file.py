@@ -56,7 +56,7 @@ def read_yaml(text: str, source: str, unnamed: Config | None = None) -> Config:
         if not isinstance(entries, dict | None):
             raise UserError(f"{source}: expected keys and values under the section {section}")
         changes[section] = dataclasses.replace(getattr(base, section), **_read_section(section, entries or {}, source))
-    return dataclasses.replace(base, **changes)
+    return dataclasses.replace(base, **changes).settled
 
 
 def dump(config: Config, documented: bool = False) -> str:

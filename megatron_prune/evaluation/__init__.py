@@ -3,7 +3,8 @@
     models        a folder, or a checkpoint exported into a temporary one -> `ModelFolder`; its model and its tokenizer
     corpora       text files and .bin/.idx data sets -> windows of tokens and their successors
     perplexity    a model over such windows: loss, perplexity, bits per byte, perplexity per word
-    zero_shot     the paper's eight tasks, by lm-evaluation-harness, from the network or from local files
+    tasks         the paper's eight zero-shot tasks, from the network or from local files
+    zero_shot     a model on them, by lm-evaluation-harness
     installed     what the harness lacks here
     side_by_side  several models side by side, as Markdown and as JSON
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune.checkpoint.record import COUNT, TEXT, check_fields
+from megatron_prune.checkpoint.fields import COUNT, TEXT, check_fields
 from megatron_prune.data.datasets import Blend, blend_words, build_datasets, check_vocabulary, parse_blend
 from megatron_prune.data.documents import SEPARATORS, read_documents
 from megatron_prune.data.indexed import bin_path

@@ -112,32 +112,33 @@ def export(
     _check_target(target, overwrite)
     max_bytes = parse_size(max_shard_size)
     plan = KvPlan.choose(architecture, kv_policy)
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; use {', '.join(DTYPES)}")
+    stored = _dtypes(read, architecture, dtype, other_dtypes or {})
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_model) if tokenizer_model else None
     if tokenizer is not None:
         check_rows(tokenizer, architecture.shape.vocab_size, "--tokenizer-model")
         check_tokenizer(tokenizer)
-    embedding = architecture.table.find(EMBEDDING).parts[0].hf_name
-    others = {name: DTYPES[other] for name, other in (other_dtypes or {}).items()}
-    stored = StoredDtypes(DTYPES[dtype] if dtype else read(embedding).dtype, others)
     try:
         with sole_writer(target, "--save"), _staged(target, overwrite) as staged:
             files, parameters = _write_weights(staged, read, architecture, plan, stored, max_bytes)
             config = _write_settings(staged, architecture, plan, stored.main, tokenizer, source or {})
             if tokenizer is not None:
                 _write_tokenizer(staged, tokenizer, architecture.shape.max_position_embeddings)
-            card = model_card(
-                architecture, source_architecture, plan, dtype_name(stored.main), parameters, facts or CardFacts()
-            )
+            facts = facts or CardFacts()
+            card = model_card(architecture, source_architecture, plan, dtype_name(stored.main), parameters, facts)
             write_file(staged / "README.md", card.encode(), lasting=False)
-            write_list(staged)
-            check_kept(staged, target)
-            put_in_place(staged, target)
+            _publish(staged, target)
     except OSError as error:
         raise UserError(f"--save {target}: cannot be written: {mishap(error) or error}") from error
-    names = tuple(target / file.name for file in files)
-    return Exported(target, names, config["architectures"][0], plan, stored, parameters)
+    written = tuple(target / file.name for file in files)
+    return Exported(target, written, config["architectures"][0], plan, stored, parameters)
+
+
+def _dtypes(read: Reader, architecture: Architecture, dtype: str | None, others: Mapping[str, str]) -> StoredDtypes:
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: unknown; use {', '.join(DTYPES)}")
+    embedding = architecture.table.find(EMBEDDING).parts[0].hf_name
+    main = DTYPES[dtype] if dtype else read(embedding).dtype
+    return StoredDtypes(main, {name: DTYPES[other] for name, other in others.items()})
 
 
 @contextmanager
@@ -148,6 +149,12 @@ def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
     staged = staging(target)
     with claim_folder(staged):
         yield staged
+
+
+def _publish(staged: Path, target: Path) -> None:
+    write_list(staged)
+    check_kept(staged, target)
+    put_in_place(staged, target)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -32,8 +32,9 @@ from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabulary
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.families import table_of
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import QKV, QKV_BIAS, ParamTable
+from megatron_prune.model.table import QKV, QKV_BIAS
 from megatron_prune.pruning.groups import known_groups
 
 # --dtype -> GGUF's type of matrices.
@@ -139,7 +140,7 @@ def convert(
 
 def _rounding(shape: LlamaShape) -> str:
     """What `--prune-groups` would need for every row to be a multiple of 32; empty where it cannot do it."""
-    table, found = ParamTable.build(shape), []
+    table, found = table_of(shape), []
     for group in known_groups():
         unit = table.columns(group.kind)
         if group.kind in table.kinds and group.kind.size(shape) * unit % BLOCK:
@@ -207,7 +208,7 @@ def _entries(weights: FolderWeights, shape: LlamaShape, kind: str) -> Iterator[_
         factors = rope_factors(shape)
         yield _Entry(ROPE_FACTORS, tuple(factors.shape), "F32", lambda: factors)
     names, turned = tensor_names(shape), turned_heads(shape)
-    for name, size in ParamTable.build(shape).hf_shapes(Architecture.full(shape)).items():
+    for name, size in table_of(shape).hf_shapes(Architecture.full(shape)).items():
         stored = "F32" if len(size) == 1 else kind
         if stored == "Q8_0" and size[-1] % BLOCK:
             stored = "F16"
@@ -223,7 +224,7 @@ def tensor_names(shape: LlamaShape) -> dict[str, str]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture_of(shape).upper()], shape.num_layers)
     found = {
         name: names.get_name(name, try_suffixes=(".weight", ".bias"))
-        for name in ParamTable.build(shape).hf_shapes(Architecture.full(shape))
+        for name in table_of(shape).hf_shapes(Architecture.full(shape))
     }
     assert None not in found.values(), found
     return found
@@ -233,7 +234,7 @@ def turned_heads(shape: LlamaShape) -> dict[str, int]:
     """Names of what llama.cpp has in another order, the rows of q and k, and how many heads each has; mostly none."""
     if architecture_of(shape) not in ("llama", "smollm3"):
         return {}
-    stacked = (part for row in ParamTable.build(shape).rows if row.role in (QKV, QKV_BIAS) for part in row.parts[:2])
+    stacked = (part for row in table_of(shape).rows if row.role in (QKV, QKV_BIAS) for part in row.parts[:2])
     return {part.hf_name: part.dims[0].kind.size(shape) for part in stacked}
 
 
@@ -298,7 +299,7 @@ def _write_metadata(writer: Any, gguf: Any, shape: LlamaShape, folder: Path, dty
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     if dtype == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for unit in filter(lambda unit: unit.hf_key, ParamTable.build(shape).kinds):
+    for unit in filter(lambda unit: unit.hf_key, table_of(shape).kinds):
         getattr(writer, f"add_{_NUMBERS[unit.hf_key]}")(unit.size(shape))
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_block_count(shape.num_layers)

@@ -37,8 +37,8 @@ from megatron_prune.huggingface.gguf_file import (
 from megatron_prune.huggingface.gguf_vocabulary import write_tokenizer
 from megatron_prune.huggingface.shards import DTYPES, ShardEntry, dtype_name, write_shards
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.families import table_of
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import ParamTable
 from megatron_prune.reading import open_file
 from megatron_prune.runtime.folders import write_file
 
@@ -180,7 +180,7 @@ class GgufModel:
 
     def _account(self) -> None:
         """See that the file's tensors are the model's: names and shapes."""
-        shapes = ParamTable.build(self.shape).hf_shapes(Architecture.full(self.shape))
+        shapes = table_of(self.shape).hf_shapes(Architecture.full(self.shape))
         wanted = {theirs: shapes[name] for name, theirs in self._names.items()}
         missing = [name for name in wanted if name not in self._tensors]
         extra = [name for name in self._tensors if name not in wanted and name != ROPE_FACTORS]

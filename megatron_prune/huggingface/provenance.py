@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from megatron_prune.checkpoint.record import TABLE, TEXT, check_fields
+from megatron_prune.checkpoint.fields import TABLE, TEXT, check_fields
 from megatron_prune.config import load_plain_yaml
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.model_card import CardFacts

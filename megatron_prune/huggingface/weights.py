@@ -25,10 +25,11 @@ from megatron_prune.data.hub_files import LFS_HINT, is_lfs_pointer, present, rea
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.config import read_shape
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.families import table_of
 from megatron_prune.model.llama import take
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import finite
-from megatron_prune.model.table import EMBEDDING, HF_LM_HEAD, ParamTable, expand
+from megatron_prune.model.table import EMBEDDING, HF_LM_HEAD, expand
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class FolderWeights:
     def _is_leftover(self, name: str, shape: LlamaShape) -> bool:
         if name.endswith("rotary_emb.inv_freq"):
             return True
-        embedding = ParamTable.build(shape).find(EMBEDDING).parts[0].hf_name
+        embedding = table_of(shape).find(EMBEDDING).parts[0].hf_name
         if name != HF_LM_HEAD or not shape.tie_word_embeddings or embedding not in self.stored:
             return False
         if self.stored[name].shape != self.stored[embedding].shape or not torch.equal(self(name), self(embedding)):

@@ -11,9 +11,10 @@ layer can leave with all its units; the others keep their numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
+from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import LAYER, Kind, find_kind
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.table import ATTENTION_OUTPUT, FFN_DOWN, QKV, ParamTable
@@ -59,10 +61,12 @@ class Architecture:
         shape: the source model.
         live: for each prunable kind of the shape's table and each of its sites, the int32 ids of the live units (none
             in layers that are gone).
+        serving: the same of kinds that follow others, where it is known already; else it is found when asked for.
     """
 
     shape: LlamaShape
     live: Mapping[Kind, tuple[np.ndarray, ...]]
+    serving: Mapping[Kind, tuple[np.ndarray, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for kind in self.table.prunable:
@@ -76,13 +80,13 @@ class Architecture:
     @classmethod
     def full(cls, shape: LlamaShape) -> Architecture:
         """The unpruned source model."""
-        kinds = ParamTable.build(shape).prunable
-        return cls(shape, {kind: (_frozen(np.arange(kind.size(shape))),) * kind.sites(shape) for kind in kinds})
+        kinds = table_of(shape).prunable
+        return cls(shape, {kind: _all_units(kind, shape) for kind in kinds})
 
     @property
     def table(self) -> ParamTable:
         """The parameters of a model of this shape."""
-        return ParamTable.build(self.shape)
+        return table_of(self.shape)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -96,15 +100,12 @@ class Architecture:
         if kind in self.live:
             return self.live[kind]
         if kind not in self._derived:
-            self._derived[kind] = self._serving(kind) if kind.follows else self._all(kind)
+            self._derived[kind] = self._serving(kind) if kind.follows else _all_units(kind, self.shape)
         return self._derived[kind]
 
     @cached_property
     def _derived(self) -> dict[Kind, tuple[np.ndarray, ...]]:
-        return {}
-
-    def _all(self, kind: Kind) -> tuple[np.ndarray, ...]:
-        return (_frozen(np.arange(kind.size(self.shape))),) * kind.sites(self.shape)
+        return dict(self.serving)
 
     def _serving(self, kind: Kind) -> tuple[np.ndarray, ...]:
         assert kind.follows is not None
@@ -185,8 +186,7 @@ class Architecture:
     @property
     def kv_cache_channels(self) -> int:
         """Elements that a KV cache holds per token: keys and values of all layers."""
-        parts = [(part, row.site) for row in self.table.rows if row.role == QKV for part in row.parts[1:]]
-        return sum(self.width(part.dims[0].kind, site) * part.dims[0].size for part, site in parts)
+        return int(self.table.channels(self.counts, QKV, dim=0, after=1))
 
     # Removal -------------------------------------------------------------------------------------------------------
 
@@ -205,9 +205,8 @@ class Architecture:
             kind: tuple(drop(ids, units) for ids, units in zip(self.live[kind], sites, strict=True))
             for kind, sites in group.gone.items()
         }
-        after = Architecture(self.shape, {**self.live, **changed})
-        vars(after)["_derived"] = {kind: ids for kind, ids in self._derived.items() if kind.follows not in changed}
-        return after
+        serving = {kind: ids for kind, ids in self._derived.items() if kind.follows and kind.follows not in changed}
+        return Architecture(self.shape, {**self.live, **changed}, serving)
 
     def leaving(self, group: Group, kind: Kind, layer: int) -> np.ndarray:
         """int32 ids of `kind` that leave `layer` with `group`: its own, or those that served only units of it."""
@@ -260,7 +259,7 @@ class Architecture:
         try:
             shape = LlamaShape.from_json(data["shape"])
             live = {LAYER.name: f"0-{shape.num_layers - 1}", **first_format.live(data["live"])}
-            kinds = ParamTable.build(shape).prunable
+            kinds = table_of(shape).prunable
             if set(live) != {kind.name for kind in kinds}:
                 raise ValueError(f"live units of {', '.join(live)}, not of {', '.join(map(repr, kinds))}")
             result = cls(shape, {kind: _read_live(live[kind.name], kind, shape) for kind in kinds})
@@ -278,6 +277,11 @@ class Architecture:
                 "architecture.json: `parameters` contradicts the live units; the file was edited or damaged"
             )
         return result
+
+
+@functools.lru_cache(maxsize=64)
+def _all_units(kind: Kind, shape: LlamaShape) -> tuple[np.ndarray, ...]:
+    return (_frozen(np.arange(kind.size(shape))),) * kind.sites(shape)
 
 
 def _read_live(sites: Any, kind: Kind, shape: LlamaShape) -> tuple[np.ndarray, ...]:

@@ -203,11 +203,6 @@ class ShardLayout:
             return len(self.layers) - len(self.architecture.layers)
         return int((self.placed[kind] == EMPTY).sum())
 
-    @property
-    def is_compact(self) -> bool:
-        """True when no kind could be stored in fewer slots."""
-        return not self.is_due
-
     @cached_property
     def is_due(self) -> bool:
         """True when compacting now would free at least one quantum of some kind, or a layer."""
@@ -223,12 +218,6 @@ class ShardLayout:
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
-    @cached_property
-    def lineage(self) -> str:
-        """Hex digest of the first layout's fingerprint and of the groups that have left since; ranks that agree on it
-        have equal layouts. Unlike a fingerprint it costs next to nothing after a removal."""
-        return self.fingerprint()
-
     # Changing ------------------------------------------------------------------------------------------------------
 
     def without(self, group: Group) -> ShardLayout:
@@ -243,9 +232,7 @@ class ShardLayout:
                 gone = self.architecture.leaving(group, kind, site) if units else units
                 emptied[site][holds(emptied[site], np.asarray(gone))] = EMPTY
             placed[kind] = emptied
-        result = dataclasses.replace(self, architecture=after, placed=placed)
-        vars(result)["lineage"] = hashlib.sha256(f"{self.lineage} without {group!r}".encode()).hexdigest()[:16]
-        return result
+        return dataclasses.replace(self, architecture=after, placed=placed)
 
     def compacted(self) -> ShardLayout:
         """The layout after a compaction: a pure function of the live ids, TP and quanta."""

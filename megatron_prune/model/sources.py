@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.families import table_of
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import BIAS, QKV_BIAS, ParamTable
+from megatron_prune.model.table import BIAS, QKV_BIAS
 
 
 class RandomWeights:
@@ -23,7 +24,7 @@ class RandomWeights:
     """
 
     def __init__(self, shape: LlamaShape, seed: int, std: float = 0.02) -> None:
-        table = ParamTable.build(shape)
+        table = table_of(shape)
         self._shapes = table.hf_shapes(Architecture.full(shape))
         self._outputs = {part.hf_name for row in table.rows if row.is_output for part in row.parts}
         self._biases = {part.hf_name for row in table.rows if row.role in (BIAS, QKV_BIAS) for part in row.parts}

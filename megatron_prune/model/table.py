@@ -1,5 +1,5 @@
-"""THE table: which parameters exist, what they are for, what every dimension of them means, how it is packed, and what
-it is called in Hugging Face.
+"""THE table of parameters: what each is for, what every dimension of it means, how it is packed, and what it is called
+in Hugging Face. Which ones a model has is listed by family, in `model.families`.
 
 Saliency, retirement, compaction, optimizer slicing, checkpoints, import, export and estimates all read it; nothing else
 knows how qkv or gate/up are packed, and nothing tells parameters apart by their names.
@@ -8,7 +8,6 @@ knows how qkv or gate/up are packed, and nothing tells parameters apart by their
     Part          one Hugging Face tensor; the parts of a Megatron parameter are stacked along dim 0
     Param         a Megatron parameter: name, layer, role and parts
     ParamTable    the rows for one LlamaShape; counts parameters for any widths
-    register_rows how a family's parameters are listed (Llama's and OLMo 2's here)
     positions     slots -> element positions along a dim
 
 On each tensor-parallel rank qkv is [q slots | k slots | v slots] x kv_channels rows and gate/up is [gate | up] rows.
@@ -18,16 +17,15 @@ mesh axis (`stem`, `fixed`) are whole on each rank.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_prune.model.kinds import FFN, FIXED, HEAD, KV_HEAD, LAYER, STEM, VOCAB, Kind, in_order
+from megatron_prune.model.kinds import FIXED, LAYER, Kind, in_order
 from megatron_prune.model.shape import LlamaShape
 
 if TYPE_CHECKING:
@@ -44,6 +42,8 @@ QKV_BIAS, BIAS = "bias of qkv", "bias"
 OUTPUTS = (ATTENTION_OUTPUT, FFN_DOWN)  # the output layer group, on which saliency is computed
 ENTRANCES = {ATTENTION_OUTPUT: QKV, FFN_DOWN: FFN_UP}  # where the block of an output reads the stem
 LINEARS = (QKV, ATTENTION_OUTPUT, FFN_UP, FFN_DOWN, LM_HEAD)  # multiplied by inputs that may be watched
+TIED_COPY = "output_layer.weight"  # what megatron-core calls an LM head, a tied one's second copy included
+HF_LM_HEAD = "lm_head.weight"  # what Hugging Face does
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,10 @@ class Param:
 
 @dataclass(frozen=True)
 class ParamTable:
-    """All parameters of a model of `shape`, in model order; `row(name)` finds one."""
+    """All parameters of a model of `shape`, in model order (`families.table_of`); `row(name)` finds one."""
 
     shape: LlamaShape
     rows: tuple[Param, ...]
-
-    @classmethod
-    def build(cls, shape: LlamaShape) -> ParamTable:
-        """The table for `shape`; the same object every time."""
-        return _built(shape)
 
     def row(self, name: str) -> Param:
         """The row of Megatron parameter `name`; a tied LM head (last pipeline stage) is the embedding's row."""
@@ -282,106 +277,6 @@ class ParamTable:
                 )
         table = np.array([(factor, *at) for at, factor in terms.items()], dtype=np.int64).reshape(-1, 4)
         return tuple(table.T)
-
-
-Rows = Callable[[LlamaShape], Iterator[Param]]
-TIED_COPY = "output_layer.weight"  # what megatron-core calls an LM head, a tied one's second copy included
-HF_LM_HEAD = "lm_head.weight"  # what Hugging Face does
-_FAMILIES: dict[str, Rows] = {}
-
-
-def register_rows(model_type: str, rows: Rows) -> None:
-    """List the parameters of models whose shape has this `model_type` by `rows`, in model order, instead of Llama's."""
-    assert model_type not in _FAMILIES, f"rows of {model_type} are registered twice"
-    _FAMILIES[model_type] = rows
-
-
-@functools.lru_cache(maxsize=64)
-def _built(shape: LlamaShape) -> ParamTable:
-    return ParamTable(shape, tuple(_FAMILIES.get(shape.model_type, llama_rows)(shape)))
-
-
-def llama_rows(shape: LlamaShape) -> Iterator[Param]:
-    """The parameters of a Llama, Mistral, Qwen2 or Qwen3."""
-    ffn = Dim(FFN)
-    return _model_rows(shape, lambda layer: (*attention_rows(shape, layer), *ffn_rows(layer, ffn, shape.add_ffn_bias)))
-
-
-def olmo2_rows(shape: LlamaShape) -> Iterator[Param]:
-    """Norms stand behind attention and FFN, and those of queries and keys have a weight for every head's channels."""
-
-    def rows(layer: int) -> Iterator[Param]:
-        theirs, d = f"model.layers.{layer}.", shape.kv_channels
-        qkv, output = (row for row in attention_rows(shape, layer) if row.role in (QKV, ATTENTION_OUTPUT))
-        yield qkv
-        for name, kind in (("query", HEAD), ("key", KV_HEAD)):  # see `layers.HeadsNorm` on their names
-            hf_name = f"{theirs}self_attn.{name[0]}_norm.weight"
-            ours = f"decoder.layers.{layer}.self_attention.{name}_norm.weight"
-            yield single(ours, layer, HEAD_NORM, hf_name, Dim(kind, d))
-        yield output
-        yield _norm_behind(output, f"{theirs}post_attention_layernorm.weight")
-        up, down = (row for row in ffn_rows(layer, Dim(FFN)) if row.role in (FFN_UP, FFN_DOWN))
-        yield from (up, down, _norm_behind(down, f"{theirs}post_feedforward_layernorm.weight"))
-
-    return _model_rows(shape, rows)
-
-
-def _norm_behind(output: Param, hf_name: str) -> Param:
-    name = output.name.removesuffix("weight") + "post_layernorm.weight"  # as Megatron-Bridge calls it
-    return single(name, output.layer, NORM, hf_name, output.dims[0])
-
-
-def _model_rows(shape: LlamaShape, of_layer: Callable[[int], Iterable[Param]]) -> Iterator[Param]:
-    """What stands around the layers, and in between the rows of each layer."""
-    ids, stem = Dim(VOCAB), Dim(STEM)
-    yield single("embedding.word_embeddings.weight", None, EMBEDDING, "model.embed_tokens.weight", ids, stem)
-    for layer in range(shape.num_layers):
-        yield from of_layer(layer)
-    yield single("decoder.final_layernorm.weight", None, NORM, "model.norm.weight", stem)
-    if not shape.tie_word_embeddings:
-        yield single(TIED_COPY, None, LM_HEAD, HF_LM_HEAD, ids, stem)
-
-
-def single(name: str, layer: int | None, role: str, hf_name: str, *dims: Dim) -> Param:
-    """A parameter that is one Hugging Face tensor."""
-    return Param(name, layer, role, (Part(hf_name, dims),))
-
-
-def attention_rows(shape: LlamaShape, layer: int) -> Iterator[Param]:
-    """The attention block of `layer`, its norm first."""
-    ours, theirs, d = f"decoder.layers.{layer}.", f"model.layers.{layer}.", shape.kv_channels
-    stem, head, kv = Dim(STEM), Dim(HEAD, d), Dim(KV_HEAD, d)
-    qkv = (("q_proj", head), ("k_proj", kv), ("v_proj", kv))
-    yield single(f"{ours}input_layernorm.weight", layer, NORM, f"{theirs}input_layernorm.weight", stem)
-    parts = tuple(Part(f"{theirs}self_attn.{name}.weight", (out, stem)) for name, out in qkv)
-    yield Param(f"{ours}self_attention.linear_qkv.weight", layer, QKV, parts)
-    if shape.add_qkv_bias:
-        parts = tuple(Part(f"{theirs}self_attn.{name}.bias", (out,)) for name, out in qkv)
-        yield Param(f"{ours}self_attention.linear_qkv.bias", layer, QKV_BIAS, parts)
-    for name in ("q", "k") if shape.qk_layernorm else ():
-        hf_name = f"{theirs}self_attn.{name}_norm.weight"
-        yield single(f"{ours}self_attention.{name}_layernorm.weight", layer, HEAD_NORM, hf_name, Dim(FIXED, d))
-    hf_name = f"{theirs}self_attn.o_proj.weight"
-    yield single(f"{ours}self_attention.linear_proj.weight", layer, ATTENTION_OUTPUT, hf_name, stem, head)
-    if shape.add_proj_bias:
-        yield single(f"{ours}self_attention.linear_proj.bias", layer, BIAS, f"{theirs}self_attn.o_proj.bias", stem)
-
-
-def ffn_rows(layer: int, channel: Dim, biased: bool = False) -> Iterator[Param]:
-    """The gated FFN of `layer` with `channel` along its intermediate activation, its norm first."""
-    ours, theirs, stem = f"decoder.layers.{layer}.", f"model.layers.{layer}.", Dim(STEM)
-    yield single(f"{ours}pre_mlp_layernorm.weight", layer, NORM, f"{theirs}post_attention_layernorm.weight", stem)
-    parts = tuple(Part(f"{theirs}mlp.{name}_proj.weight", (channel, stem)) for name in ("gate", "up"))
-    yield Param(f"{ours}mlp.linear_fc1.weight", layer, FFN_UP, parts)
-    if biased:
-        parts = tuple(Part(f"{theirs}mlp.{name}_proj.bias", (channel,)) for name in ("gate", "up"))
-        yield Param(f"{ours}mlp.linear_fc1.bias", layer, BIAS, parts)
-    yield single(f"{ours}mlp.linear_fc2.weight", layer, FFN_DOWN, f"{theirs}mlp.down_proj.weight", stem, channel)
-    if biased:
-        yield single(f"{ours}mlp.linear_fc2.bias", layer, BIAS, f"{theirs}mlp.down_proj.bias", stem)
-
-
-register_rows("olmo2", olmo2_rows)
 
 
 def holds(slots: np.ndarray, units: np.ndarray) -> np.ndarray:

@@ -1,2 +1,1 @@
-"""megatron-core's DDP and optimizer around a model (`build`), what of it this rank owns (`owned`), and both as one
-thing (`wrapped`)."""
+"""megatron-core's DDP and optimizer around a model (`wrapped`), and what of it this rank owns (`owned`)."""

@@ -1,7 +1,6 @@
 """Units leave a model in training, on every rank.
 
-live          LiveModel: the wrapped model and its layout, `retire` and `compact`
-retire        zero a group in weights and optimizer state
+live          LiveModel: the wrapped model and its layout, `retire` (zero a group, exactly) and `compact`
 plan          how old local tensors become new ones (pure);  compact  carries it out
 edit          change weights between steps
 coordinator   agree on a decision, commit it, compact when due;  verify  checks of all that

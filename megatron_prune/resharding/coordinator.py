@@ -50,7 +50,7 @@ class Coordinator:
             DisagreementError: ranks hold different layouts or received different decisions.
         """
         agreed = broadcast_object(self.model.mesh, decision)
-        text = f"{agreed!r} on layout {self.model.layout.lineage}"
+        text = f"{agreed!r} on layout {self.model.lineage}"
         mark = int(hashlib.sha256(text.encode()).hexdigest()[:15], base=16)
         if is_common(self.model.mesh, mark):
             return agreed

@@ -42,8 +42,3 @@ def build_scheduler(config: Config, model: LiveModel, state: RunState) -> Optimi
     )
     scheduler.step(state.iteration - (state.phase_start if in_tail else 0))
     return scheduler
-
-
-def current_lr(model: LiveModel) -> float:
-    """The learning rate that the next step uses."""
-    return float(model.optimizer.param_groups[0]["lr"])

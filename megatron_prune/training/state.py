@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.record import COUNT, NUMBER, PRUNING, STATE_FIELDS, TABLE, Progress, check_fields
+from megatron_prune.checkpoint.fields import COUNT, NUMBER, TABLE, check_fields
+from megatron_prune.checkpoint.record import PRUNING, STATE_FIELDS, Progress
 from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture

@@ -24,7 +24,7 @@ from megatron_prune.pruning.history import HistoryWriter, Removal, before
 from megatron_prune.resharding.coordinator import Coordinator
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.training.clock import PartClock
-from megatron_prune.training.learning_rate import build_scheduler, current_lr
+from megatron_prune.training.learning_rate import build_scheduler
 from megatron_prune.training.metrics import IterationReport, Reporter
 from megatron_prune.training.objective import Objective
 from megatron_prune.training.pruner import Pruner
@@ -184,7 +184,7 @@ class Trainer:
         """One iteration, in the order of the module's docstring."""
         state, training = self.state, self.config.training
         scoring = self.pruner.begin() if self.pruner else None
-        learning_rate = current_lr(self.model)
+        learning_rate = self.model.learning_rate
         with self.clock.part("forward-backward"):
             batches = read_batch(self.batches, self.num_microbatches, self.model.mesh)
             parts = forward_backward(

@@ -21,7 +21,7 @@ from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import ModelOptions
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.optimizer.wrapped import OptimizerOptions
 from megatron_prune.pruning.groups.layer import group_of
 from megatron_prune.pruning.history import Removal
 from megatron_prune.resharding.live import LiveModel

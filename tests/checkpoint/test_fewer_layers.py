@@ -14,7 +14,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import FFN, HEAD, LAYER, STEM
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.optimizer.wrapped import OptimizerOptions
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.resharding.verify import verify
 from megatron_prune.testing.helpers.ranks import run_ranks

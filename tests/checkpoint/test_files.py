@@ -17,7 +17,7 @@ from megatron_prune.checkpoint.files import (
     steps,
     write_files,
 )
-from megatron_prune.checkpoint.lease import Owner
+from megatron_prune.checkpoint.owner import Owner
 from megatron_prune.checkpoint.record import STATUS_FILE, read_status
 from megatron_prune.errors import UserError
 

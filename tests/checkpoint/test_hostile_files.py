@@ -24,7 +24,7 @@ from megatron_prune.checkpoint.guarded_reader import GuardedReader, read_metadat
 from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.table import ParamTable
+from megatron_prune.model.families import table_of
 from megatron_prune.runtime.folders import replace_file
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_runs import prepare
@@ -114,7 +114,7 @@ def save(rank, world, folder):
     from megatron_prune.checkpoint import save_weights
 
     architecture = Architecture.full(SHAPE)
-    shapes = ParamTable.build(SHAPE).hf_shapes(architecture)
+    shapes = table_of(SHAPE).hf_shapes(architecture)
     save_weights(mesh_of(Kind()), folder, 3, architecture, lambda name: torch.ones(shapes[name]), torch.float32, {})
 
 

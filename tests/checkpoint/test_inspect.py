@@ -10,7 +10,7 @@ import torch
 from megatron_prune.checkpoint import save_weights
 from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.model.architecture import Architecture, Group
-from megatron_prune.model.table import ParamTable
+from megatron_prune.model.families import table_of
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import SHAPE, Kind, mesh_of, removed_heads
 
@@ -32,7 +32,7 @@ STATE = {
 
 def save(rank, world, folder, poison):
     architecture = pruned()
-    shapes = ParamTable.build(SHAPE).hf_shapes(architecture)
+    shapes = table_of(SHAPE).hf_shapes(architecture)
 
     def read(name):
         value = torch.ones(shapes[name])

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint, save_checkpoint, save_weights
+from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import KV_HEAD
 from megatron_prune.model.llama import take
 from megatron_prune.model.sources import RandomWeights
-from megatron_prune.model.table import ParamTable, positions
+from megatron_prune.model.table import positions
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import (
     OLMO2,
@@ -124,7 +125,7 @@ def test_norms_over_the_heads_of_all_ranks(tmp_path):
 def test_live_units_only(runs):
     folder = runs[0]
     reader = CheckpointReader(folder)
-    shapes = ParamTable.build(SHAPE).hf_shapes(reader.architecture)
+    shapes = table_of(SHAPE).hf_shapes(reader.architecture)
     assert {name: tuple(reader.read(name).shape) for name in reader.names} == shapes
     assert sum(reader.read(name).numel() for name in reader.names) == reader.architecture.parameters
 
@@ -132,7 +133,7 @@ def test_live_units_only(runs):
 def live_part(shape, architecture):
     """The live part of the random source model, computed without any layout."""
     source, found = RandomWeights(shape, seed=3, std=0.2), {}
-    for row in ParamTable.build(shape).rows:
+    for row in table_of(shape).rows:
         for part in row.parts:
             ids = [positions(architecture.ids(dim.kind, row.site), dim.size) for dim in part.dims]
             found[part.hf_name] = take(source(part.hf_name), ids)

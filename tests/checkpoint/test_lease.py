@@ -14,7 +14,9 @@ import time
 import pytest
 
 from megatron_prune.checkpoint import files, lease
-from megatron_prune.checkpoint.lease import EXPIRY, Owner, Process, acquire, death, live_owner
+from megatron_prune.checkpoint import owner as owners
+from megatron_prune.checkpoint.lease import acquire, live_owner
+from megatron_prune.checkpoint.owner import EXPIRY, Owner, Process, death
 from megatron_prune.errors import UserError
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -91,7 +93,7 @@ def test_the_same_process_holds_it_twice_and_gives_it_back_once(tmp_path):
     assert held(tmp_path) == []
 
 
-HERE, AWAY = lease.this_machine(), "another boot"
+HERE, AWAY = owners.this_machine(), "another boot"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_a_process_that_proc_does_not_show_is_no_dead_one(monkeypatch):
     def unseen(pid):
         raise OSError(errno.ENOENT, "No such file or directory")
 
-    monkeypatch.setattr(lease, "_start", unseen)
+    monkeypatch.setattr(owners, "_start", unseen)
     assert mine.is_running(), "its folder in /proc is there"
     monkeypatch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(PermissionError()))
     assert Process(2**22 + 1, 5).is_running(), "somebody else's"

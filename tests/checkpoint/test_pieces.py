@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from megatron_prune.checkpoint.pieces import pieces, spread
 from megatron_prune.checkpoint.streams import Scratch, on_host
 from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import find_kind
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import take
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import ParamTable, positions
+from megatron_prune.model.table import positions
 from megatron_prune.testing.helpers.sharded import rounded
 
 
@@ -70,7 +71,7 @@ def canonical_and_local(row, layout):
 @given(st.data())
 def test_any_ranges_of_any_layout_tile_the_canonical_tensors(data):
     layout = pruned_layout(data, tp=data.draw(st.integers(1, 3)))
-    table = ParamTable.build(layout.architecture.shape)
+    table = table_of(layout.architecture.shape)
     for row in table.rows:
         canonical, local = canonical_and_local(row, layout)
         times = {name: torch.zeros(tensor.shape) for name, tensor in canonical.items()}

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.checkpoint import files
+from megatron_prune.checkpoint.fields import check_fields
 from megatron_prune.checkpoint.plain import pack
-from megatron_prune.checkpoint.record import LAYOUT_FIELDS, Facts, Progress, RunRecord, check_fields, record_files
+from megatron_prune.checkpoint.record import LAYOUT_FIELDS, Facts, Progress, RunRecord, record_files
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.provenance import config_of

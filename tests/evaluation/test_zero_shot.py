@@ -12,14 +12,8 @@ import pytest
 
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.models import open_candidate
-from megatron_prune.evaluation.zero_shot import (
-    TASKS,
-    HarnessOptions,
-    Score,
-    average,
-    evaluate_tasks,
-    select_tasks,
-)
+from megatron_prune.evaluation.tasks import TASKS, select_tasks
+from megatron_prune.evaluation.zero_shot import HarnessOptions, Score, average, evaluate_tasks
 
 from .conftest import WORDS
 from .harness import DEFINITIONS, local, run_harness

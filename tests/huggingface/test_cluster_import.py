@@ -19,8 +19,8 @@ from megatron_prune.huggingface.export import export
 from megatron_prune.huggingface.kv_policy import CLUSTER
 from megatron_prune.huggingface.weights import FolderWeights, live_view, source_view
 from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
-from megatron_prune.model.table import ParamTable
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 
@@ -71,7 +71,7 @@ def test_live_units_come_back_by_their_original_numbers(exported: Path, weights:
     assert architecture == PRUNED and architecture.shape == FULL.shape
     read.check(architecture)
     again, live = source_view(read, architecture), live_view(weights.__getitem__, PRUNED)
-    shapes = ParamTable.build(FULL.shape).hf_shapes(FULL)
+    shapes = table_of(FULL.shape).hf_shapes(FULL)
     for name, shape in shapes.items():
         tensor = again(name)
         assert tuple(tensor.shape) == shape
@@ -123,7 +123,7 @@ def prune_further(_rank: int, _size: int, folder: str) -> tuple[np.ndarray, ...]
     from megatron_prune.huggingface.verify_export import training_logits
     from megatron_prune.model.layout import ShardLayout
     from megatron_prune.model.llama import ModelOptions
-    from megatron_prune.optimizer.build import OptimizerOptions
+    from megatron_prune.optimizer.wrapped import OptimizerOptions
     from megatron_prune.resharding.live import LiveModel
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import init_mesh

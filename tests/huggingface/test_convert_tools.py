@@ -68,7 +68,7 @@ def save_pruned_run(rank: int, _size: int, folder: str, save: str) -> None:
     from megatron_prune.checkpoint import save_checkpoint
     from megatron_prune.model.layout import ShardLayout
     from megatron_prune.model.llama import ModelOptions
-    from megatron_prune.optimizer.build import OptimizerOptions
+    from megatron_prune.optimizer.wrapped import OptimizerOptions
     from megatron_prune.resharding.live import LiveModel
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group, from_ranges, to_ranges
+from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import ParamTable
 from tests.model.random_models import architectures, groups, shapes, the_one
 
 SMOL_360M = LlamaShape(32, 960, 2560, 15, 5, 64, 49152, 2048, tie_word_embeddings=True)
@@ -26,7 +26,7 @@ PUBLISHED = {
 
 
 def tensor_elements(architecture):
-    table = ParamTable.build(architecture.shape)
+    table = table_of(architecture.shape)
     return sum(math.prod(shape) for shape in table.hf_shapes(architecture).values())
 
 

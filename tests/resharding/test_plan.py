@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.model.architecture import Architecture, Group
+from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import FFN, HEAD
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import ParamTable
 from megatron_prune.resharding.plan import plan_transfer
 from megatron_prune.testing.helpers.sharded import rounded
 from tests.model.random_models import layouts
@@ -60,7 +60,7 @@ def carry_out(plans, tensors):
 @given(layouts())
 def test_a_compaction_moves_every_live_element_to_its_new_slot(old):
     new, ranks = old.compacted(), range(old.tp)
-    for row in ParamTable.build(old.architecture.shape).rows:
+    for row in table_of(old.architecture.shape).rows:
         plans = [plan_transfer(row, old, new, rank) for rank in ranks]
         for rank, plan in enumerate(plans):
             assert rank not in plan.sends and rank not in plan.recvs
@@ -77,7 +77,7 @@ def test_a_compaction_moves_every_live_element_to_its_new_slot(old):
 @given(layouts(), st.booleans())
 def test_the_plan_of_a_layout_to_itself_is_empty(layout, compact):
     layout = layout.compacted() if compact else layout
-    for row in ParamTable.build(layout.architecture.shape).rows:
+    for row in table_of(layout.architecture.shape).rows:
         for rank in range(layout.tp):
             plan = plan_transfer(row, layout, layout, rank)
             assert plan.is_identity and not plan.sends and not plan.recvs, row.name
@@ -91,7 +91,7 @@ def test_units_at_range_borders_travel_and_others_stay():
     layout = ShardLayout.pack(Architecture.full(SHAPE), 3, rounded(vocab=1))
     for unit in range(3):
         layout = layout.without(Group.of(FFN, ((unit,),)))
-    row = ParamTable.build(SHAPE).row("decoder.layers.0.mlp.linear_fc2.weight")
+    row = table_of(SHAPE).row("decoder.layers.0.mlp.linear_fc2.weight")
     plans = [plan_transfer(row, layout, layout.compacted(), rank) for rank in range(3)]
     assert [{to: at.tolist() for to, at in plan.sends.items()} for plan in plans] == [{}, {0: [0, 1]}, {1: [0]}]
     assert [{of: at.tolist() for of, at in plan.recvs.items()} for plan in plans] == [{1: [1, 2]}, {2: [2]}, {}]
@@ -100,7 +100,7 @@ def test_units_at_range_borders_travel_and_others_stay():
 def test_heads_travel_as_whole_blocks_of_query_key_and_value():
     layout = ShardLayout.pack(Architecture.full(SHAPE), 2, rounded(vocab=1)).without(Group.of(HEAD, ((0,),)))
     layout = layout.without(Group.of(HEAD, ((1,),)))
-    row = ParamTable.build(SHAPE).row("decoder.layers.0.self_attention.linear_qkv.weight")
+    row = table_of(SHAPE).row("decoder.layers.0.self_attention.linear_qkv.weight")
     sends = [plan_transfer(row, layout, layout.compacted(), rank).sends for rank in range(2)]
     assert not sends[0]
     assert sends[1][0].tolist() == [0, 1, 6, 7, 12, 13], "head 3's two rows of q, of k and of v, three heads apart"

@@ -30,7 +30,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions
-from megatron_prune.optimizer.build import OptimizerOptions
+from megatron_prune.optimizer.wrapped import OptimizerOptions
 from megatron_prune.pruning.groups import find_group
 from megatron_prune.pruning.history import HistoryWriter
 from megatron_prune.resharding.live import LiveModel

@@ -23,7 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prune.checkpoint.lease import Lease, Process, this_machine
+from megatron_prune.checkpoint.lease import Lease
+from megatron_prune.checkpoint.owner import Process, this_machine
 from megatron_prune.runtime.places import grace_seconds
 from megatron_prune.runtime.signals import STOP_SIGNALS
 

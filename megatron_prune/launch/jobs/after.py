@@ -96,7 +96,7 @@ def check(config: Config) -> str | None:
     evaluation = config.evaluation
     if evaluation.eval_tasks or evaluation.eval_data_path:
         from megatron_prune.evaluation.corpora import check_corpus
-        from megatron_prune.evaluation.zero_shot import select_tasks
+        from megatron_prune.evaluation.tasks import select_tasks
 
         try:
             for path in _separate(evaluation.eval_data_path):

@@ -213,23 +213,27 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             balance=settings.balance,
             gqa=settings.gqa,  # type: ignore[arg-type]
             optimizer_state=settings.optimizer_state,  # type: ignore[arg-type]
-            groups=GroupConfigs(
-                {
-                    name: GroupConfig(
-                        int(settings.group_cost.get(name, 0)) or None,
-                        floor,
-                        settings.limits.get(name, _ANY),
-                        score=settings.layer_score if name == oracle_scores.LAYER else "weights",
-                    )
-                    for name, floor in settings.floors.items()
-                }
-            ),
+            groups=_group_configs(settings),
             finish="exact" if settings.finish == "exact" else "first",
         ),
         distillation=DistillationConfig(
             *settings.distillation,
             scores=settings.distilled_scores,  # type: ignore[arg-type]
         ),
+    )
+
+
+def _group_configs(settings: OracleSettings) -> GroupConfigs:
+    return GroupConfigs(
+        {
+            name: GroupConfig(
+                int(settings.group_cost.get(name, 0)) or None,
+                floor,
+                settings.limits.get(name, _ANY),
+                score=settings.layer_score if name == oracle_scores.LAYER else "weights",
+            )
+            for name, floor in settings.floors.items()
+        }
     )
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_prune.data.batches import BatchStream
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.families import table_of
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import ParamTable
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context
 from megatron_prune.testing.helpers.sharded import Case, rounded
@@ -62,7 +62,7 @@ class DeviceWeights:
     """Callable `hf_name -> tensor` of normal(0, 0.02) numbers, norms one; drawn on the device, which is quick."""
 
     def __init__(self, shape: LlamaShape, device: torch.device) -> None:
-        self._shapes = ParamTable.build(shape).hf_shapes(Architecture.full(shape))
+        self._shapes = table_of(shape).hf_shapes(Architecture.full(shape))
         self._device = device
 
     def __call__(self, hf_name: str) -> Tensor:
