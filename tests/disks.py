@@ -25,6 +25,11 @@ def small_disk(folder, size, inodes=0):
         folder.rmdir()
 
 
+def freeze(folder):
+    """Make the small disk at `folder` read-only, as a snapshot is."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
 def grow(folder, size):
     """Give the small disk at `folder` room for `size` bytes."""
     subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)

@@ -4,6 +4,8 @@ Each rank works in a folder of its own, and the command names its files relative
 nodes hold behind it differs.
 """
 
+import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,9 +16,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
+from megatron_prune.config import Config
+from megatron_prune.huggingface.cluster import read_architecture
 from megatron_prune.launch.assembly import alike, samples
 from megatron_prune.launch.assembly.alike import Digests, difference
 from megatron_prune.launch.assembly.samples import fingerprints
+from megatron_prune.model.architecture import Group
 from megatron_prune.runtime import rendezvous
 from megatron_prune.testing.helpers.ranks import free_port, watch_ranks
 from megatron_prune.testing.helpers.tiny_runs import TinyRun, prepare
@@ -126,6 +131,22 @@ def test_a_node_with_other_files_is_named_before_anything_is_written(nodes, tmp_
     line = told(start(nodes, command(tmp_path / "run")))
     assert line.startswith("error: " + words) and " on rank 1, and " in line and line.endswith("the same files"), line
     assert not (tmp_path / "run").exists()
+
+
+def test_units_to_begin_with_that_differ_are_named(nodes, tmp_path):
+    """As removals to repeat are, and a table of times."""
+    whole = read_architecture(nodes[0] / "source")
+    smaller = whole.without(Group.of("ffn", ((0,),) * whole.shape.num_layers))
+    for node, architecture in zip(nodes, (whole, smaller)):
+        (node / "first.json").write_text(json.dumps(architecture.to_json()))
+    line = told(start(nodes, command(tmp_path / "run", "--architecture", "first.json")))
+    assert line.startswith("error: model.architecture (--architecture): first.json is "), line
+    config = Config()
+    config = dataclasses.replace(
+        config, pruning=dataclasses.replace(config.pruning, replay=str(nodes[0] / "first.json"))
+    )
+    (row,) = alike._named_files(config, begins=True)
+    assert row.field == "pruning.replay (--prune-replay)" and len(row.parts) == 1
 
 
 def test_files_that_one_node_lacks_are_named_with_the_rank(nodes, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from megatron_prune.commands import main
 from megatron_prune.runtime.signals import StopSignals
 from megatron_prune.testing.helpers.tiny_runs import prepare
-from tests.disks import small_disk
+from tests.disks import freeze, small_disk
 from tests.wrong_use import (
     WRITERS,
     Shop,
@@ -122,6 +122,20 @@ def test_a_full_disk_is_one_line_that_names_the_file(shop, kind, way, room, tmp_
             break
     assert not found
     assert done.status == 0 or len(room) < 10, "there is room enough in the end"
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [["convert-from-hf, GGUF", "preprocess"], pytest.param(list(WRITERS), marks=pytest.mark.full)],
+    ids=["two", "all"],
+)
+def test_a_read_only_place_is_one_line_that_names_it(shop, ways, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(folder_of(shop.folder / "room"))
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        freeze(disk)
+        for way in ways:
+            done = call(main, [way.partition(",")[0], *WRITERS[way](shop, disk)], capfd)
+            assert done.status == 2 and not list(done.problems()) and str(disk) in done.errors[0], (way, done.output)
 
 
 @pytest.mark.timeout(900)

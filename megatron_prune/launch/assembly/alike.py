@@ -26,6 +26,7 @@ from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.launch.assembly.samples import fingerprints
 from megatron_prune.launch.assembly.teaching import FIELD as TEACHER
+from megatron_prune.pruning.replay import FIELD as REPLAY
 from megatron_prune.runtime.agreement import ranks_named
 from megatron_prune.runtime.failures import agreed
 from megatron_prune.runtime.folders import probe_folder, write_file
@@ -57,10 +58,19 @@ def rows(config: Config, inputs: Inputs) -> list[Digests]:
         prefixes = () if blend is None else blend.prefixes
         files = [path(prefix) for prefix in prefixes for path in (idx_path, bin_path, metadata_path)]
         found.append(Digests(name, fingerprints(path for path in files if path.is_file())))
-    table = config.pruning.target.latency_table
-    found.append(Digests("pruning.target: latency_table", {} if table is None else fingerprints([Path(table)])))
+    found += _named_files(config, inputs.record is None)
     found.append(Digests(TEACHER, {} if inputs.teacher is None else fingerprints(inputs.teacher.files)))
     return found
+
+
+def _named_files(config: Config, begins: bool) -> list[Digests]:
+    """Single files that decide what the model is or becomes; `begins`: the run does not go on from a checkpoint."""
+    files = {
+        "pruning.target: latency_table": config.pruning.target.latency_table,
+        REPLAY: config.pruning.replay,
+        "model.architecture (--architecture)": config.model.architecture if begins else None,
+    }
+    return [Digests(field, fingerprints([Path(path)])) for field, path in files.items() if path is not None]
 
 
 def _source(config: Config, inputs: Inputs) -> Digests:
