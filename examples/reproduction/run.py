@@ -1,13 +1,14 @@
 """The paper's claims, judged in small: runs out of a plan, a JSON file for each, and tables with verdicts out of those.
 
-    export MEGATRON_PRUNE_DATA=DIR          # stories260K/ and text/tinystories_944k.txt
+    export MEGATRON_PRUNE_DATA=DIR          # stories260K/ and text/tinystories_944k.txt (for smollm2.yaml see there)
     python examples/reproduction/run.py --subset quick                          # under 20 minutes on two cores
     python examples/reproduction/run.py --subset all                            # everything: days on two cores
     python examples/reproduction/run.py --subset all --slurm "--ntasks 1 --time 2:00:00"      # a job array
     python examples/reproduction/run.py --collect                               # the tables alone
 
 A run whose JSON is in the results' folder is not made again; the same command goes on. Runs are processes of their own,
-`--jobs` at a time. What is written: RESULTS/NAME.json, results.md, loss_vs_tokens.png, loss_vs_parameters.png.
+`--jobs` at a time; their checkpoints go when the result is there. What is written: RESULTS/NAME.json, results.md,
+loss_vs_tokens.png, loss_vs_parameters.png.
 
     plan          plan.yaml -> runs (method x steps x seed x learning rate)
     carry_out     one run: cut, train, read its summary
@@ -21,6 +22,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -73,8 +75,8 @@ class Places:
         """Flags as words, with what stands in braces filled in."""
         for name in ("source", "target"):
             flags = flags.replace(f"{{{name}}}", self.content[name])
-        shapes = sorted((self.runs / (run.needs or run.name)).glob("iter_*/architecture.json"))
-        named = {"data": self.data, "runs": str(self.runs), "architecture": str(shapes[-1]) if shapes else ""}
+        shape = self.runs / (run.needs or run.name) / "architecture.json"
+        named = {"data": self.data, "runs": str(self.runs), "architecture": str(shape)}
         return [word.format(**named) for word in shlex.split(flags)]
 
 
@@ -86,7 +88,7 @@ def plan(content: Mapping[str, Any], subset: str) -> list[Planned]:
     runs = []
     for steps in sizes["steps"]:
         for name, method in methods.items():
-            if subset == "quick" and not method.get("quick"):
+            if (subset == "quick" and not method.get("quick")) or steps < method.get("from_steps", 0):
                 continue
             cut = methods[method["cut_of"]]["cut"] if "cut_of" in method else method.get("cut")
             train = method.get("train", "")
@@ -120,7 +122,7 @@ def prepare(places: Places) -> None:
         lines.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
         tokenizer = places.content["tokenizer"].format(data=places.data)
         words = ["--input", str(lines), "--output-prefix", str(places.runs / name), "--tokenizer-model", tokenizer]
-        _call(["preprocess", *words, "--prepend-bos"], places.runs / f"{name}.log")
+        _call(["preprocess", *words, *shlex.split(places.content["documents"])], places.runs / f"{name}.log")
 
 
 def commands(run: Planned, places: Places) -> list[list[str]]:
@@ -135,7 +137,15 @@ def commands(run: Planned, places: Places) -> list[list[str]]:
     if run.cut is None:
         return [training]
     source = places.words("{source}", run)
-    first = ["prune-once", *source, *common, "--batches", "64", *places.words(run.cut, run), "--save", cut]
+    first = [
+        "prune-once",
+        *source,
+        *common,
+        *shlex.split(content["cutting"]),
+        *places.words(run.cut, run),
+        "--save",
+        cut,
+    ]
     return [first, [*training, "--load", cut]]
 
 
@@ -162,7 +172,16 @@ def carry_out(run: Planned, places: Places) -> str:
     staged = result.with_suffix(".partial")
     staged.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     staged.replace(result)
+    release(places.runs / run.name, places.runs / f"{run.name}_cut")
     return f"loss {facts['loss']:.4f}, {facts['seconds']} s"
+
+
+def release(run: Path, cut: Path) -> None:
+    """Remove checkpoints that nothing will read again; the shape that was found, histories and summaries stay."""
+    for last in sorted(run.glob("iter_*"))[-1:]:
+        shutil.copy(last / "architecture.json", run)
+    for folder in (*run.glob("iter_*"), *cut.glob("iter_*")):
+        shutil.rmtree(folder)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -10,9 +10,12 @@ Writes `results.md` and `results.json` into the folder.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,8 +67,19 @@ def kv_bytes(config: Mapping[str, Any]) -> int:
     return 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * BYTES
 
 
+def in_a_process(measure: Callable[[Path], dict[str, float]], file: Path) -> dict[str, float]:
+    """`measure(file)` in a fresh process, so that its peak of memory is this model's alone."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, file).result()
+
+
+def peak_megabytes() -> float:
+    """What this process held in memory at most: libraries, weights, cache and activations."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
 def transformers_speed(folder: Path) -> dict[str, float]:
-    """Tokens/s of one thread in stock transformers, fp32: reading a text, and writing after it with a cache."""
+    """Tokens/s of one thread in stock transformers, fp32: reading a text, and writing after it with a cache; memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -77,10 +91,11 @@ def transformers_speed(folder: Path) -> dict[str, float]:
         model.generate(ids[:, :8], max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
 
     with torch.inference_mode():
-        return {
+        found = {
             "transformers, tokens/s read": LENGTH / fastest(lambda: model(ids)),
             "transformers, tokens/s written": NEW / fastest(write),
         }
+    return found | {"transformers, MB at the peak": peak_megabytes()}
 
 
 def llama_speed(file: Path) -> dict[str, float]:
@@ -102,7 +117,7 @@ def llama_speed(file: Path) -> dict[str, float]:
 
     found = {"llama.cpp, tokens/s read": LENGTH / fastest(read), "llama.cpp, tokens/s written": NEW / fastest(write, 2)}
     model.close()
-    return found
+    return found | {"llama.cpp, MB at the peak": peak_megabytes()}
 
 
 def fastest(work: Any, rounds: int = ROUNDS) -> float:
@@ -153,7 +168,8 @@ def show(arguments: SmolReportOptions) -> int:
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"--folder {folder}: lacks what is to be shown: {type(error).__name__}: {error}") from error
     for name, label in MODELS.items():
-        rows[label] |= transformers_speed(folder / name) | llama_speed(folder / f"{name}.gguf")
+        rows[label] |= in_a_process(transformers_speed, folder / name)
+        rows[label] |= in_a_process(llama_speed, folder / f"{name}.gguf")
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     caption = (
         f"Corpus: {arguments.corpus}. Losses in nats per token on held-out text of it; accuracies with standard "

@@ -96,3 +96,5 @@ def test_short_form_of_the_whole(tmp_path: Path) -> None:
     assert rows["pruned"]["tokens trained here"] == 20480
     assert rows["source"]["validation loss"] < rows["pruned"]["validation loss"] < 8
     assert all(rows[name]["transformers, tokens/s read"] > 0 for name in rows)
+    peak = [rows[name]["transformers, MB at the peak"] for name in ("pruned", "source")]
+    assert peak[0] < peak[1], "22 M fp32 weights fewer"
