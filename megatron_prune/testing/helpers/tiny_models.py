@@ -17,16 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_prune.huggingface.config import CLASSES
 from megatron_prune.testing.reference.oracle_geometry import Geometry, LiveUnits, weight_shapes
-
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-}
 
 
 def tiny_config(**overrides: Any) -> dict[str, Any]:
@@ -54,7 +46,7 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
         "eos_token_id": 2,
         "torch_dtype": "float32",
     } | overrides
-    return {"architectures": [_CLASSES[config["model_type"]]]} | config
+    return {"architectures": [CLASSES[config["model_type"]]]} | config
 
 
 def random_llama_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
