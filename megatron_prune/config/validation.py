@@ -159,8 +159,19 @@ def _check_batch(config: Config, world_size: int) -> None:
         raise UserError(
             f"training.global_batch_size {batch} is not a multiple of {name} {size} x data-parallel size {copies} "
             f"({world_size} processes / {config.parallel.model_parallel_size} per model) = {size * copies}; use "
-            f"{fitting}, or another {name}"
+            f"{fitting}{_other_way(config, name, size, copies)}"
         )
+
+
+def _other_way(config: Config, name: str, size: int, copies: int) -> str:
+    """How to keep the global batch where a micro-batch of `size` on `copies` data-parallel ranks does not divide it."""
+    batch = config.training.global_batch_size
+    if batch % copies == 0:
+        fitting = max(n for n in range(1, size + 1) if batch // copies % n == 0)
+        return f", or {name} {fitting}"
+    if batch % size == 0:
+        return f", or start {batch // size * config.parallel.model_parallel_size} processes"
+    return ""
 
 
 def _check_recompute(config: Config) -> None:

@@ -50,9 +50,9 @@ def test_good_configurations_pass(flags, world_size):
             "--global-batch-size 10 --micro-batch-size 2 --tensor-model-parallel-size 2",
             4,
             "training.global_batch_size 10 is not a multiple of micro_batch_size 2 x data-parallel size 2 "
-            "(4 processes / 2 per model) = 4; use 8 or 12",
+            "(4 processes / 2 per model) = 4; use 8 or 12, or micro_batch_size 1",
         ),
-        ("--global-batch-size 2", 4, "= 4; use 4, or another micro_batch_size"),
+        ("--global-batch-size 2", 4, "= 4; use 4, or start 2 processes"),
         (
             "--tensor-model-parallel-size 3 --sequence-parallel --seq-length 8",
             3,

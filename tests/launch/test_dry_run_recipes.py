@@ -56,6 +56,24 @@ def test_it_dry_runs(path, capfd):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_it_dry_runs_on_512_processes_or_says_what_to_change(path, capfd):
+    call = ["--config", str(path), "--dry-run", "--world-size", "512"]
+    ways = [[]]
+    if main(call):
+        told = capfd.readouterr().err
+        assert told.startswith("error: training.global_batch_size") and told.count("\n") == 1
+        ways = [["--global-batch-size", re.search(r"; use (\d+)", told)[1]]]
+        if other := re.search(r"or micro_batch_size (\d+)$", told.strip()):
+            ways.append(["--micro-batch-size", other[1]])
+        else:
+            ways.append(["--world-size", re.search(r"or start (\d+) processes$", told.strip())[1]])
+    for flags in ways:
+        assert main([*call, *flags]) == 0, flags
+        report = capfd.readouterr().out
+        assert "hours: not estimated" in report or re.search(r"hours more for [\d,]+ scorings, [\d,]+ removals", report)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_fits_and_reaches_its_target(path):
     config = read_file(path)
     found = estimate(config, look(config).architecture, processes(path))

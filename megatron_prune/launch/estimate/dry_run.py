@@ -246,9 +246,10 @@ def estimate(
     route = plan_route(config, architecture)
     iterations = removal_iters(pruning_schedule(config, architecture), route, config.tokens_per_iteration)
     target_layout = ShardLayout.pack(route.target, placement.tp, quanta(config))
-    count, later = compactions(layout, route, iterations), config.after_target
+    due, later = compactions(layout, route, iterations), config.after_target
     small = Placement.plan(later, world_size, architecture.shape.num_layers).of(later, target_layout.layers)
-    first = ShardLayout.pack(route.after(-(-len(route.kinds) // count)), placement.tp, quanta(config))
+    gone = int(np.searchsorted(iterations, due[0], side="right"))
+    first = ShardLayout.pack(route.after(gone), placement.tp, quanta(config))
     on_top, compaction = pruning_traffic(config, layout, placement, start.stage, fisher, first)
     return Estimate(
         world_size=world_size,
@@ -262,7 +263,7 @@ def estimate(
         traffic=traffic,
         pruning_traffic=on_top,
         compaction=compaction,
-        compactions=count,
+        compactions=len(due),
         stage_moves=stage_moves(config, layout, placement, route, iterations),
         scorings=len(np.unique(iterations)),
     )

@@ -4,7 +4,7 @@
     training_traffic  what every iteration sends
     pruning_traffic   what iterations that score send on top, and what a compaction moves
     handed_on         elements that change their owner in a compaction
-    compactions       how many compactions lie on the way to the target
+    compactions       when there is one on the way to the target
     stage_moves       what layers that change their pipeline stage on that way send
 
 A ring all-reduce over n ranks sends 2 (n - 1) / n of the data, a reduce-scatter or all-gather half of that. Small
@@ -112,11 +112,11 @@ def _shares_of_others(
     return sent(dp_rank) if dp_rank is not None else max(map(sent, range(placement.dp)))
 
 
-def handed_on(before: GradientBuffer, after: GradientBuffer, dp: int) -> float:
-    """Elements that an owner hands to others when `before` becomes `after`, of several owners the one with most; what
-    leaves a parameter is taken to leave evenly."""
+def handed_on(before: GradientBuffer, after: GradientBuffer, dp: int, dp_rank: int | None = None) -> float:
+    """Elements that owner `dp_rank` (None: of several the one with most) hands to others when `before` becomes `after`;
+    what leaves a parameter is taken to leave evenly."""
     most = 0.0
-    for rank in range(0, dp, -(-dp // _SAMPLED)):
+    for rank in range(0, dp, -(-dp // _SAMPLED)) if dp_rank is None else (dp_rank,):
         kept, sent = {number: (a, b) for number, a, b in after.ranges(rank, dp)}, 0.0
         for number, *held in before.ranges(rank, dp):
             (old, new), span = (buffer.size(number) for buffer in (before, after)), kept.get(number, (0, 0))
@@ -157,13 +157,13 @@ def pruning_traffic(
     moved = 0.0
     if sharded and compacted is not None:  # flat ranges are cut at other places then
         before, after = (stage_buffer(config, shards, placement, stage) for shards in (layout, compacted))
-        moved = FP32 * (_MOMENTS + config.training.bf16) * handed_on(before, after, placement.dp)
+        moved = FP32 * (_MOMENTS + config.training.bf16) * handed_on(before, after, placement.dp, dp_rank)
     what = "one compaction: optimizer state that changes its owner over DP"
     return [line for line in lines if line.bytes], Traffic(what, moved)
 
 
-def compactions(layout: ShardLayout, route: Route, iterations: np.ndarray) -> int:
-    """Iterations of `route` after which stored widths shrink; the one that ends the phase always counts.
+def compactions(layout: ShardLayout, route: Route, iterations: np.ndarray) -> list[int]:
+    """Iterations of `route` after which stored widths shrink, ascending; the one that ends the phase is always there.
 
     Args:
         layout: at the start.
@@ -179,7 +179,7 @@ def compactions(layout: ShardLayout, route: Route, iterations: np.ndarray) -> in
         width[name] -= units[name]
         if -(-width[name] // multiples[name]) < before:
             due.add(int(iteration))
-    return len(due)
+    return sorted(due)
 
 
 def stage_moves(
