@@ -261,7 +261,7 @@ class PruningConfig:
     @property
     def enabled(self) -> bool:
         """Whether this run removes anything at all."""
-        return self.target_params is not None or bool(self.target.other_limits)
+        return self.settled.target_params is not None or bool(self.target.other_limits)
 
     @property
     def settled(self) -> "PruningConfig":

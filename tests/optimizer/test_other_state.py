@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_prune.optimizer import build as building
+from megatron_prune.optimizer import wrapped
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import Kind, build, remove, train
 
@@ -32,13 +32,13 @@ def momenta(model):
 
 def run(rank, world, kind, compacts):
     """Losses, and whether a compaction left every live element of the momentum as it was."""
-    adam = building.get_megatron_optimizer
+    adam = wrapped.get_megatron_optimizer
 
     def sgd(config, *arguments, **more):
         return adam(dataclasses.replace(config, optimizer="sgd", sgd_momentum=0.9, lr=0.05), *arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "get_megatron_optimizer", sgd)
+        patch.setattr(wrapped, "get_megatron_optimizer", sgd)
         model = build(kind)
         losses, kept = [], []
         for step, (group, which) in enumerate(STEPS):
