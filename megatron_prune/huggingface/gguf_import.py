@@ -216,14 +216,14 @@ def write_folder(model: GgufModel, folder: str | Path, dtype: str | None = None)
         return values
 
     config = config_json(full, dtype_name(stored), model.shape.num_query_groups, model.special_ids)
-    generation = model.special_ids | {"transformers_version": WRITTEN_FOR}
     try:
         staged = staging(target)
         with sole_writer(target, "--hf-model"), claim_folder(staged):
-            for name, content in (("config.json", config), ("generation_config.json", generation)):
-                write_file(staged / name, (json.dumps(content, indent=2) + "\n").encode(), lasting=False)
+            _write_json(staged / "config.json", config)
             with _damaged(model.file):
-                write_tokenizer(model.fields, staged, model.shape, str(model.file))
+                ends = write_tokenizer(model.fields, staged, model.shape, str(model.file))
+            generation = model.special_ids | ({"eos_token_id": ends} if len(ends) > 1 else {})
+            _write_json(staged / "generation_config.json", generation | {"transformers_version": WRITTEN_FOR})
             write_shards(staged, [entries], fetch)
             _write_card(model, staged)
             if target.exists():
@@ -232,6 +232,10 @@ def write_folder(model: GgufModel, folder: str | Path, dtype: str | None = None)
     except OSError as error:
         raise UserError(f"--hf-model {folder}: cannot be written: {error.strerror or error}") from error
     return stored
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_file(file, (json.dumps(content, indent=2) + "\n").encode(), lasting=False)
 
 
 def _write_card(model: GgufModel, folder: Path) -> None:

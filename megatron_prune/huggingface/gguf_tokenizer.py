@@ -38,9 +38,10 @@ logger = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # GGUF's token types, which are SentencePiece's
 _NAMES = ("bos", "eos", "unk", "pad")
+FURTHER_ENDS = ("eot", "eom")
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 # Ends of text that llama.cpp stops at wherever the vocabulary has them.
-_KNOWN_ENDS = {
+KNOWN_ENDS = {
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"),
 }
 
@@ -331,8 +332,8 @@ def _config_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
                     ends += [number] if name == "eos" else []
     eos = vocabulary.special.get("eos", found.get("eos"))
     further = [
-        number for number in dict.fromkeys(ends) if number != eos and vocabulary.tokens[number] not in _KNOWN_ENDS
+        number for number in dict.fromkeys(ends) if number != eos and vocabulary.tokens[number] not in KNOWN_ENDS
     ]
     if len(further) > 2:
         logger.warning("%s: GGUF names three ends of text at most; ids %s left out", folder, further[2:])
-    return found | dict(zip(("eot", "eom"), further))
+    return found | dict(zip(FURTHER_ENDS, further))

@@ -16,7 +16,16 @@ from typing import Any
 
 from megatron_prune.data.leftovers import scratch_folder
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.gguf_tokenizer import CONTROL, SPLITS, UNUSED, USER_DEFINED, read_vocabulary
+from megatron_prune.huggingface.chat import DEFAULT, as_setting
+from megatron_prune.huggingface.gguf_tokenizer import (
+    CONTROL,
+    FURTHER_ENDS,
+    KNOWN_ENDS,
+    SPLITS,
+    UNUSED,
+    USER_DEFINED,
+    read_vocabulary,
+)
 from megatron_prune.huggingface.sentencepiece_model import PieceKind, SentencePieceModel, SpmPiece, write_model
 from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.model.shape import LlamaShape
@@ -26,13 +35,17 @@ _KEY = "tokenizer.ggml."
 # Our word (a Vocabulary's) -> GGUF's.
 _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 _TOKEN_TYPES = range(1, 7)
+_SENTENCEPIECE = {"llama": "bpe", "t5": "unigram"}
 
 
-def write_tokenizer(fields: Mapping[str, Any], folder: Path, shape: LlamaShape, where: str) -> None:
+def write_tokenizer(fields: Mapping[str, Any], folder: Path, shape: LlamaShape, where: str) -> list[int]:
     """Write the tokenizer that a GGUF file's metadata describes into `folder`, beside its config.json.
 
     Args:
         fields: the metadata by GGUF's names. where: begins complaints.
+
+    Returns:
+        Ids that llama.cpp ends a text at, the tokenizer's own first.
 
     Raises:
         UserError: it is of a kind that is not known, damaged, or what was written would give other ids.
@@ -40,11 +53,12 @@ def write_tokenizer(fields: Mapping[str, Any], folder: Path, shape: LlamaShape, 
     stored = _Stored(fields, shape.vocab_size, where)
     if stored.model == "gpt2":
         _write_byte_level(stored, folder, shape.max_position_embeddings)
-    elif stored.model == "llama":
+    elif stored.model in _SENTENCEPIECE:
         _write_sentencepiece(stored, folder, shape.max_position_embeddings)
     else:
-        raise stored.refuse("model", f"{stored.model!r} is not read (llama and gpt2 are)")
+        raise stored.refuse("model", f"{stored.model!r} is not read ({', '.join(_SENTENCEPIECE)} and gpt2 are)")
     _compare(stored, folder)
+    return stored.ends
 
 
 class _Stored:
@@ -66,8 +80,11 @@ class _Stored:
             if number is not None:
                 self.special[name] = number
         self.add_bos = bool(self.get("add_bos_token", self.model == "llama"))
-        template = fields.get("tokenizer.chat_template")
-        self.chat_template = template if isinstance(template, str) else None
+        if self.get("add_eos_token", self.model == "t5"):  # what llama.cpp does where a file does not say
+            raise self.refuse("add_eos_token", "texts that get an end by themselves are not supported")
+        self.chat_template = _templates(fields)
+        normalization = self.get("precompiled_charsmap", []) if self.model == "t5" else []  # no other is normalized
+        self.charsmap = bytes(number & 0xFF for number in normalization)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field after "tokenizer.ggml."."""
@@ -87,6 +104,13 @@ class _Stored:
     def named(self) -> dict[str, str]:
         """Special tokens as tokenizer_config.json names them."""
         return {f"{name}_token": self.tokens[number] for name, number in self.special.items()}
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that llama.cpp ends a text at: those that the file names, and those that it knows by their texts."""
+        named = [self.get(f"{name}_token_id") for name in ("eos", *FURTHER_ENDS)]
+        known = [number for number, text in enumerate(self.tokens) if text in KNOWN_ENDS]
+        return [n for n in dict.fromkeys([*named, *known]) if isinstance(n, int) and 0 <= n < len(self.tokens)]
 
     def ids(self, *types: int) -> list[int]:
         """Ids of the tokens of these types."""
@@ -165,6 +189,14 @@ def _begin_with(text: str, number: int) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
+def _templates(fields: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """The chat template, or all with their names where there are named ones, as tokenizer_config.json holds them."""
+    first = "tokenizer.chat_template"
+    names = {name: name.removeprefix(f"{first}.") for name in fields if name.startswith(f"{first}.")}
+    names |= {first: DEFAULT} if first in fields else {}
+    return as_setting({ours: fields[theirs] for theirs, ours in names.items() if isinstance(fields[theirs], str)})
+
+
 def _chat(stored: _Stored) -> dict[str, Any]:
     return {} if stored.chat_template is None else {"chat_template": stored.chat_template}
 
@@ -179,21 +211,22 @@ def _write_sentencepiece(stored: _Stored, folder: Path, context: int) -> None:
     if len(unknown) != 1:
         raise stored.refuse("token_type", f"names {len(unknown)} unknown tokens instead of 1")
     size = max(number for number, kind in enumerate(stored.types) if kind != UNUSED) + 1  # rows without a token follow
+    unigram = stored.model == "t5"
     control = {name: stored.tokens[n] for name, n in stored.special.items() if stored.types[n] == CONTROL}
     model = SentencePieceModel(
         pieces=tuple(
             SpmPiece(text, float(score), PieceKind(kind))
             for text, score, kind in zip(stored.tokens[:size], scores, stored.types)
         ),
-        model_type="bpe",
+        model_type=_SENTENCEPIECE[stored.model],
         byte_fallback=bool(stored.ids(PieceKind.BYTE)),
         treat_whitespace_as_suffix=False,
         unk_surface=" \u2047 ",
         **{name: control.get(name) for name in ("bos", "eos", "pad")},
-        normalizer_name="identity",
-        charsmap=b"",
-        add_dummy_prefix=bool(stored.get("add_space_prefix", True)),
-        remove_extra_whitespaces=False,
+        normalizer_name="" if stored.charsmap else "identity",
+        charsmap=stored.charsmap,
+        add_dummy_prefix=bool(stored.get("add_space_prefix", not unigram)),
+        remove_extra_whitespaces=unigram and bool(stored.get("remove_extra_whitespaces", False)),
         escape_whitespaces=True,
         has_denormalizer=False,
     )
@@ -217,6 +250,7 @@ def _compare(stored: _Stored, folder: Path) -> None:
         "model": (again.model, stored.model),
         "pre": (again.pre, stored.pre if stored.model == "gpt2" else again.pre),
         "merges": (again.merges, stored.get("merges") if stored.model == "gpt2" else None),
+        "precompiled_charsmap": (again.charsmap, stored.charsmap),
         "add_bos_token": (again.add_bos, stored.add_bos and "bos" in stored.special),
         **{theirs: (again.special.get(name), stored.special.get(name)) for name, theirs in _SPECIAL.items()},
     }

@@ -26,7 +26,7 @@ from megatron_prune.huggingface.config import read_shape
 from megatron_prune.huggingface.gguf_file import convert
 from megatron_prune.huggingface.gguf_import import GgufModel, write_folder
 from megatron_prune.huggingface.gguf_tokenizer import SPLITS
-from megatron_prune.huggingface.tokenizer_export import NASTY_TEXTS
+from megatron_prune.huggingface.tokenizer_export import NASTY_TEXTS, export_tokenizer
 from megatron_prune.huggingface.weights import FolderWeights
 from megatron_prune.testing.helpers.tiny_models import random_llama_weights, tiny_config, write_hf_folder
 from tests.strange import is_read_or_refused
@@ -111,6 +111,65 @@ def test_there_and_back_is_the_same_model_and_tokenizer(
             assert again(sample, add_special_tokens=False)["input_ids"] == expected, sample
     assert (again.eos_token, again.pad_token) == (ours.eos_token, ours.pad_token)
     assert again.chat_template == ours.chat_template
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+        {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
+        {"normalization_rule_name": "nmt_nfkc_cf", "pad_id": 3, "bos_id": -1},
+    ],
+    ids=["default", "plain", "no_prefix", "lower"],
+)
+def test_a_unigram_model_comes_back_with_its_normalization(
+    options: dict[str, Any], text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The ids of the plain export, which is compared with SentencePiece's own elsewhere."""
+    import sentencepiece
+
+    source = folder_with(tmp_path / "source", text, "llama")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(source / "tokenizer"), vocab_size=60, model_type="unigram",
+        hard_vocab_limit=False, num_threads=1, minloglevel=2, **options,
+    )  # fmt: skip
+    file = convert(source, tmp_path / "m.gguf", "f32").file
+    assert convert_from_hf.main(["--gguf", str(file), "--hf-model", str(tmp_path / "back")]) == 0
+    export_tokenizer(source / "tokenizer.model", tmp_path / "exported", None)
+    ours, again = (AutoTokenizer.from_pretrained(str(tmp_path / name)) for name in ("exported", "back"))
+    for sample in (*NASTY_TEXTS, TEXT, "  THE  Caf\u00e9 "):
+        ids = again(sample, add_special_tokens=False)["input_ids"]
+        assert ids == ours(sample, add_special_tokens=False)["input_ids"], sample
+    assert again.special_tokens_map == ours.special_tokens_map
+    assert (again.bos_token_id, again.pad_token_id) == ((None, 3) if options.get("pad_id") else (1, None))
+    capsys.readouterr()
+    ending = changed(file, tmp_path / "ending.gguf", tokenizer__ggml__add_eos_token=True)
+    assert convert_from_hf.main(["--gguf", str(ending), "--hf-model", str(tmp_path / "ending")]) == 2
+    assert "add_eos_token: texts that get an end by themselves" in capsys.readouterr().err
+
+
+def test_named_templates_and_every_end_of_text_come_back(text: Path, tmp_path: Path) -> None:
+    """Ends that the file names, and those that llama.cpp knows by their texts."""
+    source = folder_with(tmp_path / "source", text)
+    templates = [{"name": name, "template": f"{name}: {CHATML}"} for name in ("default", "tool_use")]
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": templates}))
+    library = AutoTokenizer.from_pretrained(str(source))
+    end = library.convert_tokens_to_ids("<|end|>")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 7]}))
+    file = convert(source, tmp_path / "m.gguf", "f32").file
+    assert convert_from_hf.main(["--gguf", str(file), "--hf-model", str(tmp_path / "back")]) == 0
+    assert AutoTokenizer.from_pretrained(str(tmp_path / "back")).chat_template == library.chat_template
+    ends = json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [end, 2, 7]  # 2: config.json's
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == end
+    again = convert(tmp_path / "back", tmp_path / "again.gguf", "f32").file
+    first, second = (
+        {name: value for name, value in GgufModel(one).fields.items() if "chat" in name or name.endswith("_id")}
+        for one in (file, again)
+    )
+    assert len(first) == 8 and second == first
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])
