@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_prune.checkpoint import AsyncSaver, RunRecord, save_checkpoint
+from megatron_prune.checkpoint.record import RunRecord
+from megatron_prune.checkpoint.save import AsyncSaver, save_checkpoint
 from megatron_prune.commands.running import run_command
 from megatron_prune.config.options import option
 from megatron_prune.model.shape import LlamaShape

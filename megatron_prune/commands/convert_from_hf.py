@@ -186,7 +186,8 @@ def write(
     read_source: Reader, count: int, save: Path, architecture: Architecture, dtype: Any, state: dict[str, Any]
 ) -> Path:
     """Stream `count` tensors into a checkpoint of iteration 0; its folder."""
-    from megatron_prune.checkpoint import CheckpointSaveError, save_weights
+    from megatron_prune.checkpoint.files import CheckpointSaveError
+    from megatron_prune.checkpoint.save import save_weights
     from megatron_prune.model.sources import finite
     from megatron_prune.runtime.device import choose_device
     from megatron_prune.runtime.mesh import close_mesh, init_mesh

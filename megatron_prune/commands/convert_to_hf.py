@@ -28,7 +28,7 @@ from megatron_prune.reading import read_words
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.reader import CheckpointReader
     from megatron_prune.huggingface.export import Exported
     from megatron_prune.huggingface.model_card import CardFacts
     from megatron_prune.model.architecture import Architecture
@@ -88,7 +88,7 @@ def convert(arguments: ExportOptions) -> int:
         if value is None:
             raise UserError(f"{flag} is not given: --load and --save are needed (or --refresh-code)")
     assert arguments.load is not None and arguments.save is not None
-    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.reader import CheckpointReader
     from megatron_prune.huggingface.export import export
     from megatron_prune.huggingface.provenance import dtypes_of, source_of
     from megatron_prune.huggingface.shards import dtype_name

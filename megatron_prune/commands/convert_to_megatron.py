@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.reader import CheckpointReader
     from megatron_prune.checkpoint.to_megatron import AdamState
     from megatron_prune.huggingface.kv_policy import KvPlan
     from megatron_prune.model.architecture import Architecture
@@ -96,8 +96,8 @@ def adam_of(reader: CheckpointReader, plan: KvPlan) -> AdamState:
 
 def convert(arguments: MegatronExportOptions) -> int:
     """Check, read, write; the exit status. Raises UserError."""
-    from megatron_prune.checkpoint import CheckpointReader
     from megatron_prune.checkpoint.files import refuse_content
+    from megatron_prune.checkpoint.reader import CheckpointReader
     from megatron_prune.checkpoint.to_megatron import save_for_megatron, stock_misfit
     from megatron_prune.huggingface.kv_policy import CLUSTER, KvPlan
     from megatron_prune.huggingface.provenance import tokenizer_of

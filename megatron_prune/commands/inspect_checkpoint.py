@@ -28,7 +28,7 @@ from megatron_prune.model.shape import LlamaShape
 from megatron_prune.runtime.folders import replace_figure
 
 if TYPE_CHECKING:
-    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.reader import CheckpointReader
 
 _FROM_STATE = ("tokens", "consumed_tokens", "consumed_samples", "consumed_samples_per_data_set")
 _FROM_CONFIG = {"model": ("hf_model",), "data": ("data_path", "tokenizer_model", "seq_length")}
@@ -219,7 +219,7 @@ def plot(architecture: Architecture, path: Path) -> None:
 
 def inspect(arguments: InspectOptions) -> int:
     """Print, draw and verify; the exit status. Raises UserError."""
-    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.reader import CheckpointReader
 
     if arguments.plot:
         check_plot("--plot", arguments.plot)

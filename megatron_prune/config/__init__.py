@@ -38,37 +38,3 @@ from megatron_prune.config.schema import (
 )
 from megatron_prune.config.validation import check_fields, check_head_score, data_parallel_size, validate
 from megatron_prune.config.yaml_file import dump, load_plain_yaml, read_file, read_yaml, yaml_value
-
-__all__ = [
-    "CheckpointConfig",
-    "Command",
-    "CommandLine",
-    "Config",
-    "ContinuedConfig",
-    "Curve",
-    "DataConfig",
-    "DistillationConfig",
-    "Given",
-    "GroupConfig",
-    "GroupConfigs",
-    "LoggingConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "PruningConfig",
-    "SecondOrder",
-    "Target",
-    "TrainingConfig",
-    "check_fields",
-    "check_head_score",
-    "configured",
-    "data_parallel_size",
-    "dump",
-    "load_config",
-    "load_plain_yaml",
-    "parse_command",
-    "read_file",
-    "read_yaml",
-    "validate",
-    "yaml_value",
-]

@@ -151,7 +151,7 @@ def export_checkpoint(
     Raises:
         UserError: there is no such checkpoint, or what it records as its tokenizer is gone and no other is named.
     """
-    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(load, step)
     kind, path = (None, tokenizer_model) if tokenizer_model else tokenizer_of(reader.meta) or (None, None)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_prune.checkpoint import CheckpointReader, RunRecord
+from megatron_prune.checkpoint.reader import CheckpointReader
+from megatron_prune.checkpoint.record import RunRecord
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import STEM, find_kind
 from megatron_prune.model.layout import ShardLayout

@@ -7,16 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.checkpoint import (
-    CheckpointReader,
-    CheckpointSaveError,
-    Retention,
-    RunRecord,
-    load_checkpoint,
-    save,
-    save_checkpoint,
-)
-from megatron_prune.checkpoint.files import LATEST, MANIFEST, read_manifest
+from megatron_prune.checkpoint import save
+from megatron_prune.checkpoint.files import LATEST, MANIFEST, CheckpointSaveError, Retention, read_manifest
+from megatron_prune.checkpoint.load import load_checkpoint
+from megatron_prune.checkpoint.reader import CheckpointReader
+from megatron_prune.checkpoint.record import RunRecord
+from megatron_prune.checkpoint.save import save_checkpoint
 from megatron_prune.errors import UserError
 from megatron_prune.testing.helpers.ranks import RankError, run_ranks
 from tests.checkpoint.small_run import STATE, Kind, build, same, tensors, train

@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from megatron_prune.checkpoint import CheckpointReader, save_checkpoint
+from megatron_prune.checkpoint.reader import CheckpointReader
+from megatron_prune.checkpoint.save import save_checkpoint
 from megatron_prune.commands import convert_to_hf, inspect_checkpoint
 from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.model.architecture import Architecture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.checkpoint import CheckpointReader
+from megatron_prune.checkpoint.reader import CheckpointReader
 from megatron_prune.config import load_config, read_file
 from megatron_prune.pretrain import main as pretrain
 from megatron_prune.pruning.history import read_history

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.checkpoint.files import MANIFEST, digest, latest_number, resolve, write_manifest
 from megatron_prune.checkpoint.guarded_reader import GuardedReader, read_metadata
+from megatron_prune.checkpoint.reader import CheckpointReader
 from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
@@ -111,7 +111,7 @@ TRAPS = {
 
 
 def save(rank, world, folder):
-    from megatron_prune.checkpoint import save_weights
+    from megatron_prune.checkpoint.save import save_weights
 
     architecture = Architecture.full(SHAPE)
     shapes = table_of(SHAPE).hf_shapes(architecture)
@@ -227,7 +227,8 @@ def test_links_in_a_strangers_folder_lead_no_write_out_of_it(folder, tmp_path):
 
 
 def load_it(rank, world, folder):
-    from megatron_prune.checkpoint import RunRecord, load_checkpoint
+    from megatron_prune.checkpoint.load import load_checkpoint
+    from megatron_prune.checkpoint.record import RunRecord
 
     model = build(Kind(tp=2), SHAPE, RunRecord.read(folder))
     try:

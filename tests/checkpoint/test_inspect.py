@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.checkpoint import save_weights
+from megatron_prune.checkpoint.save import save_weights
 from megatron_prune.commands import inspect_checkpoint
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.families import table_of

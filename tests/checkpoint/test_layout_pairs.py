@@ -6,7 +6,7 @@ on alike.
 
 import pytest
 
-from megatron_prune.checkpoint import save_checkpoint
+from megatron_prune.checkpoint.save import save_checkpoint
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import STATE, Kind, build, go_on, prune_a_little, same, tensors
 from tests.checkpoint.test_layouts import Resumed, resume_all

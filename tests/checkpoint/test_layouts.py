@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint, save_checkpoint, save_weights
+from megatron_prune.checkpoint.load import load_checkpoint
+from megatron_prune.checkpoint.reader import CheckpointReader
+from megatron_prune.checkpoint.record import RunRecord
+from megatron_prune.checkpoint.save import save_checkpoint, save_weights
 from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import KV_HEAD
 from megatron_prune.model.llama import take

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_prune.checkpoint import CheckpointReader, RunRecord, load_checkpoint
+from megatron_prune.checkpoint.load import load_checkpoint
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
+from megatron_prune.checkpoint.reader import CheckpointReader
+from megatron_prune.checkpoint.record import RunRecord
 from megatron_prune.errors import UserError
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.testing.helpers.ranks import run_ranks

@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.checkpoint import (
-    AsyncSaver,
-    CheckpointReader,
-    CheckpointSaveError,
-    RunRecord,
-    load_checkpoint,
-    save_checkpoint,
-)
+from megatron_prune.checkpoint.files import CheckpointSaveError
+from megatron_prune.checkpoint.load import load_checkpoint
 from megatron_prune.checkpoint.plain import decode, encode
+from megatron_prune.checkpoint.reader import CheckpointReader
+from megatron_prune.checkpoint.record import RunRecord
+from megatron_prune.checkpoint.save import AsyncSaver, save_checkpoint
 from megatron_prune.checkpoint.storage import SaveTask
 from megatron_prune.testing.helpers.ranks import run_ranks
 from tests.checkpoint.small_run import STATE, Kind, build, same, tensors, train

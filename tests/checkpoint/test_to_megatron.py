@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.checkpoint import RunRecord, load_checkpoint, save_checkpoint, save_weights
+from megatron_prune.checkpoint.load import load_checkpoint
 from megatron_prune.checkpoint.megatron import MegatronCheckpoint, ShapeOptions
+from megatron_prune.checkpoint.record import RunRecord
+from megatron_prune.checkpoint.save import save_checkpoint, save_weights
 from megatron_prune.checkpoint.to_megatron import arguments_for
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group

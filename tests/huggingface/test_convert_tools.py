@@ -65,7 +65,7 @@ def save_pruned_run(rank: int, _size: int, folder: str, save: str) -> None:
     """A run on two tensor-parallel ranks that has removed groups and not compacted yet."""
     from megatron.core import tensor_parallel
 
-    from megatron_prune.checkpoint import save_checkpoint
+    from megatron_prune.checkpoint.save import save_checkpoint
     from megatron_prune.model.layout import ShardLayout
     from megatron_prune.model.llama import ModelOptions
     from megatron_prune.optimizer.wrapped import OptimizerOptions

@@ -85,7 +85,7 @@ def test_export_of_a_run_has_its_source_s_dtypes_and_its_data_s_tokenizer(
 
 
 def test_fingerprints_come_from_the_checkpoint_or_from_the_data(tiny: TinyRun, trained: Path) -> None:
-    from megatron_prune.checkpoint import CheckpointReader
+    from megatron_prune.checkpoint.reader import CheckpointReader
 
     right = build_tokenizer(None, str(tiny.folder / "tokenizer.model"))
     wrong = build_tokenizer(None, str(tiny.folder / "other.model"))

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_prune.checkpoint import CheckpointReader
+from megatron_prune.checkpoint.reader import CheckpointReader
 from megatron_prune.data.preprocess import Options, preprocess
 from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
 from megatron_prune.pretrain import main

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from megatron_prune.checkpoint import CheckpointReader
+from megatron_prune.checkpoint.reader import CheckpointReader
 from megatron_prune.pretrain import main
 from megatron_prune.testing.benchmarks.kills import Traces, victim
 from megatron_prune.testing.helpers.ranks import watch_ranks

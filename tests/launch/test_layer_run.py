@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_prune.checkpoint import CheckpointReader
+from megatron_prune.checkpoint.reader import CheckpointReader
 from megatron_prune.commands import main as command
 from megatron_prune.model.kinds import LAYER
 from megatron_prune.pretrain import main

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.checkpoint import CheckpointReader
+from megatron_prune.checkpoint.reader import CheckpointReader
 from megatron_prune.config import load_config, validate
 from megatron_prune.launch.assembly.assemble import build_datasets
 from megatron_prune.launch.assembly.one_shot_run import one_shot_config

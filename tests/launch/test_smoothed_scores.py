@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_prune.checkpoint import CheckpointReader
+from megatron_prune.checkpoint.reader import CheckpointReader
 from megatron_prune.model.kinds import FFN
 from megatron_prune.testing.helpers.ranks import run_ranks
 

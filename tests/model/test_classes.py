@@ -6,7 +6,9 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_prune.checkpoint import RunRecord, load_checkpoint, save_checkpoint
+from megatron_prune.checkpoint.load import load_checkpoint
+from megatron_prune.checkpoint.record import RunRecord
+from megatron_prune.checkpoint.save import save_checkpoint
 from megatron_prune.errors import UserError
 from megatron_prune.model.classes import engine_of
 from megatron_prune.model.llama import inner_model

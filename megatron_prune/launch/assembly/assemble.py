@@ -18,7 +18,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from megatron_prune.checkpoint import load_checkpoint
+from megatron_prune.checkpoint.load import load_checkpoint
 from megatron_prune.checkpoint.record import COMMON_FILE
 from megatron_prune.config import Config
 from megatron_prune.data import datasets as data

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_prune.checkpoint import RunRecord
 from megatron_prune.checkpoint.files import holds_checkpoint, refuse_step
-from megatron_prune.checkpoint.record import CONFIG_FILE
+from megatron_prune.checkpoint.record import CONFIG_FILE, RunRecord
 from megatron_prune.config import Config, PruningConfig, check_head_score, read_file, yaml_value
 from megatron_prune.data.datasets import Blend, check_vocabulary, parse_blend
 from megatron_prune.data.hub_files import read_json

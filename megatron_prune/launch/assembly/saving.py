@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint import AsyncSaver, CheckpointSaveError, Retention, save_checkpoint
-from megatron_prune.checkpoint.files import iteration_of
+from megatron_prune.checkpoint.files import CheckpointSaveError, Retention, iteration_of
+from megatron_prune.checkpoint.save import AsyncSaver, save_checkpoint
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import TrainingStoppedError
 from megatron_prune.huggingface.trained_with import tokenizer_facts

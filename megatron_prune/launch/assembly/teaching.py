@@ -19,9 +19,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_prune.checkpoint import CheckpointReader, RunRecord
 from megatron_prune.checkpoint.files import holds_checkpoint
-from megatron_prune.checkpoint.record import Progress
+from megatron_prune.checkpoint.reader import CheckpointReader
+from megatron_prune.checkpoint.record import Progress, RunRecord
 from megatron_prune.config import Config, ContinuedConfig, DistillationConfig, PruningConfig
 from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_prune.data.tokenizer_files import holds_tokenizer

@@ -22,8 +22,8 @@ from typing import cast
 
 import numpy as np
 
-from megatron_prune.checkpoint import RunRecord
 from megatron_prune.checkpoint.files import holds_checkpoint
+from megatron_prune.checkpoint.record import RunRecord
 from megatron_prune.config import Config
 from megatron_prune.data.datasets import Blend, blend_words, check_documents, check_vocabulary, parse_blend, read_weight
 from megatron_prune.data.indexed import bin_path, idx_path

@@ -25,19 +25,6 @@ from megatron_prune.pruning.groups.kind import (
 from megatron_prune.pruning.groups.layer import BLOCK_INFLUENCE, LAYERS
 from megatron_prune.pruning.groups.stem import STEM_CHANNELS
 
-__all__ = [
-    "BLOCK_INFLUENCE",
-    "SHIPPED",
-    "GroupKind",
-    "Offer",
-    "Rules",
-    "default_names",
-    "find_group",
-    "group_names",
-    "known_groups",
-    "register_group",
-]
-
 SHIPPED = (HEADS, FFN_CHANNELS, STEM_CHANNELS, LAYERS)
 for _kind in SHIPPED:
     register_group(_kind)

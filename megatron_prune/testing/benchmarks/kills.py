@@ -138,7 +138,7 @@ class Traces:
     @classmethod
     def read(cls, save: Path) -> Traces:
         """What the finished run in `save` left."""
-        from megatron_prune.checkpoint import CheckpointReader
+        from megatron_prune.checkpoint.reader import CheckpointReader
 
         reader, digest = CheckpointReader(save), hashlib.sha256()
         for name in reader.names:

@@ -32,9 +32,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint import CheckpointReader
 from megatron_prune.checkpoint.files import holds_checkpoint
 from megatron_prune.checkpoint.lease import is_lease, live_owner
+from megatron_prune.checkpoint.reader import CheckpointReader
 from megatron_prune.checkpoint.record import read_status
 from megatron_prune.runtime.agreement import code_version
 from megatron_prune.testing.benchmarks.kills import Kill, Traces, victim

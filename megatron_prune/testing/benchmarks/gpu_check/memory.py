@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from megatron_prune.checkpoint import AsyncSaver, save_checkpoint
+from megatron_prune.checkpoint.save import AsyncSaver, save_checkpoint
 from megatron_prune.config import ParallelConfig
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank
