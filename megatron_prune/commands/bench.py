@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -117,6 +118,4 @@ def measure_all(arguments: BenchOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("bench", BenchOptions, measure_all, argv)
+main = partial(run_command, "bench", BenchOptions, measure_all)

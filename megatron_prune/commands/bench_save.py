@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,4 @@ def measure_all(arguments: BenchSaveOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("bench-save", BenchSaveOptions, measure_all, argv)
+main = partial(run_command, "bench-save", BenchSaveOptions, measure_all)

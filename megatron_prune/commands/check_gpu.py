@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -80,6 +80,4 @@ def _cluster(arguments: GpuCheckOptions) -> int:
     return 1 if check_cluster(arguments.device, *layout) else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_on_ranks("gpu-check", GpuCheckOptions, check, argv, level=logging.INFO)
+main = partial(run_on_ranks, "gpu-check", GpuCheckOptions, check, level=logging.INFO)

@@ -12,15 +12,15 @@ itself. A GGUF file is first written as such a folder, quantized weights as plai
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_prune.commands.running import check_new_folder, run_command, say
+from megatron_prune.commands.running import NOTHING_WRITTEN, check_new_folder, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture
@@ -211,6 +211,4 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("convert-from-hf", ImportOptions, convert, argv, "interrupted; nothing was written")
+main = partial(run_command, "convert-from-hf", ImportOptions, convert, interrupted=NOTHING_WRITTEN)

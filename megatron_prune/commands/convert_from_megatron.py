@@ -9,13 +9,13 @@ tensors are streamed, all are accounted for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.commands.convert_from_hf import write
-from megatron_prune.commands.running import run_command, say
+from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
 from megatron_prune.config.options import option
 
 _STORED = "as the stored arguments say unless given"
@@ -64,8 +64,4 @@ def convert(arguments: MegatronImportOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command(
-        "convert-from-megatron", MegatronImportOptions, convert, argv, "interrupted; nothing was written"
-    )
+main = partial(run_command, "convert-from-megatron", MegatronImportOptions, convert, interrupted=NOTHING_WRITTEN)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command, say
+from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
 from megatron_prune.config.options import option
 
 if TYPE_CHECKING:
@@ -58,6 +58,4 @@ def quantized(done: Converted) -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("convert-to-gguf", GgufOptions, write, argv, "interrupted; nothing was written")
+main = partial(run_command, "convert-to-gguf", GgufOptions, write, interrupted=NOTHING_WRITTEN)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command, say
+from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 from megatron_prune.reading import read_words
@@ -296,6 +297,4 @@ def read_text(file: str | None) -> str:
         raise UserError(f"--verify-text {file}: cannot be read: {error}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("convert-to-hf", ExportOptions, convert, argv, "interrupted; nothing was written")
+main = partial(run_command, "convert-to-hf", ExportOptions, convert, interrupted=NOTHING_WRITTEN)

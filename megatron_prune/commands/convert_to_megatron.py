@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command, say
+from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 
@@ -166,6 +166,4 @@ def report(
     say(f"tensor-parallel sizes that share it out evenly: {', '.join(fits)}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("convert-to-megatron", MegatronExportOptions, convert, argv, "interrupted; nothing was written")
+main = partial(run_command, "convert-to-megatron", MegatronExportOptions, convert, interrupted=NOTHING_WRITTEN)

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,6 +279,4 @@ def judge_all(arguments: EvaluationOptions) -> int:
     return 1 if failed else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("evaluate", EvaluationOptions, judge_all, argv)
+main = partial(run_command, "evaluate", EvaluationOptions, judge_all)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +238,4 @@ def inspect(arguments: InspectOptions) -> int:
     return 2 if facts.get("problems") else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("inspect", InspectOptions, inspect, argv)
+main = partial(run_command, "inspect", InspectOptions, inspect)

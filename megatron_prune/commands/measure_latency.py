@@ -18,13 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import check_file, run_command, say
+from megatron_prune.commands.running import NOTHING_WRITTEN, check_file, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.errors import UserError, first_line
 from megatron_prune.model.architecture import Architecture
@@ -140,6 +141,4 @@ def _one_round(model: Any, tokens: Any, decoded: int, wait: Callable[[], None]) 
     return prefill, statistics.median(steps)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("measure-latency", LatencyOptions, measure, argv, "interrupted; nothing was written")
+main = partial(run_command, "measure-latency", LatencyOptions, measure, interrupted=NOTHING_WRITTEN)

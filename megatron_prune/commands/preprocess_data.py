@@ -14,12 +14,12 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
-from megatron_prune.commands.running import run_command, say
+from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.data.documents import AUTO, INPUT_FORMATS, SEPARATORS
 from megatron_prune.data.preprocess import EncodingProgress, Options, Summary, preprocess
@@ -106,6 +106,4 @@ def encode(arguments: PreprocessOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("preprocess", PreprocessOptions, encode, argv, "interrupted; nothing was written")
+main = partial(run_command, "preprocess", PreprocessOptions, encode, interrupted=NOTHING_WRITTEN)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -88,6 +89,4 @@ def lines(config: Any, source: Any, result: Any) -> Iterator[str]:
     yield f"saved: {result.path}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run on this rank; returns the exit status."""
-    return run_on_ranks("prune-once", PruneOnceOptions, prune, argv, sections_of(Config))
+main = partial(run_on_ranks, "prune-once", PruneOnceOptions, prune, sections=sections_of(Config))

@@ -2,7 +2,6 @@
 
 run_command    a command of one process
 run_on_ranks   a command that may be one of many ranks
-named_first    words before the first flag, as what a flag names
 check_file, check_plot, check_new_folder   what will be written, tried before anything is computed
 """
 
@@ -26,14 +25,17 @@ from megatron_prune.errors import UserError, log_lines, one_line
 from megatron_prune.runtime.places import speaks
 from megatron_prune.runtime.signals import heeded_signals
 
+NOTHING_WRITTEN = "interrupted; nothing was written"
+
 
 def run_command(
     name: str,
     own: type,
     work: Callable[[Any], int],
-    argv: Sequence[str] | None,
+    argv: Sequence[str] | None = None,
     interrupted: str = "interrupted",
     about: str = "",
+    first: str | None = None,
 ) -> int:
     """Run a command of one process; returns the exit status.
 
@@ -42,6 +44,7 @@ def run_command(
         own: dataclass of its options, which `work` gets filled; `work` returns the exit status.
         argv: the words after the command; None: this process's.
         interrupted: what to say after Ctrl-C.
+        first: flag that words before the first flag stand for.
     """
 
     def through(given: Given) -> int:
@@ -58,14 +61,17 @@ def run_command(
                 raise
             raise UserError(reason) from error
 
-    return run_on_ranks(name, own, through, argv, level=logging.WARNING, about=about)
+    words = sys.argv[1:] if argv is None else argv
+    if first is not None and words and not words[0].startswith("-"):
+        words = [first, *words]
+    return run_on_ranks(name, own, through, words, level=logging.WARNING, about=about)
 
 
 def run_on_ranks(
     name: str,
     own: type,
     work: Callable[[Given], int],
-    argv: Sequence[str] | None,
+    argv: Sequence[str] | None = None,
     sections: Mapping[str, type] | None = None,
     level: int = logging.ERROR,
     about: str = "",
@@ -127,11 +133,6 @@ def _is_in_del(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def named_first(flag: str, argv: Sequence[str] | None) -> Sequence[str] | None:
-    """The command line, its words before the first flag standing after `flag`."""
-    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def check_file(flag: str, value: str) -> None:

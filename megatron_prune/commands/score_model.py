@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,4 @@ def _json_choice(choice: Any) -> dict[str, Any] | None:
     return {"group": choice.group.name, "gone": gone, "scores": choice.scores, "margin": margin}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run on this rank; returns the exit status."""
-    return run_on_ranks("score", ScoreOptions, score, argv, sections_of(Config))
+main = partial(run_on_ranks, "score", ScoreOptions, score, sections=sections_of(Config))

@@ -9,13 +9,14 @@ same learning rates; flags and a --config win over the recipe. Places (paths, na
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.checkpoint.record import RunRecord
-from megatron_prune.commands.running import check_file, named_first, run_command, say
+from megatron_prune.commands.running import check_file, run_command, say
 from megatron_prune.config import read_yaml
 from megatron_prune.config.options import option
 from megatron_prune.config.recipe import read_recipe, shared_settings, write_recipe
@@ -75,6 +76,4 @@ def share(options: RecipeOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("recipe", RecipeOptions, share, named_first("--load", argv))
+main = partial(run_command, "recipe", RecipeOptions, share, first="--load")

@@ -14,8 +14,8 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,4 @@ def kill_runs(arguments: SoakOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("soak", SoakOptions, kill_runs, argv)
+main = partial(run_command, "soak", SoakOptions, kill_runs)

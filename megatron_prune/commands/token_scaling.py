@@ -19,6 +19,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,4 @@ def compare(arguments: ScalingOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("token-scaling", ScalingOptions, compare, argv)
+main = partial(run_command, "token-scaling", ScalingOptions, compare)

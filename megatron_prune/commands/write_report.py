@@ -9,11 +9,11 @@ goes on can be looked at: the same command again shows how far it is. Needs plot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from megatron_prune.commands.running import check_file, named_first, run_command, say
+from megatron_prune.commands.running import check_file, run_command, say
 from megatron_prune.config.options import option
 
 
@@ -36,6 +36,4 @@ def write(options: PageOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return run_command("report", PageOptions, write, named_first("--runs", argv))
+main = partial(run_command, "report", PageOptions, write, first="--runs")
