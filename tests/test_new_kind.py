@@ -17,7 +17,7 @@ from megatron_prune.model.families import llama_rows, register_rows
 from megatron_prune.model.kinds import FFN, TP, Kind, register_kind
 from megatron_prune.model.table import Dim, Param, Part
 from megatron_prune.pruning.groups import GroupKind, group_names, register_group
-from megatron_prune.resharding.verify import verify
+from megatron_prune.resharding.coordinator import verify
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import init_mesh
 from megatron_prune.testing.helpers import comparison

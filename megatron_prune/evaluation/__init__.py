@@ -5,7 +5,6 @@
     perplexity    a model over such windows: loss, perplexity, bits per byte, perplexity per word
     tasks         the paper's eight zero-shot tasks, from the network or from local files
     zero_shot     a model on them, by lm-evaluation-harness
-    installed     what the harness lacks here
     side_by_side  several models side by side, as Markdown and as JSON
 
 `megatron-prune evaluate` is the command. Nothing here scores a task by itself: the harness's own task definitions and

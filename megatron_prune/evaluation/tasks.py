@@ -2,6 +2,7 @@
 
     TASKS           our names, the harness's, and what a local file of the task looks like
     select_tasks    --tasks and --task-data -> tasks, each with its local file if there is one
+    lacking         what of lm-evaluation-harness is not installed
 
 Local files are JSON lines (`.jsonl`, `.json`) or Parquet (`.parquet`), named after the task, in the schema of the
 public data set.
@@ -10,6 +11,7 @@ public data set.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import io
 import json
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ from megatron_prune.reading import open_file
 
 ALL = "all"
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# What lm-evaluation-harness needs to run a model; it requires itself only some of what its `hf` model imports.
+_PACKAGES = ("lm_eval", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
@@ -170,3 +174,9 @@ def _check_line(found: Any, where: str, task: Task) -> None:
         raise UserError(
             f"{where} lacks {', '.join(missing)}; {task.name} is read in the public schema ({', '.join(task.fields)})"
         )
+
+
+def lacking() -> str | None:
+    """Names of the packages of megatron-prune[eval] that are not installed, or None where nothing lacks; asked without
+    importing any of them."""
+    return ", ".join(name for name in _PACKAGES if importlib.util.find_spec(name) is None) or None

@@ -26,9 +26,8 @@ from typing import Any
 import yaml
 
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.installed import lacking
 from megatron_prune.evaluation.models import ModelFolder
-from megatron_prune.evaluation.tasks import Selected, Task
+from megatron_prune.evaluation.tasks import Selected, Task, lacking
 from megatron_prune.runtime.folders import write_file
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")

@@ -44,6 +44,17 @@ def flops_per_token(table: ParamTable, counts: Counts, seq_length: int) -> float
     return float(2 * table.elements(counts, (*LINEARS, head)) + 4 * seq_length * attended)
 
 
+def forward_flops(architecture: Architecture, seq_length: int) -> float:
+    """FLOPs per token of a forward pass of a whole model, such as a teacher's."""
+    return flops_per_token(architecture.table, architecture.counts, seq_length)
+
+
+def training_flops(architecture: Architecture, seq_length: int) -> float:
+    """FLOPs to train on one token: by the usual convention backward takes twice the forward, and attention is not
+    halved for causality."""
+    return 3.0 * forward_flops(architecture, seq_length)
+
+
 def kv_cache_per_token(table: ParamTable, counts: Counts) -> float:
     """Elements that a KV cache holds per token: keys and values of all layers."""
     return float(table.channels(counts, QKV, dim=0, after=1))

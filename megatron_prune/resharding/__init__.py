@@ -2,6 +2,5 @@
 
 live          LiveModel: the wrapped model and its layout, `retire` (zero a group, exactly) and `compact`
 plan          how old local tensors become new ones (pure);  compact  carries it out
-edit          change weights between steps
-coordinator   agree on a decision, commit it, compact when due;  verify  checks of all that
+coordinator   agree on a decision, commit it, compact when due, and check all that
 """

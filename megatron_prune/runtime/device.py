@@ -1,4 +1,4 @@
-"""The device runtime: the same megatron-core on CUDA/NCCL and on CPU/gloo.
+"""The device runtime: the same megatron-core on CUDA/NCCL and on CPU/gloo; and a clock for either (`PartClock`).
 
 megatron-core asks for device "cuda" in many places. Where no CUDA device is used, `redirect_cuda_to_cpu` answers these
 requests with the CPU: tensor factories through a torch function mode, and the handful of `torch.cuda` functions that
@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,3 +125,71 @@ def redirect_cuda_to_cpu() -> None:
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     set_rng_with(torch.cuda.set_rng_state)
     _CpuForCuda().__enter__()
+
+
+_MANY = 4096  # stamps kept at most before those that are past are added up
+
+
+class PartClock:
+    """Where time goes, without making the device wait: `with clock.part("scoring"): ...`, then `collect()` once in a
+    while.
+
+    On CUDA a part is the time between two events on the stream, which are recorded without waiting and read by
+    `collect`: by then all but the last few are long past, so the one wait there costs next to nothing. On the CPU it is
+    the wall clock. Parts may nest: what the inner one takes is not counted again for the outer one.
+
+    Args:
+        device: what the work runs on.
+    """
+
+    def __init__(self, device: DeviceRuntime) -> None:
+        self._is_cuda = device.kind == "cuda"
+        self._open: list[tuple[str, Any]] = []
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens inside as `name`."""
+        now = self._stamp()
+        if self._open:
+            outer, since = self._open.pop()
+            self._spans.append((outer, since, now))
+            self._open.append((outer, now))
+        self._open.append((name, now))
+        try:
+            yield
+        finally:
+            end = self._stamp()
+            inner, since = self._open.pop()
+            self._spans.append((inner, since, end))
+            if self._open:
+                self._open.append((self._open.pop()[0], end))
+            if len(self._spans) > _MANY:
+                self._add_up(only_past=True)
+
+    def collect(self) -> dict[str, float]:
+        """Seconds by part since the last call; waits until the device has finished the last part."""
+        self._add_up(only_past=False)
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
+
+    def _stamp(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _add_up(self, only_past: bool) -> None:
+        if self._is_cuda and self._spans and not only_past:
+            self._spans[-1][2].synchronize()
+        kept = []
+        for name, start, end in self._spans:
+            if not self._is_cuda:
+                self._seconds[name] += end - start
+            elif end.query():
+                self._seconds[name] += start.elapsed_time(end) / 1000
+            else:
+                kept.append((name, start, end))
+        self._spans = kept

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_prune.model.teacher import Teacher
 from megatron_prune.runtime.mesh import Mesh
-from megatron_prune.training.objective import Batch, Batches, Loss, masked_mean
+from megatron_prune.training.step import Batch, Batches, Loss, masked_mean
 
 PARTS = ("lm loss", "divergence")  # of the loss, as they are shown
 

@@ -24,17 +24,18 @@ import torch
 
 from megatron_prune.config import Config
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.pruning.budget import training_flops
 from megatron_prune.pruning.groups import group_names
 from megatron_prune.pruning.history import Removal
 from megatron_prune.pruning.history_plot import plot_history
 from megatron_prune.saliency.scores import UnitScores
-from megatron_prune.training.clock import PARTS
 from megatron_prune.training.dashboard import Dashboard, Snapshot
-from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token
 from megatron_prune.training.sinks import Sinks
 
 logger = logging.getLogger(__name__)
 MIB = 1 << 20
+# The parts of an iteration, in the order in which they are shown; "other" is what lies between them.
+PARTS = ("forward-backward", "scoring", "optimizer", "second-order", "retire", "compact", "evaluate", "save", "figures")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class IterationReport:
     Args:
         parts: of the loss, by name, where it is a sum of several.
         scores: the last ones of all units, smoothed, where there are any.
-        seconds: time by part since the last call (see `clock`); called once per log line.
+        seconds: time by part since the last call (see `PartClock`); called once per log line.
         memory: peak bytes of this rank's device (see `DeviceRuntime`).
     """
 
@@ -124,7 +125,7 @@ class Reporter:
         """Take in one iteration; print a line when `logging.log_interval` is complete."""
         if not self.is_active:
             return
-        flops = self.config.tokens_per_iteration * training_flops_per_token(architecture, self.config.data.seq_length)
+        flops = self.config.tokens_per_iteration * training_flops(architecture, self.config.data.seq_length)
         for window in (self.window, self.session):
             window.iterations += 1
             window.flops += flops
@@ -296,6 +297,26 @@ def _losses(report: IterationReport) -> str:
 
 def _widths(architecture: Architecture, colon: str, between: str) -> str:
     return between.join(f"{kind.label}{colon}{architecture.span(kind)}" for kind in architecture.table.prunable)
+
+
+# Dense bf16 peaks in TFLOP/s, from the manufacturer's data sheets; the first name found in the device's own wins.
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "A800": 312.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+    "V100": 125.0,
+}
+
+
+def known_peak_tflops(device_name: str) -> float | None:
+    """Dense peak of a device by its name, e.g. `NVIDIA A100-SXM4-80GB` -> 312; None for one that is not listed."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def _own_peak(config: Config) -> float | None:

@@ -24,13 +24,13 @@ from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.pruning.selector import Decision, choose
 from megatron_prune.resharding.coordinator import Coordinator
 from megatron_prune.resharding.live import LiveModel
+from megatron_prune.runtime.device import PartClock
 from megatron_prune.saliency.collector import Collected, Collector
 from megatron_prune.saliency.criteria import INVERSE_HESSIAN
 from megatron_prune.saliency.hessian import DiagonalCache
 from megatron_prune.saliency.inputs import InputNeeds
 from megatron_prune.saliency.reducer import ElementScores
 from megatron_prune.saliency.scores import UnitScores, smooth
-from megatron_prune.training.clock import PartClock
 from megatron_prune.training.pruning_settings import PruningSettings
 from megatron_prune.training.state import PRUNING, RunState
 from megatron_prune.training.step import most

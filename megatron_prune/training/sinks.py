@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import textwrap
 import threading
 import time
@@ -21,9 +22,10 @@ import numpy as np
 
 from megatron_prune.config import Config, dump
 from megatron_prune.errors import UserError
-from megatron_prune.training.prometheus import FILE_NAME, write_metrics
+from megatron_prune.runtime.folders import replace_file
 
 logger = logging.getLogger(__name__)
+FILE_NAME = "metrics.prom"
 
 
 class Sinks:
@@ -68,7 +70,8 @@ class Sinks:
         if self._metrics is None:
             return
         try:
-            write_metrics({"iteration": iteration, "time seconds": time.time(), **self._last}, self._run, self._metrics)
+            numbers = {"iteration": iteration, "time seconds": time.time(), **self._last}
+            replace_file(self._metrics, exposition(numbers, self._run).encode(), lasting=False)
         except OSError as error:
             logger.warning("no more %s: %s", self._metrics, error.strerror)
             self._metrics = None
@@ -142,3 +145,20 @@ def start_wandb(config: Config) -> Any:
     except wandb.Error as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(f"{field}: {reason}; WANDB_MODE=offline needs neither account nor network") from error
+
+
+def exposition(values: Mapping[str, float], run: str) -> str:
+    """The numbers in `values` in Prometheus' format, all of them gauges. Every name begins with `megatron_prune_`,
+    every line says which run it is of; `seconds/save` becomes `megatron_prune_seconds{run="...",part="save"}`."""
+    metrics: dict[str, list[str]] = {}
+    for name, value in values.items():
+        head, _, part = name.partition("/")
+        metric = "megatron_prune_" + re.sub(r"[^a-z0-9]+", "_", head.lower()).strip("_")
+        labels = {"run": run, **({"part": part} if part else {})}
+        told = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
+        metrics.setdefault(metric, [f"# TYPE {metric} gauge"]).append(f"{metric}{{{told}}} {float(value)!r}")
+    return "".join(f"{line}\n" for lines in metrics.values() for line in lines).replace("} nan", "} NaN")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

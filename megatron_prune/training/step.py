@@ -1,10 +1,16 @@
-"""Forward and backward passes of one global batch, and evaluation, through megatron-core's pipeline schedules."""
+"""What training minimises, and forward and backward passes of one global batch of it, or evaluation, through
+megatron-core's pipeline schedules.
+
+An objective's loss function runs on the last pipeline stage only. What it reports is averaged over micro-batches and
+ranks and shown, `loss` first; gradients come from the first of what it returns.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,9 +22,53 @@ from megatron_prune.data.batches import BatchStream, Dataset
 from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.resharding.live import LiveModel
 from megatron_prune.runtime.mesh import Mesh, agree, all_reduce_sum
-from megatron_prune.training.objective import Batches, CrossEntropy, Loss, Objective
+
+Batch = Mapping[str, Tensor]  # tokens, labels [B, S] int64 and loss_mask [B, S] fp32, on the model's device
+Batches = Iterator[dict[str, Tensor]]
+Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Objective(Protocol):
+    """A forward pass and the loss of what it gives; `reports` names what that reports (see also `distillation`)."""
+
+    reports: tuple[str, ...]
+
+    def prepare(self, batches: Batches, count: int) -> Batches:
+        """Before the first forward pass of a global batch: its `count` micro-batches, from what was read. May be a
+        collective."""
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Loss]:
+        """(output of this stage, how its last one becomes (loss to minimise, what to report))."""
+
+
+class CrossEntropy:
+    """Mean negative log-likelihood of the labels, in nats per token."""
+
+    reports: tuple[str, ...] = ("loss",)
+
+    def prepare(self, batches: Batches, count: int) -> Batches:
+        """As they are."""
+        return batches
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Loss]:
+        """megatron-core computes the loss of each position where it has the logits, split over the vocabulary."""
+        positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device).unsqueeze(0)
+        output = model(batch["tokens"], positions, None, labels=batch["labels"])
+        return output, partial(_reported_mean, batch["loss_mask"])
+
 
 NEXT_TOKEN = CrossEntropy()
+
+
+def masked_mean(mask: Tensor, losses: Tensor) -> Tensor:
+    """Mean of `losses` [B, S] over the positions that count."""
+    return (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _reported_mean(mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The schedule divides the loss in place, so the report is a copy."""
+    loss = masked_mean(mask, losses)
+    return loss, {"loss": loss.detach().clone()}
 
 
 def microbatches(config: Config, mesh: Mesh) -> int:

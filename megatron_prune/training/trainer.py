@@ -23,15 +23,15 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history import HistoryWriter, Removal, before
 from megatron_prune.resharding.coordinator import Coordinator
 from megatron_prune.resharding.live import LiveModel
-from megatron_prune.training.clock import PartClock
+from megatron_prune.runtime.device import PartClock
 from megatron_prune.training.learning_rate import build_scheduler
 from megatron_prune.training.metrics import IterationReport, Reporter
-from megatron_prune.training.objective import Objective
 from megatron_prune.training.pruner import Pruner
 from megatron_prune.training.pruning_settings import pruning_schedule, pruning_settings
 from megatron_prune.training.state import RunState
 from megatron_prune.training.step import (
     NEXT_TOKEN,
+    Objective,
     forward_backward,
     microbatches,
     most,

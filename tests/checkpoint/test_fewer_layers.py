@@ -16,8 +16,8 @@ from megatron_prune.model.kinds import FFN, HEAD, LAYER, STEM
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.sources import RandomWeights
 from megatron_prune.optimizer.wrapped import OptimizerOptions
+from megatron_prune.resharding.coordinator import verify
 from megatron_prune.resharding.live import LiveModel
-from megatron_prune.resharding.verify import verify
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import rounded
 from tests.checkpoint.small_run import (

@@ -26,9 +26,9 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import FFN, HEAD, KV_HEAD, STEM
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.budget import training_flops
 from megatron_prune.pruning.schedule import RatioSchedule
 from megatron_prune.testing.helpers.sharded import rounded
-from megatron_prune.training.flops import training_flops_per_token
 from megatron_prune.training.pruning_settings import live_multiples, pruning_schedule
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "configs"
@@ -165,11 +165,11 @@ def test_flops_are_summed_over_the_widths_that_are_trained():
     iterations = removal_iters(pruning_schedule(config, source), route, config.tokens_per_iteration)
     pruning, continued = plan_phases(config, route, iterations)
     gone = [int(np.sum(iterations < i)) for i in range(1, pruning.iterations + 1)]
-    by_hand = sum(128 * training_flops_per_token(route.after(count), 32) for count in gone)
+    by_hand = sum(128 * training_flops(route.after(count), 32) for count in gone)
     assert pruning.flops == pytest.approx(by_hand, rel=5e-3)  # widths are sampled
     assert pruning.tokens == pruning.iterations * 128 and pruning.iterations == iterations[-1]
     assert continued.iterations == 100
-    assert continued.flops == pytest.approx(12_800 * training_flops_per_token(route.target, 32))
+    assert continued.flops == pytest.approx(12_800 * training_flops(route.target, 32))
     stops = dataclasses.replace(config, training=dataclasses.replace(config.training, exit_at_target=True))
     assert [phase.iterations for phase in plan_phases(stops, route, iterations)] == [pruning.iterations, 0]
 
@@ -193,7 +193,7 @@ def test_plain_training_has_one_phase():
     source, config = Architecture.full(GQA), config_for()
     training, continued = plan_plain(config, source)
     assert training.iterations == config.training.train_iters and continued.iterations == 0
-    assert training.flops == pytest.approx(training.tokens * training_flops_per_token(source, 32))
+    assert training.flops == pytest.approx(training.tokens * training_flops(source, 32))
 
 
 def test_widths_that_are_no_multiples_are_told_and_brought_down():

@@ -102,8 +102,8 @@ def measure_all(_rank, _world_size, cases):
 def measure(mesh, config, counter):
     from megatron_prune.data.batches import BatchStream
     from megatron_prune.model.sources import RandomWeights
+    from megatron_prune.saliency.collector import MicrobatchFisher
     from megatron_prune.saliency.criteria import find_criterion
-    from megatron_prune.saliency.fisher import MicrobatchFisher
     from megatron_prune.saliency.reducer import score_elements
     from megatron_prune.testing.helpers.sharded import RandomTokens
     from megatron_prune.training.step import forward_backward

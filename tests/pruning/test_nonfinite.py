@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_prune.errors import UserError
-from megatron_prune.resharding.verify import verify
+from megatron_prune.resharding.coordinator import verify
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference.oracle import OracleSettings

@@ -10,7 +10,7 @@ from megatron_prune.model.architecture import Group
 from megatron_prune.model.kinds import FFN, STEM
 from megatron_prune.pruning.selector import Decision
 from megatron_prune.resharding import coordinator as room
-from megatron_prune.resharding.verify import verify
+from megatron_prune.resharding.coordinator import verify
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference.oracle import OracleSettings

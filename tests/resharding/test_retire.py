@@ -5,8 +5,8 @@ import torch
 
 from megatron_prune.model.architecture import Group
 from megatron_prune.model.kinds import FFN, HEAD, STEM
+from megatron_prune.resharding.coordinator import verify
 from megatron_prune.resharding.plan import plan_transfer
-from megatron_prune.resharding.verify import verify
 from megatron_prune.testing.helpers.meters import BytesSent
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case

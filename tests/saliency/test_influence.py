@@ -4,7 +4,7 @@ import pytest
 
 from megatron_prune.model.architecture import Group
 from megatron_prune.model.kinds import LAYER, STEM
-from megatron_prune.saliency.influence import InfluenceWatcher
+from megatron_prune.saliency.inputs import InfluenceWatcher
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case
 from megatron_prune.testing.reference.oracle import OracleSettings

@@ -15,9 +15,8 @@ from megatron_prune.checkpoint.pieces import pieces
 from megatron_prune.checkpoint.streams import Scratch
 from megatron_prune.model.architecture import Group
 from megatron_prune.model.kinds import FFN, HEAD, STEM
-from megatron_prune.saliency.collector import Collector, CollectorSettings
+from megatron_prune.saliency.collector import Collector, CollectorSettings, MicrobatchFisher
 from megatron_prune.saliency.criteria import find_criterion, known_criteria
-from megatron_prune.saliency.fisher import MicrobatchFisher
 from megatron_prune.saliency.reducer import score_elements
 from megatron_prune.saliency.scores import score_length
 from megatron_prune.testing.helpers.meters import BytesSent

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_prune.training import clock as module
-from megatron_prune.training.clock import PartClock
+from megatron_prune.runtime import device as module
+from megatron_prune.runtime.device import PartClock
 
 
 class Time:

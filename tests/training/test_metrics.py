@@ -15,11 +15,11 @@ from megatron_prune.config import Config
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.budget import training_flops
 from megatron_prune.pruning.history import Removal
 from megatron_prune.saliency.scores import UnitScores
 from megatron_prune.training import metrics
-from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token
-from megatron_prune.training.metrics import IterationReport, Reporter
+from megatron_prune.training.metrics import IterationReport, Reporter, known_peak_tflops
 
 SHAPE = LlamaShape(2, 16, 24, 4, 2, 4, 32, 64)
 ARCHITECTURE = Architecture.full(SHAPE).without(Group.of("ffn", ((3,), (5,))))
@@ -66,7 +66,7 @@ def test_a_line_has_throughput_mfu_memory_and_the_time_split(clock, caplog):
             clock.value += 4.0
             reporter.iteration(report(iteration, seconds=lambda: seconds, memory=lambda: 3 << 20), ARCHITECTURE)
     tokens = Config().tokens_per_iteration
-    tflops = tokens * training_flops_per_token(ARCHITECTURE, Config().data.seq_length) / 4.0 / 2 / 1e12
+    tflops = tokens * training_flops(ARCHITECTURE, Config().data.seq_length) / 4.0 / 2 / 1e12
     line, split = caplog.messages
     assert "elapsed time per iteration (ms): 4000.0 |" in line
     assert f"tokens per second: {tokens / 4:.0f} |" in line and "memory (MiB): 3 |" in line

@@ -8,13 +8,13 @@ import torch
 
 from megatron_prune.checkpoint.tensors import optimizer_key, weight_key
 from megatron_prune.config import SecondOrder
-from megatron_prune.launch.estimate.hessian_costs import hessian_memory
+from megatron_prune.launch.estimate.activations import hessian_memory
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.model.architecture import Group
 from megatron_prune.model.kinds import FFN, HEAD, STEM
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.second_order import SecondOrderUpdate
-from megatron_prune.resharding.verify import verify
+from megatron_prune.resharding.coordinator import verify
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, init_mesh
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher

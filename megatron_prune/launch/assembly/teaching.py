@@ -35,8 +35,7 @@ from megatron_prune.model.llama import ModelOptions
 from megatron_prune.model.teacher import Teacher
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.training.distillation import Distillation
-from megatron_prune.training.objective import Objective
-from megatron_prune.training.step import NEXT_TOKEN
+from megatron_prune.training.step import NEXT_TOKEN, Objective
 
 logger = logging.getLogger(__name__)
 

@@ -45,10 +45,10 @@ from megatron_prune.launch.jobs import after
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.llama import transformer_config
+from megatron_prune.pruning.budget import forward_flops
 from megatron_prune.runtime.folders import hindrance
 from megatron_prune.runtime.mesh import Mesh
 from megatron_prune.saliency.criteria import find_criterion
-from megatron_prune.training.flops import forward_flops_per_token
 from megatron_prune.training.pruning_settings import pruning_schedule, selector_rules
 
 NOT_HERE = "not here (checked at launch)"
@@ -237,7 +237,7 @@ def estimate(
     scores = pruning.enabled and not selector_rules(config, architecture).budget.is_met(architecture)
     fisher = scores and pruning.fisher == "microbatch" and "fisher" in find_criterion(pruning.metric).needs
     taught = None if teacher is None else ShardLayout.pack(teacher, placement.tp, quanta(config))
-    flops = 0.0 if teacher is None else forward_flops_per_token(teacher, config.data.seq_length)
+    flops = 0.0 if teacher is None else forward_flops(teacher, config.data.seq_length)
     start = fullest_rank(config, layout, placement, fisher, taught)
     traffic = training_traffic(config, layout, placement, start.stage)
     if not scores:

@@ -21,11 +21,11 @@ from megatron_prune.launch.estimate.activations import (
     BF16,
     FP32,
     element_size,
+    hessian_memory,
     micro_batch_tokens,
     recomputed_activations,
     saved_activations,
 )
-from megatron_prune.launch.estimate.hessian_costs import hessian_memory
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.table import EMBEDDING, Param, ParamTable

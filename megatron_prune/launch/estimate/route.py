@@ -24,10 +24,10 @@ import numpy as np
 from megatron_prune.checkpoint.record import CONTINUED, PRUNING, Progress
 from megatron_prune.config import Config
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.pruning.budget import training_flops
 from megatron_prune.pruning.groups import GroupKind, Rules, find_group
 from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.pruning.selector import OVERSHOOT
-from megatron_prune.training.flops import training_flops_per_token
 from megatron_prune.training.pruning_settings import live_multiples, recorded, selector_rules
 
 _SAMPLES = 33  # architectures between source and target at which parameters and FLOPs per token are computed
@@ -222,20 +222,18 @@ def plan_phases(config: Config, route: Route, iterations: np.ndarray, teacher: f
     seq_length, tokens = config.data.seq_length, config.tokens_per_iteration
     count = len(route.kinds)
     sampled = np.unique(np.linspace(0, count, _SAMPLES).astype(int))
-    flops = [training_flops_per_token(route.after(int(i)), seq_length) for i in sampled]
+    flops = [training_flops(route.after(int(i)), seq_length) for i in sampled]
     per_token = np.interp(np.arange(count), sampled, flops)  # while as many groups are gone
     durations = np.diff(iterations, prepend=0)
     total = int(iterations[-1])
     pruning = Phase(total, total * tokens, float(np.dot(durations, per_token + teacher)) * tokens)
     left = max(0, Progress(phase=CONTINUED, phase_start=total).end(config) - total)
-    return pruning, Phase(
-        left, left * tokens, left * tokens * (training_flops_per_token(route.target, seq_length) + teacher)
-    )
+    return pruning, Phase(left, left * tokens, left * tokens * (training_flops(route.target, seq_length) + teacher))
 
 
 def plan_plain(config: Config, architecture: Architecture, teacher: float = 0.0) -> tuple[Phase, Phase]:
     """(training, continued training) without removals; when the target is reached already, only the latter."""
-    per_token = training_flops_per_token(architecture, config.data.seq_length) + teacher
+    per_token = training_flops(architecture, config.data.seq_length) + teacher
     end = Progress(phase=CONTINUED if config.pruning.enabled else PRUNING).end(config)
     counts = (0, end) if config.pruning.enabled else (end, 0)
     training, continued = (

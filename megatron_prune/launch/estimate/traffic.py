@@ -21,8 +21,7 @@ from itertools import accumulate
 import numpy as np
 
 from megatron_prune.config import Config
-from megatron_prune.launch.estimate.activations import FP32, element_size, micro_batch_tokens
-from megatron_prune.launch.estimate.hessian_costs import hessian_traffic
+from megatron_prune.launch.estimate.activations import FP32, element_size, hessian_traffic, micro_batch_tokens
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import GradientBuffer, output_elements, stage_buffer, stage_rows
 from megatron_prune.launch.estimate.route import Route
@@ -94,7 +93,7 @@ def _shares_of_others(
     config: Config, layout: ShardLayout, placement: Placement, stage: int, dp_rank: int | None
 ) -> int:
     """Of an equal share of the output weights, the elements that others own; of the rank with most without `dp_rank`
-    (see `saliency.fisher`)."""
+    (see `saliency.collector`)."""
     buffer = stage_buffer(config, layout, placement, stage)
     rows = [row for row, _ in stage_rows(layout.architecture.table, placement, stage)]
     is_output = [row.is_output for row in reversed(rows)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_prune.config import Config
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.installed import lacking
+from megatron_prune.evaluation.tasks import lacking
 from megatron_prune.launch.jobs.stages import EVALUATION, EXPORTED
 from megatron_prune.runtime.places import search_path
 

@@ -1,6 +1,6 @@
 """A whole layer: both its output projections become zero, so that it hands on what it gets, and then it is gone.
 
-With `score: block_influence` the layer that turns what it is given least is the candidate (`saliency.influence`). What
+With `score: block_influence` the layer that turns what it is given least is the candidate (`InfluenceWatcher`). What
 it is worth against groups of other kinds is still the criterion's sum, since a cosine is no change of the loss.
 """
 

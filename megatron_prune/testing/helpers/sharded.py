@@ -37,7 +37,7 @@ from megatron_prune.model.kinds import VOCAB, find_kind
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.teacher import Teacher
 from megatron_prune.pruning.groups import known_groups
-from megatron_prune.resharding.verify import verify
+from megatron_prune.resharding.coordinator import verify
 from megatron_prune.runtime.device import DeviceRuntime, choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
 from megatron_prune.testing.reference import oracle_scores
@@ -45,9 +45,8 @@ from megatron_prune.testing.reference.oracle import OracleSettings
 from megatron_prune.testing.reference.oracle_settings import LinearDecay
 from megatron_prune.training.distillation import Distillation
 from megatron_prune.training.metrics import IterationReport, Reporter
-from megatron_prune.training.objective import Objective
 from megatron_prune.training.state import RunState
-from megatron_prune.training.step import NEXT_TOKEN
+from megatron_prune.training.step import NEXT_TOKEN, Objective
 from megatron_prune.training.trainer import Datasets, Trainer
 
 

@@ -24,7 +24,7 @@ from megatron_prune.model.sources import RandomWeights
 from megatron_prune.pruning.groups import default_names, find_group
 from megatron_prune.pruning.selector import choose
 from megatron_prune.runtime.mesh import Mesh
-from megatron_prune.saliency.fisher import MicrobatchFisher
+from megatron_prune.saliency.collector import MicrobatchFisher
 from megatron_prune.saliency.reducer import ElementScores, score_elements
 from megatron_prune.saliency.scores import UnitScores, score_length, smooth
 from megatron_prune.testing.helpers.meters import Seconds

@@ -1,6 +1,6 @@
 """How fast: a 1.7 B model in bf16 at sequence 2048, plain and while it is pruned, and the models it becomes.
 
-MFU is model FLOPs (see `training.flops`) over the device's dense bf16 peak. Pruning is compared with plain steps of the
+MFU is model FLOPs (see `pruning.budget`) over the device's dense bf16 peak. Pruning is compared with plain steps of the
 same run in turn; what a compaction costs is measured by itself and spread over the removals between two of them.
 """
 
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.pruning.budget import training_flops
 from megatron_prune.pruning.groups import default_names, find_group
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
@@ -26,7 +27,7 @@ from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row, at_le
 from megatron_prune.testing.benchmarks.gpu_check.shapes import Shapes, plain_seconds, start
 from megatron_prune.testing.helpers.meters import Dispatches
 from megatron_prune.testing.helpers.stepped_run import SteppedRun
-from megatron_prune.training.flops import known_peak_tflops, training_flops_per_token
+from megatron_prune.training.metrics import known_peak_tflops
 
 GIB = 1 << 30
 GOAL_MFU, GOAL_1_1, GOAL_1_9, GOAL_SHRINK = 0.42, 0.97, 0.99, 0.9
@@ -62,7 +63,7 @@ def _empty(context: Context) -> None:
 
 def _flops(architecture: Architecture, shapes: Shapes) -> float:
     """Model FLOPs of an iteration."""
-    return training_flops_per_token(architecture, shapes.seq_length) * shapes.seq_length * shapes.sequences
+    return training_flops(architecture, shapes.seq_length) * shapes.seq_length * shapes.sequences
 
 
 def _speed(context: Context, shapes: Shapes, architecture: Architecture, seconds: float) -> tuple[str, float | None]:
