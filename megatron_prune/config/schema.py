@@ -33,6 +33,11 @@ class ModelConfig:
         "auto",
         "class of megatron-core that carries it: GPTModel, HybridModel, or the newest that is there; same results",
     )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "kernels that torch.compile makes in the first steps; on: norms, RoPE, SwiGLU and (bf16) the loss; auto: on a "
+        "GPU those without sums, with which a resumed run stays the same to the bit",
+    )
     attention_backend: Literal["sdpa"] = option("sdpa", "core attention: torch's scaled_dot_product_attention")
     recompute_granularity: Literal["selective", "full"] | None = option(
         None, "recompute activations in the backward pass: of the core attention, or of whole layers"

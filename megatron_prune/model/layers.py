@@ -30,6 +30,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_prune.model.elementwise import live_rms_norm, rotate
 from megatron_prune.model.table import EMPTY
 
 
@@ -46,12 +47,15 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.eps = eps
         self.live_width = hidden_size
+        self.is_compiled = config.persist_layer_norm
         # Under sequence parallelism each rank sees part of the sequence: megatron-core sums the gradients it finds
         # marked.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """Normed activations in the input's dtype and shape."""
+        if self.is_compiled:
+            return live_rms_norm(x_SBH, self.weight, self.live_width, self.eps)
         stored = x_SBH.shape[-1]
         ratio = self.live_width / stored
         weight = self.weight.float() if ratio == 1.0 else self.weight.float() * ratio**0.5
@@ -219,13 +223,17 @@ class PrunableSelfAttention(MegatronModule):
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         if rotary_pos_emb is not None and self.knows_positions:
-            rotary = {"config": self.config, "cp_group": self.pg_collection.cp}
-            q, k = (apply_rotary_pos_emb(t, rotary_pos_emb, **rotary) for t in (q, k))
+            q, k = (self._rotated(t, rotary_pos_emb) for t in (q, k))
         if self.config.recompute_granularity == "selective" and self.training:
             context = tensor_parallel.checkpoint(self.core_attention, False, q, k, v)
         else:
             context = self.core_attention(q, k, v)
         return self.linear_proj(context)
+
+    def _rotated(self, x_SBND: Tensor, angles: Tensor) -> Tensor:
+        if self.config.bias_activation_fusion:
+            return rotate(x_SBND, angles)
+        return apply_rotary_pos_emb(x_SBND, angles, config=self.config, cp_group=self.pg_collection.cp)
 
     @property
     def slots(self) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.model.classes import AUTO, HYBRID, PrunableLlama, construct, engine_of
+from megatron_prune.model.elementwise import NONE, fusions
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layers import CoreAttention, PrunableSelfAttention, RMSNorm, set_slots
 from megatron_prune.model.layout import ShardLayout, stage_layers
@@ -45,6 +46,7 @@ class ModelOptions:
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None
     engine: str = AUTO
+    kernels: str = NONE  # made by torch.compile: see `elementwise`
 
 
 def stored_sizes(layout: ShardLayout) -> dict[str, int]:
@@ -104,12 +106,11 @@ def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, optio
             hidden_dropout=0.0,
             perform_initialization=False,  # weights always come from a source: see load_parameters
             use_cpu_initialization=mesh.device.kind == "cpu",
-            bias_activation_fusion=mesh.device.kind == "cuda",
+            **fusions(options.kernels, options.dtype),
             masked_softmax_fusion=False,
             bias_dropout_fusion=False,
             gradient_accumulation_fusion=False,  # the micro-batch's own gradient must exist for the Fisher estimate
             apply_rope_fusion=False,
-            persist_layer_norm=False,
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"model and parallel options do not fit together: {error}") from error

@@ -27,6 +27,7 @@ from megatron_prune.launch.assembly.opening import Inputs
 from megatron_prune.launch.assembly.saving import CheckpointSaver
 from megatron_prune.launch.assembly.teaching import build_objective
 from megatron_prune.model.architecture import Architecture
+from megatron_prune.model.elementwise import kernels_for
 from megatron_prune.model.kinds import VOCAB
 from megatron_prune.model.layout import Quanta, ShardLayout
 from megatron_prune.model.llama import ModelOptions
@@ -54,9 +55,13 @@ def quanta(config: Config) -> Quanta:
     }
 
 
-def model_options(config: Config) -> ModelOptions:
+def model_options(config: Config, device: str | None = None) -> ModelOptions:
     """What `build_llama` wants of the configuration: sequence length, dtype, sequence parallelism, recomputation,
-    and how layers are dealt to pipeline stages."""
+    how layers are dealt to pipeline stages, and which kernels are made (for `device`, cuda or cpu; None: none).
+
+    Raises:
+        UserError: `model.compile: on`, and this machine cannot.
+    """
     return ModelOptions(
         seq_length=config.data.seq_length,
         dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
@@ -67,6 +72,7 @@ def model_options(config: Config) -> ModelOptions:
         num_layers_in_first_pipeline_stage=config.parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=config.parallel.num_layers_in_last_pipeline_stage,
         engine=config.model.engine,
+        kernels=kernels_for(config.model.compile, device),
     )
 
 
@@ -107,7 +113,7 @@ def build_model(config: Config, inputs: Inputs, mesh: Mesh) -> LiveModel:
 
 def _built(config: Config, layout: ShardLayout, mesh: Mesh, read: Callable[[str], Tensor] | None) -> LiveModel:
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
-    return LiveModel.build(layout, mesh, model_options(config), optimizer_options(config), read)
+    return LiveModel.build(layout, mesh, model_options(config, mesh.device.kind), optimizer_options(config), read)
 
 
 def build_datasets(config: Config, inputs: Inputs, train_samples: int | None = None) -> Datasets:
@@ -157,5 +163,6 @@ def build_trainer(
     if directory is not None:
         saver = CheckpointSaver(config, inputs, model, datasets.train, directory, reporter, shuffle)
     agreement = StepAgreement(config.training, mesh, signalled, time.monotonic() if started is None else started)
-    objective = build_objective(config, inputs.teacher, mesh, model_options(config), quanta(config))
+    options = model_options(config, mesh.device.kind)
+    objective = build_objective(config, inputs.teacher, mesh, options, quanta(config))
     return Trainer(config, model, datasets, state, reporter, saver, history, agreement, objective)

@@ -73,6 +73,7 @@ class Case:
     distributed_optimizer: bool = False
     overlap: bool = False
     bf16: bool = False
+    compile: str = "off"
     quanta: Quanta = field(default_factory=lambda: rounded(vocab=8))
     recompute: str | None = None
     first_stage_layers: int | None = None
@@ -122,6 +123,7 @@ class Case:
                 recompute_granularity=self.recompute,  # type: ignore[arg-type]
                 recompute_method="uniform" if is_full else None,
                 recompute_num_layers=1 if is_full else None,
+                compile=self.compile,  # type: ignore[arg-type]
             ),
             training=dataclasses.replace(config.training, bf16=self.bf16),
             pruning=dataclasses.replace(config.pruning, groups=groups),
