@@ -71,11 +71,8 @@ def read_words(path: str | Path, largest: int = LARGEST) -> str:
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether a regular file is there; False where nothing is.
-
-    Raises:
-        OSError: something else stands there: a link that leads nowhere, a pipe, a device, a folder.
-    """
+    """Whether a regular file is there; False where nothing is. Raises OSError: something else stands there: a link that
+    leads nowhere, a pipe, a device, a folder."""
     try:
         _insist_file(os.stat(path).st_mode, path)
     except (FileNotFoundError, NotADirectoryError):
@@ -110,11 +107,8 @@ def insist_own(path: str | Path, folder: str | Path | None = None) -> None:
 
 
 def open_stream(path: str | Path) -> io.FileIO:
-    """A file, device or pipe, unbuffered. Whoever writes into a pipe may take its time, once it has begun.
-
-    Raises:
-        OSError: it cannot be opened, or is a pipe that nobody writes into.
-    """
+    """A file, device or pipe, unbuffered. Whoever writes into a pipe may take its time, once it has begun. Raises
+    OSError: it cannot be opened, or is a pipe that nobody writes into."""
     if not stat.S_ISFIFO(os.stat(path).st_mode):
         return open(path, "rb", buffering=0)
     with ThreadPoolExecutor(1) as pool:

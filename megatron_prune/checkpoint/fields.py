@@ -60,11 +60,8 @@ TABLES = FieldType(
 
 
 def check_fields(values: Mapping[str, Any], types: Mapping[str, FieldType], file: Path, required: bool = False) -> None:
-    """See that fields read from `file` are of their types; those that are absent or None are not `required`.
-
-    Raises:
-        UserError: one is not; names file and field.
-    """
+    """See that fields read from `file` are of their types; those that are absent or None are not `required`. Raises
+    UserError: one is not; names file and field."""
     for name, wanted in types.items():
         value = values.get(name)
         if (required or value is not None) and not wanted.fits(value):

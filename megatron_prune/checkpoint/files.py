@@ -168,12 +168,8 @@ def _latest(directory: Path) -> int:
 
 
 def latest_number(directory: Path) -> int | None:
-    """What `latest_checkpointed_iteration.txt` says; None for `release`, Megatron's word for weights alone.
-
-    Raises:
-        ValueError: it is neither (a path, a number beyond all iterations, ...).
-        OSError: it cannot be read.
-    """
+    """What `latest_checkpointed_iteration.txt` says; None for `release`, Megatron's word for weights alone. Raises
+    ValueError: it is neither (a path, a number beyond all iterations, ...); OSError: it cannot be read."""
     with open_file(directory / LATEST) as file:
         text = file.read(_LONGEST + 3)
     if text.strip() == b"release":
@@ -218,11 +214,8 @@ def digest(path: Path) -> Digest:
 
 
 def check_present(folder: Path, digests: Mapping[str, Digest]) -> None:
-    """See that every file is in `folder` with its size, as the rank that wrote it says.
-
-    Raises:
-        OSError: one is not, within the time in which a network file system may learn of it.
-    """
+    """See that every file is in `folder` with its size, as the rank that wrote it says. Raises OSError: one is not,
+    within the time in which a network file system may learn of it."""
     deadline = time.monotonic() + _SECONDS_TO_APPEAR
     missing = list(digests)
     while missing := [name for name in missing if _size(folder / name) != digests[name].size]:

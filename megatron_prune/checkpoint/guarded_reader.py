@@ -95,12 +95,9 @@ def _refusal(path: Path, name: str) -> UserError:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What is stored in a `torch_dist` checkpoint, and where.
-
-    Raises:
-        UserError: there is no `.metadata`, or it is damaged, asks for a class that has no place there, or names files
-            outside of `folder` or more values than its files hold.
-    """
+    """What is stored in a `torch_dist` checkpoint, and where. Raises UserError: there is no `.metadata`, or it is
+    damaged, asks for a class that has no place there, or names files outside of `folder` or more values than its files
+    hold."""
     path = folder / ".metadata"
     before = {one: dict(vars(one)) for one in _records()}
     try:

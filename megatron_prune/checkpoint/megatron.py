@@ -121,11 +121,8 @@ class MegatronCheckpoint:
         return self.stored[key]
 
     def _numbered(self) -> dict[str, list[int]]:
-        """Per block, the number of each layer's among the stored layers; empty where layers are stored together.
-
-        Raises:
-            UserError: the blocks do not take turns.
-        """
+        """Per block, the number of each layer's among the stored layers; empty where layers are stored together. Raises
+        UserError: the blocks do not take turns."""
         pattern = re.compile(rf"{re.escape(LAYER)}(\d+)\.({'|'.join(_BLOCKS)})\.")
         found = {(m[2], int(m[1])) for key in self.stored if (m := pattern.match(key))}
         if not found:
@@ -271,11 +268,8 @@ def _folder(directory: Path) -> Path:
 
 
 def _stored_arguments(folder: Path, metadata: Metadata, options: ShapeOptions) -> dict[str, Any]:
-    """Megatron's arguments; empty where there are none, or they are not to be had and not needed.
-
-    Raises:
-        UserError: they do not load without running code, and `options` leave something open.
-    """
+    """Megatron's arguments; empty where there are none, or they are not to be had and not needed. Raises UserError:
+    they do not load without running code, and `options` leave something open."""
     from megatron.core import enums, rerun_state_machine
     from megatron.core.transformer import enums as transformer_enums
 

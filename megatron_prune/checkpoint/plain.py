@@ -37,11 +37,8 @@ def unpack(path: Path) -> Any:
 
 
 def encode(value: Any, where: str = "state") -> Any:
-    """A copy of `value` that torch loads without running code.
-
-    Raises:
-        TypeError: something else than plain values, containers, arrays and tensors; names where.
-    """
+    """A copy of `value` that torch loads without running code. Raises TypeError: something else than plain values,
+    containers, arrays and tensors; names where."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int)):

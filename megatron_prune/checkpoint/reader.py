@@ -70,21 +70,14 @@ class CheckpointReader:
         ]
 
     def read(self, hf_name: str) -> Tensor:
-        """The model weight `hf_name`: live units only, canonical order, the stored dtype, on the host.
-
-        Raises:
-            UserError: there is no such tensor.
-        """
+        """The model weight `hf_name`: live units only, canonical order, the stored dtype, on the host. Raises
+        UserError: there is no such tensor."""
         return self._read(weight_key(hf_name))
 
     def read_optimizer(self, kind: str, hf_name: str) -> Tensor:
         """Optimizer state of `hf_name`, fp32 [live shape]; kind `exp_avg`, `exp_avg_sq` or `main`.
 
-        `main` of an fp32 checkpoint is the weight itself.
-
-        Raises:
-            UserError: there is no such tensor.
-        """
+        `main` of an fp32 checkpoint is the weight itself. Raises UserError: there is no such tensor."""
         if kind == MAIN and MAIN not in self.record.facts.optimizer:
             return self.read(hf_name).float()
         return self._read(optimizer_key(kind, hf_name))

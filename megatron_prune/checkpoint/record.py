@@ -93,11 +93,8 @@ class Progress:
     @classmethod
     def read(cls, save: Path) -> Progress:
         """Of the newest complete checkpoint in `save`, the one that training would go on from, also where a crash
-        struck between two renames. Reads two small files and no tensors.
-
-        Raises:
-            UserError: there is something, and no checkpoint that can be read.
-        """
+        struck between two renames. Reads two small files and no tensors. Raises UserError: there is something, and no
+        checkpoint that can be read."""
         if not holds_checkpoint(save):
             return cls()
         iteration, folder = resolve(save)
@@ -294,11 +291,8 @@ class RunRecord:
 def record_files(
     iteration: int, layout: ShardLayout, facts: Facts, state: dict[str, Any], rng: list[dict[str, Any]]
 ) -> dict[str, bytes]:
-    """File name -> content, a snapshot of everything given.
-
-    Raises:
-        TypeError: `state` holds something that is not plain; names where.
-    """
+    """File name -> content, a snapshot of everything given. Raises TypeError: `state` holds something that is not
+    plain; names where."""
     from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
     from megatron_prune.checkpoint.plain import pack

@@ -27,11 +27,8 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(states: dict[str, Any], file: Path = Path("rng")) -> None:
-    """Inverse of `capture_rng`; the generators of a device stay as they are when the states are of another kind.
-
-    Raises:
-        UserError: they are no states; names `file`, which they were read from.
-    """
+    """Inverse of `capture_rng`; the generators of a device stay as they are when the states are of another kind. Raises
+    UserError: they are no states; names `file`, which they were read from."""
     try:
         random.setstate(states["python"])
         np.random.set_state(states["numpy"])  # noqa: NPY002

@@ -296,11 +296,8 @@ def save_weights(
 def hold(
     mesh: Mesh, directory: Path, what: str = "checkpoint.save", above: Sequence[Process] = ()
 ) -> Iterator[Lease | None]:
-    """Hold `directory` while the block runs: rank 0's lease, None on other ranks (collective at its begin).
-
-    Raises:
-        UserError: on all ranks; see `lease.acquire`.
-    """
+    """Hold `directory` while the block runs: rank 0's lease, None on other ranks (collective at its begin). Raises
+    UserError: on all ranks; see `lease.acquire`."""
     lease, complaint = None, None
     if mesh.rank == 0:
         try:

@@ -244,11 +244,8 @@ def _packed(parts: dict[str, Tensor], shape: LlamaShape) -> Tensor:
 
 
 def arguments_for(shape: LlamaShape, dtype: torch.dtype) -> argparse.Namespace:
-    """What Megatron-LM would have been called with; what it does with dropout, experts and so on is said, too.
-
-    Raises:
-        UserError: the model's rotary scaling is none of Megatron's.
-    """
+    """What Megatron-LM would have been called with; what it does with dropout, experts and so on is said, too. Raises
+    UserError: the model's rotary scaling is none of Megatron's."""
     if shape.no_rope_layers:
         raise UserError("layers without rotary embedding (SmolLM3's) are not written as Megatron-LM's checkpoint")
     if shape.add_proj_bias or shape.add_ffn_bias:

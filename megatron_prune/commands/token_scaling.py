@@ -58,11 +58,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run | str:
-    """A run, or the reason why it has nothing to compare yet.
-
-    Raises:
-        UserError: a file is not what a run writes.
-    """
+    """A run, or the reason why it has nothing to compare yet. Raises UserError: a file is not what a run writes."""
     summary, config = folder / "summary.json", folder / "config.yaml"
     if not summary.is_file():
         return "no summary.json: the run has not ended yet"

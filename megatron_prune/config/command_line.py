@@ -78,10 +78,7 @@ def parse_command(argv: list[str]) -> Command:
 
 def configured(given: Given, file: str | None, recipe: str | None = None) -> Config:
     """The configuration of `recipe`, over it that in `file`, with what the flags say; each field is checked alone.
-
-    Raises:
-        UserError: a file cannot be read, or a field is wrong.
-    """
+    Raises UserError: a file cannot be read, or a field is wrong."""
     config = Config() if recipe is None else recipe_config(recipe)
     config = config if file is None else read_file(file, config)
     filled = {name: given.fill(name, getattr(config, name)) for name in sections_of(Config)}

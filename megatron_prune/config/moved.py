@@ -19,11 +19,8 @@ _SECTION, _FIELD = "pruning", "groups"
 
 
 def renamed_entry(section: str, name: str, raw: Any, source: str) -> tuple[str, Any]:
-    """(name, raw value) of an entry of a YAML section; entries that were never renamed are returned as they are.
-
-    Raises:
-        UserError: an old mapping that is none, or has other keys than it had.
-    """
+    """(name, raw value) of an entry of a YAML section; entries that were never renamed are returned as they are. Raises
+    UserError: an old mapping that is none, or has other keys than it had."""
     if section != _SECTION or name not in MOVED:
         return name, raw
     field, target = MOVED[name]

@@ -35,11 +35,8 @@ def parse_ratio(text: str) -> tuple[int, int]:
 
 
 def parse_span(text: str, where: str, run_tokens: int) -> int:
-    """Tokens that `text` spells: a count such as 5B, or a share of `run_tokens` such as 20%.
-
-    Raises:
-        UserError: it is neither; names `where` it stands.
-    """
+    """Tokens that `text` spells: a count such as 5B, or a share of `run_tokens` such as 20%. Raises UserError: it is
+    neither; names `where` it stands."""
     share = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
     if share and float(share[1]) <= 100:
         return round(float(share[1]) / 100 * run_tokens)

@@ -180,11 +180,8 @@ def _count_aliases(text: str) -> int:
 
 
 def load_plain_yaml(text: str) -> Any:
-    """A stranger's YAML as plain values: without aliases, which can stand for more than memory holds.
-
-    Raises:
-        ValueError: it is none, or has aliases.
-    """
+    """A stranger's YAML as plain values: without aliases, which can stand for more than memory holds. Raises
+    ValueError: it is none, or has aliases."""
     try:
         if _count_aliases(text):
             raise ValueError("aliases")

@@ -85,11 +85,8 @@ class BatchStream:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        """The next micro-batch; what went wrong when it was read is raised now.
-
-        Raises:
-            UserError: the data set is exhausted, or its files are damaged.
-        """
+        """The next micro-batch; what went wrong when it was read is raised now. Raises UserError: the data set is
+        exhausted, or its files are damaged."""
         while len(self._coming) <= self._ahead:
             self._coming.append(self._reader.submit(self._read))
         batch = self._coming.popleft().result()

@@ -67,11 +67,7 @@ def blend_words(text: str, field: str = "data.data_path (--data-path)") -> list[
     """A blend's weights and prefixes, in turn, or one prefix alone.
 
     A text that is a data set's prefix as it stands is one, spaces and all; otherwise words are parted by white space,
-    and one that holds white space itself is quoted as in a shell.
-
-    Raises:
-        UserError: a quotation does not end.
-    """
+    and one that holds white space itself is quoted as in a shell. Raises UserError: a quotation does not end."""
     prefix = text.strip()
     if os.path.exists(bin_path(prefix)) or os.path.exists(idx_path(prefix)):
         return [prefix]
@@ -254,11 +250,8 @@ def _build(
 def _rank_after_rank(build: Callable[[], T]) -> T:
     """`build` on rank 0 and then on the others, which find what it put into the cache; collective.
 
-    Where the cache is not shared, or cannot be read, a rank makes its own.
-
-    Raises:
-        UserError: of the first rank that has one, on all ranks.
-    """
+    Where the cache is not shared, or cannot be read, a rank makes its own. Raises UserError: of the first rank that has
+    one, on all ranks."""
     if not dist.is_initialized():
         return build()
     result: T | None = None

@@ -68,10 +68,7 @@ class Document(NamedTuple):
 
 def check_inputs(paths: Sequence[str]) -> int:
     """Check that all files can be opened; returns their size on disk in bytes, 0 where one is a pipe and nobody knows.
-
-    Raises:
-        UserError: no file is given, or one is missing, a folder, or not readable.
-    """
+    Raises UserError: no file is given, or one is missing, a folder, or not readable."""
     if not paths:
         raise UserError("--input: no file is given")
     sizes: list[int | None] = []

@@ -38,11 +38,8 @@ class Guarded:
 
 
 class TokenReader:
-    """Tokens of a .bin file, under the interface of megatron-core's readers.
-
-    Raises:
-        UserError: the file cannot be opened.
-    """
+    """Tokens of a .bin file, under the interface of megatron-core's readers. Raises UserError: the file cannot be
+    opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,11 +49,7 @@ class TokenReader:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
     def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
-        """`count` numbers from byte `offset` on.
-
-        Raises:
-            UserError: the file ends before, or the disk fails.
-        """
+        """`count` numbers from byte `offset` on. Raises UserError: the file ends before, or the disk fails."""
         size = int(count) * np.dtype(dtype).itemsize
         content = bytearray()
         try:
@@ -74,11 +67,8 @@ class TokenReader:
 
 
 def raise_file_limit(data_sets: int, splits: int) -> None:
-    """Let this process open as many files as a blend needs: tokens, index, and three arrays of each split.
-
-    Raises:
-        UserError: the system allows fewer.
-    """
+    """Let this process open as many files as a blend needs: tokens, index, and three arrays of each split. Raises
+    UserError: the system allows fewer."""
     wanted = data_sets * (2 + 3 * splits) + 2 * splits
     try:
         wanted += len(os.listdir("/proc/self/fd")) + _SPARE_FILES

@@ -21,11 +21,8 @@ LFS_HINT = "is a pointer of Git LFS, not the file itself; fetch it with git lfs 
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`.
-
-    Raises:
-        UserError: there is no such file, it is a link out of its folder, or no JSON object.
-    """
+    """The JSON object in `file`. Raises UserError: there is no such file, it is a link out of its folder, or no JSON
+    object."""
     try:
         insist_own(file)
         content = json.loads(read_words(file))
@@ -43,12 +40,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def present(file: Path, folder: Path | None = None) -> bool:
-    """Whether `file` of `folder` (its parent unless given) is there.
-
-    Raises:
-        UserError: something else is (a link that leads nowhere, a pipe, a folder): left out in silence, its content
-            would be missed later; or it is a link that `insist_own` refuses.
-    """
+    """Whether `file` of `folder` (its parent unless given) is there. Raises UserError: something else is (a link that
+    leads nowhere, a pipe, a folder): left out in silence, its content would be missed later; or it is a link that
+    `insist_own` refuses."""
     try:
         is_file = is_there(file)
         insist_own(file, folder)

@@ -51,10 +51,7 @@ class Entry:
 
 def kept(folder: str, entries: Sequence[Entry], make: Callable[[], Sequence[np.ndarray]]) -> list[np.ndarray]:
     """The arrays of `entries`, mapped from files in `folder`; made by `make`, in the same order, where one is missing.
-
-    Raises:
-        UserError: they have to be made and the folder cannot be written, or its disk is full.
-    """
+    Raises UserError: they have to be made and the folder cannot be written, or its disk is full."""
     found: list[np.ndarray] = []
     for entry in entries:
         array = _open(os.path.join(folder, entry.name), entry, found)

@@ -98,11 +98,8 @@ def holds_metadata(prefix: str) -> bool:
 
 
 def read_metadata(prefix: str) -> Metadata | None:
-    """The metadata of a data set; None where there is no such file, or another program's.
-
-    Raises:
-        UserError: the file says it is metadata but lacks some of it; or what stands there is no file (a link to none).
-    """
+    """The metadata of a data set; None where there is no such file, or another program's. Raises UserError: the file
+    says it is metadata but lacks some of it; or what stands there is no file (a link to none)."""
     try:
         is_there(metadata_path(prefix))
     except OSError as error:
@@ -194,13 +191,9 @@ class IndexedData:
 
 
 def inspect(prefix: str) -> IndexedData:
-    """Read the index of a data set, every entry of it, and check that its files are whole.
-
-    Raises:
-        UserError: a file is missing, cannot be read, is no indexed data set, is truncated, or is longer than the index
-            says; an entry of the index contradicts the others; `P.json` describes other data; or the data set holds no
-            token.
-    """
+    """Read the index of a data set, every entry of it, and check that its files are whole. Raises UserError: a file is
+    missing, cannot be read, is no indexed data set, is truncated, or is longer than the index says; an entry of the
+    index contradicts the others; `P.json` describes other data; or the data set holds no token."""
     for suffix in (".bin", ".idx"):
         if prefix.endswith(suffix) and idx_path(prefix[: -len(suffix)]).is_file():
             raise UserError(f"{prefix}: give the prefix without {suffix}")

@@ -86,11 +86,8 @@ def staging(target: Path) -> Path:
 
 
 def claim(path: Path) -> BinaryIO:
-    """Create `path` for writing, locked until it is closed.
-
-    Raises:
-        FileExistsError: it is there. OSError: it cannot be made.
-    """
+    """Create `path` for writing, locked until it is closed. Raises FileExistsError: it is there. OSError: it cannot be
+    made."""
     while True:
         stream = open(path, "xb")  # noqa: SIM115 - the caller closes it, and lets go of the lock with that
         if _lock(stream.fileno(), path):
@@ -101,10 +98,7 @@ def claim(path: Path) -> BinaryIO:
 @contextmanager
 def claim_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
     """Make the folder `path`, and those above it, locked while entered; if it is still there afterwards, it goes.
-
-    Raises:
-        FileExistsError: it is there. OSError: it cannot be made.
-    """
+    Raises FileExistsError: it is there. OSError: it cannot be made."""
     for number in range(_TRIES):
         try:
             path.mkdir(mode, parents=True)
@@ -128,11 +122,7 @@ def claim_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """An empty folder of this process's own in the system's folder for temporary files, while entered. Those of this
-    user's processes that were killed are removed.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    user's processes that were killed are removed. Raises OSError: it cannot be made."""
     place = Path(tempfile.gettempdir())
     clear_unowned(path for path in place.glob(f"{_SCRATCH}*") if _is_own(path))
     path = place / f"{_SCRATCH}{secrets.token_hex(8)}"

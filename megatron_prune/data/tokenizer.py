@@ -107,11 +107,8 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model file.
-
-    Raises:
-        UserError: the file is no SentencePiece model, or the model has no end-of-sequence id.
-    """
+    """A SentencePiece model file. Raises UserError: the file is no SentencePiece model, or the model has no
+    end-of-sequence id."""
 
     kind = SENTENCEPIECE
 
@@ -155,11 +152,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """What `AutoTokenizer` makes of a folder (or of a `*.json` file): the same ids, special tokens included.
 
     Special tokens spelled out in a text become their ids, as everywhere in Hugging Face's world. Where the tokenizer
-    names no begin or end, the ids in `generation_config.json` and `config.json` stand for them.
-
-    Raises:
-        UserError: transformers is not installed, the folder cannot be read, or no end-of-sequence token is named.
-    """
+    names no begin or end, the ids in `generation_config.json` and `config.json` stand for them. Raises UserError:
+    transformers is not installed, the folder cannot be read, or no end-of-sequence token is named."""
 
     kind = HUGGING_FACE
 

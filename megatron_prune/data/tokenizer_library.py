@@ -53,12 +53,9 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def load_library(place: TokenizerPlace) -> Any:
-    """The tokenizer as `AutoTokenizer` gives it: added and special tokens, padding side, chat templates.
-
-    Raises:
-        UserError: transformers is not installed, cannot read the folder, would need code from it, or picks a class that
-            gives ordinary text other ids than the vocabulary file does.
-    """
+    """The tokenizer as `AutoTokenizer` gives it: added and special tokens, padding side, chat templates. Raises
+    UserError: transformers is not installed, cannot read the folder, would need code from it, or picks a class that
+    gives ordinary text other ids than the vocabulary file does."""
     try:
         import transformers
     except ImportError as error:
@@ -112,11 +109,8 @@ def refuse_code(folder: Path) -> None:
 
 
 def refuse_paths(folder: Path) -> None:
-    """Classes take whatever the settings say as their arguments, and open what these name, wherever it is.
-
-    Raises:
-        UserError: the settings of the folder's tokenizer name a file outside of it.
-    """
+    """Classes take whatever the settings say as their arguments, and open what these name, wherever it is. Raises
+    UserError: the settings of the folder's tokenizer name a file outside of it."""
     for name in _SETTINGS:
         inner: list[Any] = [settings_in(folder / name)]
         while inner:

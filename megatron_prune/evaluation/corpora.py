@@ -91,11 +91,7 @@ class IndexedOptions:
 
 
 def is_text(path: str) -> bool:
-    """Whether a --data-path names a text file, as against the prefix of a data set.
-
-    Raises:
-        UserError: it names neither.
-    """
+    """Whether a --data-path names a text file, as against the prefix of a data set. Raises UserError: it names neither."""
     if bin_path(path).exists():
         return False
     if Path(path).is_file():
@@ -109,10 +105,7 @@ def is_text(path: str) -> bool:
 
 def check_corpus(path: str, document_separator: str = SEPARATORS[0], json_key: str = "text") -> None:
     """Read what a --data-path names, before anything is computed: every document of a text, every data set of a blend.
-
-    Raises:
-        UserError: it is missing or damaged, or a line is wrong.
-    """
+    Raises UserError: it is missing or damaged, or a line is wrong."""
     if not is_text(path):
         parse_blend(path, field=FIELD)
         return
@@ -228,11 +221,8 @@ class _IndexedWindows:
 
 
 def run_options(meta: Mapping[str, Any], where: str) -> tuple[IndexedOptions, int]:
-    """(what the run evaluates on, its sequence length), from its checkpoint's meta.
-
-    Raises:
-        UserError: the checkpoint records no data, as one that was only imported.
-    """
+    """(what the run evaluates on, its sequence length), from its checkpoint's meta. Raises UserError: the checkpoint
+    records no data, as one that was only imported."""
     config = config_of(meta)
     data, training = config.get("data") or {}, config.get("training") or {}
     own = "valid_data_path" if data.get("valid_data_path") else "data_path"

@@ -61,22 +61,15 @@ class ModelFolder:
     brings_code: bool
 
     def tokenizer(self, kind: str | None = None) -> Tokenizer:
-        """The tokenizer; of that kind if both kinds are there.
-
-        Raises:
-            UserError: there is none.
-        """
+        """The tokenizer; of that kind if both kinds are there. Raises UserError: there is none."""
         if self.tokenizer_source is None:
             raise UserError(f"{self.folder}: holds no tokenizer; name one with --tokenizer-model")
         both = kind == SENTENCEPIECE and (self.tokenizer_source / "tokenizer.model").is_file()
         return build_tokenizer(SENTENCEPIECE if both else None, str(self.tokenizer_source))
 
     def adds_bos(self) -> bool:
-        """Whether calling the tokenizer, as transformers loads it, begins with the begin-of-sequence id.
-
-        Raises:
-            UserError: it cannot be read.
-        """
+        """Whether calling the tokenizer, as transformers loads it, begins with the begin-of-sequence id. Raises
+        UserError: it cannot be read."""
         folder = self.tokenizer_folder
         return folder is not None and adds_bos(load_library(find_tokenizer(folder)))
 
@@ -170,11 +163,8 @@ def export_checkpoint(
 
 
 def load_model(candidate: ModelFolder, device: str, dtype: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model on `device`, ready to evaluate; weights in their stored dtype unless another one is named.
-
-    Raises:
-        UserError: transformers is missing or refuses the folder, weights are missing or left over, or the dtype is
-            unknown.
+    """The model on `device`, ready to evaluate; weights in their stored dtype unless another one is named. Raises
+    UserError: transformers is missing or refuses the folder, weights are missing or left over, or the dtype is unknown.
     """
     from transformers.utils import logging as transformers_logging
 

@@ -120,11 +120,7 @@ class Report:
 
 
 def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
-    """Write both forms, each in one piece; returns (JSON, Markdown).
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write both forms, each in one piece; returns (JSON, Markdown). Raises UserError: the folder cannot be written."""
     files = Path(folder) / JSON_NAME, Path(folder) / MARKDOWN_NAME
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)

@@ -72,11 +72,7 @@ class HarnessOptions:
 
 
 def harness_version() -> str:
-    """The installed version.
-
-    Raises:
-        UserError: it is not installed, or one of the packages that its model imports.
-    """
+    """The installed version. Raises UserError: it is not installed, or one of the packages that its model imports."""
     if (names := lacking()) is not None:
         raise UserError(
             f"--tasks needs lm-evaluation-harness and its packages, of which {names} is not installed: "

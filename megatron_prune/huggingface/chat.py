@@ -30,11 +30,8 @@ _SECONDS, _MEMORY = 10, 1 << 30
 
 
 def chat_templates(folder: Path, tokenizer: Any) -> dict[str, str]:
-    """Name -> template, as a folder's tokenizer has them; the only one is called DEFAULT. Empty: none.
-
-    Raises:
-        UserError: there is something else in their place.
-    """
+    """Name -> template, as a folder's tokenizer has them; the only one is called DEFAULT. Empty: none. Raises
+    UserError: there is something else in their place."""
     found = tokenizer.chat_template
     if not found:
         file = folder / "chat_template.json"

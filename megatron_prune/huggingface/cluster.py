@@ -85,11 +85,8 @@ def copy_code(folder: Path) -> None:
 
 
 def refresh_code(folder: str | Path) -> list[str]:
-    """Bring the code in an exported folder up to date; returns the files that were not. Nothing else is touched.
-
-    Raises:
-        UserError: it is no cluster export, or cannot be written. Each file is the old one or the new one.
-    """
+    """Bring the code in an exported folder up to date; returns the files that were not. Nothing else is touched. Raises
+    UserError: it is no cluster export, or cannot be written. Each file is the old one or the new one."""
     folder = Path(folder).resolve()
     if not (folder / "config.json").is_file():
         raise UserError(f"--refresh-code {folder}: holds no config.json; name the folder of an exported model")
@@ -119,12 +116,9 @@ def _code() -> dict[str, bytes]:
 
 
 def read_architecture(folder: str | Path) -> Architecture:
-    """The model in `folder`: its live units if it is a cluster export, else all of what `config.json` describes.
-
-    Raises:
-        UserError: as `config.read_shape`; or a cluster export's record is missing, damaged, or contradicts the fields
-            beside it.
-    """
+    """The model in `folder`: its live units if it is a cluster export, else all of what `config.json` describes. Raises
+    UserError: as `config.read_shape`; or a cluster export's record is missing, damaged, or contradicts the fields
+    beside it."""
     file = Path(folder) / "config.json"
     if stock.present(file):
         config = stock.read_json(file)

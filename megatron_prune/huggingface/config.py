@@ -119,11 +119,8 @@ def shown(value: Any) -> str:
 
 
 def read_shape(folder: str | Path) -> LlamaShape:
-    """The source model's shape from `config.json` in `folder`.
-
-    Raises:
-        UserError: no such file, a field is missing or senseless, or the model is of a kind not computed here.
-    """
+    """The source model's shape from `config.json` in `folder`. Raises UserError: no such file, a field is missing or
+    senseless, or the model is of a kind not computed here."""
     file = Path(folder) / "config.json"
     if not present(file):
         hint = what_else(Path(folder)) or "; name the folder of a Hugging Face model"

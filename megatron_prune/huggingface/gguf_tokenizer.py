@@ -89,11 +89,8 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
     Which file is the tokenizer's, and its special tokens, is what `find_tokenizer` and transformers say; ids that
     config.json names count only where the tokenizer names none. Added tokens beyond the model's rows are left out, with
-    a warning: the model cannot be given them.
-
-    Raises:
-        UserError: there is no tokenizer, or none that llama.cpp would reproduce.
-    """
+    a warning: the model cannot be given them. Raises UserError: there is no tokenizer, or none that llama.cpp would
+    reproduce."""
     if not holds_tokenizer(folder):
         raise UserError(f"{folder}: holds neither tokenizer.model nor tokenizer.json; a GGUF file needs a tokenizer")
     place = find_tokenizer(folder)

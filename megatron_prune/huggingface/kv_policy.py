@@ -47,11 +47,8 @@ class KvPlan:
 
     @classmethod
     def choose(cls, architecture: Architecture, requested: str = AUTO) -> KvPlan:
-        """The plan for `requested`, one of `POLICIES`.
-
-        Raises:
-            UserError: the policy is unknown, or not exact for this architecture.
-        """
+        """The plan for `requested`, one of `POLICIES`. Raises UserError: the policy is unknown, or not exact for this
+        architecture."""
         if requested not in POLICIES:
             raise UserError(f"--kv-policy {requested}: unknown; use {', '.join(POLICIES)}")
         obstacle = _why_not_native(architecture)

@@ -46,11 +46,8 @@ def refresh_list(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_replaceable(target: Path) -> None:
-    """See that an export stands in `target`, as it was written.
-
-    Raises:
-        UserError: there is no list, so nothing tells the tool's files from others; or a file of it was changed.
-    """
+    """See that an export stands in `target`, as it was written. Raises UserError: there is no list, so nothing tells
+    the tool's files from others; or a file of it was changed."""
     if not (target / LIST).is_file():
         first = next(iter(_files(target)), None) or min(entry.name for entry in target.iterdir())
         raise UserError(
@@ -64,11 +61,7 @@ def check_replaceable(target: Path) -> None:
 
 
 def check_kept(staged: Path, target: Path) -> None:
-    """See that what is kept of `target` fits beside the files in `staged`.
-
-    Raises:
-        UserError: a name is taken.
-    """
+    """See that what is kept of `target` fits beside the files in `staged`. Raises UserError: a name is taken."""
     for name in _others(target):
         place = staged / name
         taken = place.exists() or any(parent.is_file() for parent in place.parents)

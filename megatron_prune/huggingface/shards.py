@@ -67,11 +67,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes in `5GB`, `500MB`, `2GiB` or `123456`.
-
-    Raises:
-        UserError: it is none of these.
-    """
+    """Bytes in `5GB`, `500MB`, `2GiB` or `123456`. Raises UserError: it is none of these."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
         raise UserError(f"--max-shard-size {text}: is no size; write 5GB, 500MB or 2GiB")

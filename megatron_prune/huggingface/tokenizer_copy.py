@@ -113,12 +113,8 @@ def _difference_there(source: _Reading, save_dir: Path) -> str | None:
 def compare_tokenizers(place: TokenizerPlace, save_dir: Path, texts: Iterable[str]) -> dict[str, str]:
     """Check that `AutoTokenizer` reads an export's folder as the tokenizer it comes from; returns the rendered chats.
 
-    For every text the same ids and the same decoded text; the same vocabulary, special tokens, padding side and
-    chat templates, and what these make of some conversations.
-
-    Raises:
-        UserError: they differ; names the first difference.
-    """
+    For every text the same ids and the same decoded text; the same vocabulary, special tokens, padding side and chat
+    templates, and what these make of some conversations. Raises UserError: they differ; names the first difference."""
     if place.kind == SENTENCEPIECE:
         verify_tokenizer(place.vocabulary, save_dir, texts)
         return {}

@@ -33,10 +33,7 @@ def tokenizer_facts(tokenizer: Tokenizer, made: Iterable[Metadata | None]) -> di
 
 def check_tokenizer(tokenizer: Tokenizer, meta: Mapping[str, Any], allow_other: bool = False) -> None:
     """See that `tokenizer` is the data's; a warning where training knew of the difference already, or `allow_other`.
-
-    Raises:
-        UserError: it is another one.
-    """
+    Raises UserError: it is another one."""
     known = _of_data(meta)
     trained = meta.get(_FINGERPRINT)
     if not known and trained:

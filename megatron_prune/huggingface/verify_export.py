@@ -67,11 +67,8 @@ def load_stock_model(folder: str | Path, trust_remote_code: bool = False, dtype:
 
 
 def stock_logits(folder: str | Path, tokens: Tensor, trust_remote_code: bool = False) -> Tensor:
-    """fp32 logits [B, S, vocabulary] of int64 `tokens` [B, S] from the folder, by transformers on the CPU.
-
-    Raises:
-        UserError: as `load_stock_model`.
-    """
+    """fp32 logits [B, S, vocabulary] of int64 `tokens` [B, S] from the folder, by transformers on the CPU. Raises
+    UserError: as `load_stock_model`."""
     model = load_stock_model(folder, trust_remote_code)
     with torch.no_grad():
         return model.float().eval()(tokens, use_cache=False).logits

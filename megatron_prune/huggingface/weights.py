@@ -100,11 +100,8 @@ class FolderWeights:
         self.stored = split_fused(self.stored, self.folder)
 
     def __call__(self, hf_name: str) -> Tensor:
-        """The tensor of that name, perhaps mapped from its file: not to be written to.
-
-        Raises:
-            UserError: it cannot be read, or holds values that are not finite.
-        """
+        """The tensor of that name, perhaps mapped from its file: not to be written to. Raises UserError: it cannot be
+        read, or holds values that are not finite."""
         return finite(self._read(hf_name), f"{self.stored[hf_name].file}: {hf_name}")
 
     def _read(self, hf_name: str) -> Tensor:
@@ -157,10 +154,7 @@ class FolderWeights:
         """Account for every tensor: all that `model` needs are there, in its shape and a dtype of `FLOATS`; no other.
 
         Known leftovers pass: rotary frequencies of old exports, and a tied `lm_head.weight` equal to the embedding.
-
-        Raises:
-            UserError: one line that lists what is missing, unused, mis-shaped or of another dtype.
-        """
+        Raises UserError: one line that lists what is missing, unused, mis-shaped or of another dtype."""
         architecture = model if isinstance(model, Architecture) else Architecture.full(model)
         shape = architecture.shape
         expected = architecture.table.hf_shapes(architecture)
@@ -223,10 +217,7 @@ class FolderWeights:
 
 def split_fused(stored: dict[str, Stored], folder: Path) -> dict[str, Stored]:
     """The same with Phi-3's fused tensors as their parts: `qkv_proj` is queries, keys, values, `gate_up_proj` halves.
-
-    Raises:
-        UserError: there are such tensors, and `config.json` does not fit them.
-    """
+    Raises UserError: there are such tensors, and `config.json` does not fit them."""
     if not any(name.endswith(("qkv_proj.weight", "gate_up_proj.weight")) for name in stored):
         return stored
     shape = read_shape(folder)

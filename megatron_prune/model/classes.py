@@ -93,11 +93,7 @@ class GptLlama(PrunableLlama, GPTModel):
 
 
 def engine_of(asked: str) -> str:
-    """`gpt` or `hybrid`.
-
-    Raises:
-        UserError: `hybrid` is asked for, and this megatron-core has no HybridModel.
-    """
+    """`gpt` or `hybrid`. Raises UserError: `hybrid` is asked for, and this megatron-core has no HybridModel."""
     has_hybrid = importlib.util.find_spec("megatron.core.models.hybrid") is not None
     if asked == HYBRID and not has_hybrid:
         raise UserError(

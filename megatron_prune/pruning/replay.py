@@ -39,11 +39,8 @@ class Replay:
 
     @classmethod
     def read(cls, path: str | Path, source: Architecture, target_params: int) -> Replay:
-        """The removals in `path`, from `source` down to `target_params`.
-
-        Raises:
-            UserError: a line cannot be read, does not fit the source, or the target is not reached.
-        """
+        """The removals in `path`, from `source` down to `target_params`. Raises UserError: a line cannot be read, does
+        not fit the source, or the target is not reached."""
         path, architecture, kept = Path(path), source, list[Removal]()
         for number, removal in enumerate(_recorded(path, source), start=1):
             if architecture.parameters <= target_params:

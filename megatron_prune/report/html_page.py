@@ -34,11 +34,8 @@ def is_installed() -> bool:
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:
-    """Read the runs in `folders` and write the page, in one piece.
-
-    Raises:
-        UserError: plotly is not installed, or a folder holds no run that can be read. OSError: of writing.
-    """
+    """Read the runs in `folders` and write the page, in one piece. Raises UserError: plotly is not installed, or a
+    folder holds no run that can be read. OSError: of writing."""
     if not is_installed():
         raise UserError("a report needs plotly: pip install 'megatron_prune[report]'")
     replace_file(path, render([read_story(folder) for folder in folders]).encode())

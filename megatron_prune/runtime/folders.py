@@ -21,11 +21,8 @@ from megatron_prune.errors import UserError
 
 
 def probe_folder(folder: str | Path, field: str) -> None:
-    """Make `folder` and write a block in it, that a full disk would not take; nothing stays but the folder.
-
-    Raises:
-        UserError: that is not possible; `field` names the folder in the message.
-    """
+    """Make `folder` and write a block in it, that a full disk would not take; nothing stays but the folder. Raises
+    UserError: that is not possible; `field` names the folder in the message."""
     probe = Path(folder) / f".probe.{os.getpid()}"
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

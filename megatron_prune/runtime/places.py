@@ -97,11 +97,8 @@ class Rank:
 
 
 def find_place(environ: Mapping[str, str]) -> Torchrun | Rank:
-    """Decide what this process is.
-
-    Raises:
-        UserError: variables are missing or contradict each other; the message names them.
-    """
+    """Decide what this process is. Raises UserError: variables are missing or contradict each other; the message names
+    them."""
     if _is_pod(environ):
         return _pod(environ)
     if "RANK" in environ or "LOCAL_RANK" in environ:
@@ -125,11 +122,8 @@ def find_place(environ: Mapping[str, str]) -> Torchrun | Rank:
 
 
 def find_rank(environ: Mapping[str, str]) -> Rank:
-    """Which rank this process is, where nothing starts further ones.
-
-    Raises:
-        UserError: as `find_place`, or the variables ask for several ranks that nobody has started.
-    """
+    """Which rank this process is, where nothing starts further ones. Raises UserError: as `find_place`, or the
+    variables ask for several ranks that nobody has started."""
     if _is_pod(environ) and _pod(environ).nproc_per_node == 1:
         return dataclasses.replace(_given_rank({**environ, "LOCAL_RANK": "0"}), environment={"LOCAL_RANK": "0"})
     started = {name: value for name, value in environ.items() if (name, value) != ("NPROC_PER_NODE", "1")}

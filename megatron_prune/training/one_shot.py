@@ -62,10 +62,7 @@ class OneShot:
 
     def unit_scores(self, metric: str) -> UnitScores:
         """Sums per unit of the criterion called `metric`, as training would score the same batch; nothing is removed.
-
-        Raises:
-            UserError: a sum is not finite, on all ranks.
-        """
+        Raises UserError: a sum is not finite, on all ranks."""
         scores = self._score(self._config_of(metric), RunState()).unit_scores()
         if scores.not_finite:
             where = "; ".join(scores.not_finite)

@@ -86,11 +86,8 @@ def open_stream(
 
 
 def read_batch(batches: Batches, count: int, mesh: Mesh) -> Batches:
-    """The next `count` micro-batches, read before any of them is used, on all ranks or on none; collective.
-
-    Raises:
-        TrainingStoppedError: on all ranks, in the words of the first that cannot read its own.
-    """
+    """The next `count` micro-batches, read before any of them is used, on all ranks or on none; collective. Raises
+    TrainingStoppedError: on all ranks, in the words of the first that cannot read its own."""
     found: list[dict[str, Tensor]] = []
     complaint: str | None = None
     try:

@@ -120,11 +120,8 @@ class Trainer:
     # The run ---------------------------------------------------------------------------------------------------------
 
     def fit(self) -> str:
-        """Run until the end or an exit condition; returns the run's status (see `stopping`).
-
-        Raises:
-            TrainingStoppedError: the run broke one of its own rules; what was being written is complete then.
-        """
+        """Run until the end or an exit condition; returns the run's status (see `stopping`). Raises
+        TrainingStoppedError: the run broke one of its own rules; what was being written is complete then."""
         try:
             status = self._loop()
         except TrainingStoppedError:

@@ -30,12 +30,9 @@ PLAIN_TYPES = (bool, int, float, str, torch.dtype, torch.Tensor)
 
 
 def take_cache(arguments):
-    """Take the cache (or None) out of attention's keyword arguments, under whatever name it is there.
-
-    Raises:
-        TypeError: an argument that this code does not know could be the cache, or one is wanted and there is none:
-            to go on would compute something else without a word.
-    """
+    """Take the cache (or None) out of attention's keyword arguments, under whatever name it is there. Raises TypeError:
+    an argument that this code does not know could be the cache, or one is wanted and there is none: to go on would
+    compute something else without a word."""
     found = [cache for cache in (arguments.pop(name, None) for name in CACHE_NAMES) if cache is not None]
     unknown = [name for name, value in arguments.items() if not _is_plain(value)]
     if unknown or (arguments.get("use_cache") and not found) or any(cache is not found[0] for cache in found):

@@ -118,10 +118,7 @@ def shuffle_of(dataset: Any, samples: int) -> dict[str, Any]:
 
 def check_shuffle(config: Config, now: dict[str, Any], stored: dict[str, Any] | None) -> None:
     """Compare `shuffle_of` the data with what a checkpoint holds (None: other data were asked for, or a new run).
-
-    Raises:
-        UserError: the order is another one and checkpoint.allow_blend_change is off.
-    """
+    Raises UserError: the order is another one and checkpoint.allow_blend_change is off."""
     if stored is None or now["digest"] == stored["digest"]:
         return
     what = f"{stored['samples']} samples over {stored['epochs']} epochs -> {now['samples']} over {now['epochs']}"

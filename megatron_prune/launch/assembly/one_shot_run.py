@@ -87,10 +87,7 @@ def one_shot_config(config: Config, batches: int | None) -> Config:
 
 def check_pruning(config: Config, world_size: int) -> Config:
     """Check what pruning and saving need, before anything is built; switches evaluation on where there is data for it.
-
-    Raises:
-        UserError: no target, no folder to save to, or one that cannot be written or holds something.
-    """
+    Raises UserError: no target, no folder to save to, or one that cannot be written or holds something."""
     if not config.pruning.enabled:
         raise UserError("pruning.target_params (--prune-target-params) is not set: it says where pruning ends")
     if config.checkpoint.save is None:
@@ -119,11 +116,8 @@ class Opened:
 
 @contextmanager
 def opened(config: Config, writes: bool = True) -> Iterator[Opened]:
-    """Build the model of a `one_shot_config` and its data; tears the mesh down at the end.
-
-    Raises:
-        UserError: whatever `open_inputs` refuses, and a target that is not below the model's size.
-    """
+    """Build the model of a `one_shot_config` and its data; tears the mesh down at the end. Raises UserError: whatever
+    `open_inputs` refuses, and a target that is not below the model's size."""
     with meet(lambda _world_size: config).joined() as mesh:
         inputs = agreed(mesh, lambda: _inputs(config, writes))
         insist_alike(mesh, config, inputs)

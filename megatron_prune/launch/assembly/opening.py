@@ -73,12 +73,9 @@ class Inputs:
 
 
 def open_inputs(config: Config, writes: bool = True) -> Inputs:
-    """Open and check source, tokenizer, data and, if this run `writes`, its output folder.
-
-    Raises:
-        UserError: missing or damaged files, vocabularies that disagree, other data than the checkpoint's, a target that
-            cannot be reached, an output folder that already holds a run.
-    """
+    """Open and check source, tokenizer, data and, if this run `writes`, its output folder. Raises UserError: missing or
+    damaged files, vocabularies that disagree, other data than the checkpoint's, a target that cannot be reached, an
+    output folder that already holds a run."""
     record = _record(config)
     read: Callable[[str], Tensor] | None = None
     if record is not None:
@@ -122,11 +119,8 @@ def open_inputs(config: Config, writes: bool = True) -> Inputs:
 
 
 def first_architecture(config: Config, source: Architecture) -> Architecture:
-    """The units of `source` that a run begins with: all of them, or those of `model.architecture`.
-
-    Raises:
-        UserError: that file cannot be read, or is of another model.
-    """
+    """The units of `source` that a run begins with: all of them, or those of `model.architecture`. Raises UserError:
+    that file cannot be read, or is of another model."""
     if config.model.architecture is None:
         return source
     path, field = Path(config.model.architecture), "model.architecture (--architecture)"
@@ -175,10 +169,7 @@ _UNNAMED = Config(pruning=PruningConfig(schedule="ratio", balance=0.0))
 
 def _tell_changes(config: Config, record: RunRecord) -> None:
     """Log what is pruned by other options than in the checkpoint's run, also where it is a default that has changed.
-
-    Raises:
-        UserError: a run that prunes by a ratio would go on by the curve, though nobody asks for it.
-    """
+    Raises UserError: a run that prunes by a ratio would go on by the curve, though nobody asks for it."""
     try:
         before = read_file(record.path / CONFIG_FILE, _UNNAMED).pruning
     except UserError as error:

@@ -24,12 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_places(config: Config) -> None:
-    """Try to write where the run will write, before anything is built.
-
-    Raises:
-        UserError: a folder cannot be made or written (no permission, read-only, full, a file in the way), or what the
-            run would report to is not installed.
-    """
+    """Try to write where the run will write, before anything is built. Raises UserError: a folder cannot be made or
+    written (no permission, read-only, full, a file in the way), or what the run would report to is not installed."""
     check_wandb(config)
     for field, place in places(config).items():
         probe_folder(place, field)

@@ -28,11 +28,8 @@ _MAX_HEADER = 100 << 20  # of a safetensors file, by its own rule
 
 
 def fingerprints(files: Iterable[Path]) -> dict[str, str]:
-    """Path -> `SIZE bytes, SHA-256`, the latter over everything or over samples, as the module's docstring says.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """Path -> `SIZE bytes, SHA-256`, the latter over everything or over samples, as the module's docstring says. Raises
+    UserError: a file cannot be read."""
     files = list(files)
     try:
         total = sum(path.stat().st_size for path in files)

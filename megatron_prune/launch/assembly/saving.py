@@ -65,11 +65,8 @@ class CheckpointSaver:
         return self.background is not None and self.background.is_writing
 
     def save(self, state: RunState) -> None:
-        """Save now; in the background, the one before is waited for and reported first.
-
-        Raises:
-            TrainingStoppedError: it failed, and on_save_error is `stop`.
-        """
+        """Save now; in the background, the one before is waited for and reported first. Raises TrainingStoppedError: it
+        failed, and on_save_error is `stop`."""
         self.finish()
         samples = consumed(self.train, self.blend, state.consumed_samples)
         values = {**state.to_state(), **self.constants, "consumed_samples_per_data_set": samples}

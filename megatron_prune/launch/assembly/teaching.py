@@ -74,11 +74,8 @@ def teacher_place(config: Config) -> Path:
 
 
 def open_teacher(config: Config, student: Architecture, tokenizer: Tokenizer) -> TeacherInputs | None:
-    """The teacher that `distillation.teacher` names.
-
-    Raises:
-        UserError: there is none, or its vocabulary or tokenizer is not the run's.
-    """
+    """The teacher that `distillation.teacher` names. Raises UserError: there is none, or its vocabulary or tokenizer is
+    not the run's."""
     if not config.distillation.weight:
         return None
     place = teacher_place(config)

@@ -82,11 +82,8 @@ class Found:
 
 
 def look(config: Config) -> Found:
-    """Open and check what `config` names, as far as it is here.
-
-    Raises:
-        UserError: no `config.json`, damaged files, or anything that `launch.assembly.opening` would refuse.
-    """
+    """Open and check what `config` names, as far as it is here. Raises UserError: no `config.json`, damaged files, or
+    anything that `launch.assembly.opening` would refuse."""
     findings: list[Finding] = []
     record, architecture = _source(config, findings)
     tokenizer = _tokenizer(config, record, findings)
@@ -224,11 +221,8 @@ def _tasks(config: Config, findings: list[Finding]) -> None:
 def estimate(
     config: Config, architecture: Architecture, world_size: int, teacher: Architecture | None = None
 ) -> Estimate:
-    """Everything the report says about a run that starts with `architecture` and learns from `teacher`.
-
-    Raises:
-        UserError: the layers do not split over the pipeline stages, or options of the model contradict each other.
-    """
+    """Everything the report says about a run that starts with `architecture` and learns from `teacher`. Raises
+    UserError: the layers do not split over the pipeline stages, or options of the model contradict each other."""
     placement = Placement.plan(config, world_size, architecture.shape.num_layers)
     layout = ShardLayout.pack(architecture, placement.tp, quanta(config))
     placement = placement.of(config, layout.layers)

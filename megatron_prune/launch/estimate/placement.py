@@ -29,11 +29,8 @@ class Placement:
 
     @classmethod
     def plan(cls, config: Config, world_size: int, num_layers: int) -> Placement:
-        """The placement of a valid `config` on `world_size` processes.
-
-        Raises:
-            UserError: the layers do not split over the pipeline stages.
-        """
+        """The placement of a valid `config` on `world_size` processes. Raises UserError: the layers do not split over
+        the pipeline stages."""
         parallel, training = config.parallel, config.training
         dp = data_parallel_size(config, world_size)
         micro_batches = training.global_batch_size // (training.micro_batch_size * dp)

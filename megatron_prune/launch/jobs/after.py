@@ -88,11 +88,8 @@ def page(config: Config) -> Job:
 
 
 def check(config: Config) -> str | None:
-    """What `evaluate` will have to leave out, or None.
-
-    Raises:
-        UserError: a task is unknown, or data that are named are not there.
-    """
+    """What `evaluate` will have to leave out, or None. Raises UserError: a task is unknown, or data that are named are
+    not there."""
     evaluation = config.evaluation
     if evaluation.eval_tasks or evaluation.eval_data_path:
         from megatron_prune.evaluation.corpora import check_corpus

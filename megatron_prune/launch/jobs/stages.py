@@ -121,11 +121,7 @@ class Plan:
 
 
 def make_plan(stages: Sequence[str], config: Config, progress: Progress, ledger: Ledger) -> Plan:
-    """Decide what is left of `stages`.
-
-    Raises:
-        UserError: a stage was asked for whose input does not exist yet.
-    """
+    """Decide what is left of `stages`. Raises UserError: a stage was asked for whose input does not exist yet."""
     notes, at = [], f"iteration {progress.iteration}"
     training = [stage for stage in stages if stage in (PRUNE, CONTINUE)]
     pruned, finished = progress.is_pruned(config), progress.is_finished(config)

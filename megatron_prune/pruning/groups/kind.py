@@ -119,11 +119,8 @@ class GroupKind:
         return None
 
     def offer(self, scores: UnitScores, architecture: Architecture, rules: Rules) -> Offer:
-        """The least salient group; `scores` are aligned with `architecture`.
-
-        Raises:
-            UserError: layers would lose different numbers of units.
-        """
+        """The least salient group; `scores` are aligned with `architecture`. Raises UserError: layers would lose
+        different numbers of units."""
         sites = [
             self.least(values, ids, architecture.shape, rules) if len(ids) else _NOTHING
             for values, ids in zip(scores.values[self.kind], architecture.sites(self.kind), strict=True)

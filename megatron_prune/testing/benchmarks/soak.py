@@ -170,11 +170,8 @@ class Soak:
         return Attempt(kill, was_killed, is_finished, seconds, after, was_refused, shown)
 
     def kill_launcher(self, seconds: float, layout: int | None = None) -> Attempt:
-        """Run the chain under the real torchrun, which is killed `seconds` after its ranks have the folder.
-
-        Raises:
-            SoakError: ranks are still there after `PATIENCE` seconds, or a checkpoint was lost.
-        """
+        """Run the chain under the real torchrun, which is killed `seconds` after its ranks have the folder. Raises
+        SoakError: ranks are still there after `PATIENCE` seconds, or a checkpoint was lost."""
         before, begin, ranks, flags = self.iteration(), time.monotonic(), 2, self.variant.flags
         if layout is not None:
             ranks, flags = LAYOUTS[layout]

@@ -167,10 +167,7 @@ class DenseOracle:
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """One pruning-aware iteration over the global batch, given as (tokens [B, S], labels [B, S]) of equal shapes.
-
-        Raises:
-            FloatingPointError: the loss or the gradient is not finite (the oracle has no policy for that).
-        """
+        Raises FloatingPointError: the loss or the gradient is not finite (the oracle has no policy for that)."""
         self.iteration += 1
         self.tokens += sum(tokens.numel() for tokens, _ in micro_batches)
         scheduled = self._is_scheduled()

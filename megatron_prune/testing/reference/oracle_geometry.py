@@ -62,11 +62,8 @@ class Geometry:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Geometry:
-        """Read a `config.json` in the notation of transformers 4 or 5.
-
-        Raises:
-            UserError: a model type, activation, bias or window that the oracle does not compute.
-        """
+        """Read a `config.json` in the notation of transformers 4 or 5. Raises UserError: a model type, activation, bias
+        or window that the oracle does not compute."""
         model_type = config.get("model_type", "llama")
         if model_type not in MODEL_TYPES:
             raise UserError(f"model_type: {model_type!r} is none of {', '.join(MODEL_TYPES)}")

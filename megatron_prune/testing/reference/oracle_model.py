@@ -28,11 +28,8 @@ Record = Callable[[str, Tensor], None]  # takes a weight's name and its input [B
 
 
 def rope_frequencies(geometry: Geometry) -> Tensor:
-    """Angle per position of each of the head_dim / 2 rotated pairs, [D/2], fp32 (as Hugging Face stores them).
-
-    Raises:
-        UserError: a `rope_type` other than default, linear and llama3.
-    """
+    """Angle per position of each of the head_dim / 2 rotated pairs, [D/2], fp32 (as Hugging Face stores them). Raises
+    UserError: a `rope_type` other than default, linear and llama3."""
     rope, dim = geometry.rope, geometry.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     plain = 1.0 / float(rope["rope_theta"]) ** exponents

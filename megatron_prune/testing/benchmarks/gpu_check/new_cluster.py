@@ -126,11 +126,8 @@ def _prune(mesh: Mesh, case: Case) -> Iterator[Row]:
 
 
 def place_this_rank(environment: dict[str, str]) -> None:
-    """Set RANK and the rest in os.environ from the scheduler's variables; nothing when torchrun has done so.
-
-    Raises:
-        UserError: this process is not one rank of several, nor the only one.
-    """
+    """Set RANK and the rest in os.environ from the scheduler's variables; nothing when torchrun has done so. Raises
+    UserError: this process is not one rank of several, nor the only one."""
     from megatron_prune.runtime.places import Rank, find_place
 
     if "RANK" in environment:
