@@ -1,8 +1,4 @@
-"""What values in stored files must be, each type for people and as a test, and the one check of them.
-
-FieldType      COUNT, NUMBER, TEXT, TABLE and others; `one_of` and `table_with` make more
-check_fields   the fields of a table against their types
-"""
+"""What values in stored files must be, each type for people and as a test, and the one check of them."""
 
 from __future__ import annotations
 

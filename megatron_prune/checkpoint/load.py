@@ -1,7 +1,4 @@
-"""Bring a model to the state of a checkpoint, whatever layout either has.
-
-load_checkpoint   weights, optimizer, random generators; returns the run's state
-"""
+"""Bring a model to the state of a checkpoint, whatever layout either has."""
 
 from __future__ import annotations
 

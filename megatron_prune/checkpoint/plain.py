@@ -1,9 +1,4 @@
-"""Any nesting of plain values, arrays and tensors as bytes that load without running code, by `load_plain`.
-
-pack            values -> bytes, a snapshot of them
-unpack          file -> values
-encode, decode  the same without the bytes: arrays become marked tensors and arrays again
-"""
+"""Any nesting of plain values, arrays and tensors as bytes that load without running code, by `load_plain`."""
 
 from __future__ import annotations
 

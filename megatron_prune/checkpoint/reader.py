@@ -1,7 +1,4 @@
-"""Read a checkpoint in one process, without torch.distributed: conversion, inspection, evaluation.
-
-CheckpointReader   record, names, and one canonical tensor at a time
-"""
+"""Read a checkpoint in one process, without torch.distributed: conversion, inspection, evaluation."""
 
 from __future__ import annotations
 

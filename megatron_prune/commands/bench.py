@@ -10,8 +10,6 @@ One run prints beside each other:
 Fractions, not seconds: the machine's speed cancels. On the CPU the layouts are two gloo ranks of one thread each: TP 2,
 and DP 2 with the distributed optimizer. On a GPU it is one rank in bf16 with quantum 1, 64 and 128; without one these
 columns read "not measured". docs/benchmarks.md explains the rows and keeps the numbers of a run.
-
-    cpu_presets, gpu_presets   the columns; their rows are those of `megatron_prune.testing.benchmarks.costs`
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """Old names of options: still understood, with one line that names the new one.
 
-    renamed_entry   a YAML entry under its present name
-    renamed_flag    a flag with its words under its present name
-
 Both log the new name, on the first rank only.
 """
 

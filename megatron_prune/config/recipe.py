@@ -1,10 +1,5 @@
 """Recipes: how a run pruned its model, in one file without weights, to be repeated on a source of the same shape.
 
-    write_recipe      facts and settings of a run -> recipe.json
-    read_recipe       the file, its digest checked
-    recipe_config     the file -> `Config` with its settings, which repeats its removals
-    shared_settings   of a run's configuration, what says how it was trained and pruned, not where
-
 The file is one JSON object, a key a line and a removal a line: `format`, `shape` (of the source), `history` (lines of a
 pruning history), `settings` (section -> option -> value as YAML spells it), `result`, `data` and `source` for people,
 `digest` (SHA-256 of all the rest).

@@ -1,8 +1,5 @@
 """How well a model predicts: its mean loss over a corpus, and what follows from it.
 
-    Perplexity   the numbers of one model on one corpus
-    measure      run the model over all windows
-
 The loss is the natural logarithm's, per token, over all labels that count; for full windows it is what training calls
 validation loss. Per byte and per word it is the same total shared among the text's bytes and words, which models with
 different tokenizers may be compared by; ids that frame documents cost nats and have no bytes.

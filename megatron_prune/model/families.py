@@ -1,10 +1,4 @@
-"""Which parameters a model has, by family: the rows of THE table (`model.table`).
-
-table_of        the table of a LlamaShape
-register_rows   another family's rows, by its `model_type` (OLMo 2's here)
-llama_rows      those of all others: Llama, Mistral, Qwen2, Qwen3
-attention_rows, ffn_rows, single   what lists of rows are put together from
-"""
+"""Which parameters a model has, by family: the rows of THE table (`model.table`)."""
 
 from __future__ import annotations
 

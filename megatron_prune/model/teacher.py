@@ -1,7 +1,5 @@
 """A frozen model beside the one in training: it only computes, on the same layout of ranks.
 
-Teacher   one pipeline stage of it: hidden states from tokens, logits from hidden states
-
 It has neither DDP nor optimizer nor gradients; its activations are freed layer by layer.
 """
 

@@ -1,9 +1,5 @@
 """What stays of every kind of unit, so that none pays for all (`pruning.balance`).
 
-    proportional_share   the share of its units that every kind would keep if all shrank alike, for a number of
-                         parameters;  share_within  for any limit
-    balanced_widths      the widths down to which the scores decide freely
-
 Scores are the immediate change of the loss. Inside a kind that is what one wants; between kinds it misleads: in a small
 model the next to last head is the cheapest group per parameter at that moment, and the dearest after training. So a
 kind that has come down to `balance` times its proportional width waits while another one has more to give.

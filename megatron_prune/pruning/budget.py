@@ -1,8 +1,5 @@
 """What a pruned model may cost, and which limit holds it back.
 
-    Limit       one budget: parameters, FLOPs or KV cache per token, or milliseconds (`latency`)
-    Budget      several of them at once: which one binds, how large a model is by it, what a removal saves of it
-
 The limit that binds is the one that the model exceeds most, relatively. A model's *size* is counted in units of the
 first limit: its value there, or, while another one binds, as many times the first limit as that one is exceeded. So
 with one limit the size is its value (parameters: a whole number), and the target is reached when the size is no more

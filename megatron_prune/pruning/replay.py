@@ -1,8 +1,5 @@
 """A recorded sequence of removals, repeated: on another layout, other data, another source of the same shape.
 
-    Replay          the groups of a pruning_history.jsonl, when each is due, and which comes next
-    ReplaySchedule  the recorded sizes over tokens, as a schedule
-
 Groups leave at the recorded tokens, or with an end in proportion to them; those of a model that was pruned at once are
 spread evenly up to it.
 """

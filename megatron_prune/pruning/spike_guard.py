@@ -1,9 +1,5 @@
 """When the loss jumps after a cut, stop cutting until it is back: a pure decision over the losses so far.
 
-    SpikeGuard   the rule
-    GuardState   its memory, which checkpoints carry
-    observe      state, loss -> next state
-
 The loss of a step counts as a spike when it is above `factor` times the median of the `window` losses before it. From
 then on the guard is pausing; it ends with the first loss at or below half way between that median and the spike's
 threshold, so that a loss which scatters around the threshold does not switch it on and off. Losses of a pause do not

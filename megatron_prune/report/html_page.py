@@ -1,9 +1,4 @@
-"""The page itself: one file with everything in it.
-
-render         stories -> HTML
-write_page     runs' folders -> a file
-is_installed   whether plotly is, whose plotly.js draws the page
-"""
+"""The page itself: one file with everything in it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Work on a stranger's input that may go on for ever, or ask for more memory than there is.
-
-bounded   its result, from a process of its own with limits
-"""
+"""Work on a stranger's input that may go on for ever, or ask for more memory than there is."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """From a process to a rank of a mesh: find the others, see that they are alike, join.
 
-    own_place  which rank this process is
-    meet       environment and configuration -> Meeting; nobody goes on unless all do
-    Meeting    what the rank knows then; `joined` builds the mesh, and sees to it that one rank tells what goes wrong
-
 Until ranks have met, a mistake of one of them (a configuration it cannot read, no GPU where the others have one) would
 leave the others waiting for it: so it is told over the store, and all stop with the same words.
 """

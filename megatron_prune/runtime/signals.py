@@ -1,10 +1,5 @@
 """Signals that ask a run to end, as a flag that the loop looks at after each step.
 
-    StopSignals     context manager: while it is open, they are noted instead of ending the process
-    heeded_signals  which of them this process listens to
-    begin_worker    what a process of a pool does first: it leaves signals to its parent, and with it
-    die_of_interrupts, raise_interrupts  what Ctrl-C does before a program has begun its work, and from then on
-
 A scheduler announces preemption with SIGTERM or SIGUSR1, to one rank, to all, or to the launcher, which passes it on; a
 terminal sends SIGINT (Ctrl-C) and, when it is closed, SIGHUP. All mean the same, but a second SIGINT leaves at once. A
 process that was started with SIGHUP or SIGINT ignored (nohup, a shell's background) goes on ignoring it. Nothing is

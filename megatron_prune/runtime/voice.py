@@ -1,8 +1,5 @@
 """Of the errors that ranks of one job raise, one is told: that of the rank that has one while the others wait for it.
 
-    Voice         settled over the store that ranks met over, which works when the ranks' own connections are gone
-    connections   what this process is connected by, the store excepted
-
 Most mistakes are all ranks' at once, and rank 0 tells them. A mistake of one rank only is seen by the others as a lost
 rank; which of both it is, none of them can tell by itself. Where rank 0 keeps the store itself (no torchrun), it hangs
 up on the others and stays until they have asked.

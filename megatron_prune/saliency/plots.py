@@ -1,7 +1,4 @@
-"""Pictures of unit scores: what a researcher looks at before a run.
-
-plot_scores   one row per criterion: heat maps by layer, a curve for units that all layers share
-"""
+"""Pictures of unit scores: what a researcher looks at before a run."""
 
 from __future__ import annotations
 

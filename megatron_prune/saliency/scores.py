@@ -1,8 +1,4 @@
-"""Group scores as plain arrays: one number per live unit, the same on every layout.
-
-UnitScores   sums of S per unit of each scored kind, aligned with an Architecture's live ids
-smooth       exponential moving average over scoring steps; scores follow their units through removals
-"""
+"""Group scores as plain arrays: one number per live unit, the same on every layout."""
 
 from __future__ import annotations
 

@@ -1,10 +1,5 @@
 """A run on a terminal: one screenful that is redrawn in place, messages scroll above it.
 
-Snapshot    what is shown
-render      Snapshot -> lines   (pure)
-sparkline   numbers -> a small curve in characters
-Dashboard   draws on a terminal, at most a few times a second
-
 Drawing in place, sizes of terminals and keeping others' warnings apart are rich's. Elsewhere than on a terminal the
 messages are plain lines, and the last drawing follows them.
 """

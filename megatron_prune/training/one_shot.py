@@ -1,8 +1,5 @@
 """Scoring and pruning without training: the post-training way, on the loop's own scorer, selector and compaction.
 
-    OneShot.unit_scores   sums of a criterion per unit on the calibration batch
-    OneShot.rounds        score, remove the least groups, score again, until the target is reached
-
 The calibration batch is one global batch, the first of the data set, and every scoring sees the same one. No optimizer
 step is taken, so Adam's moments are never allocated and the weights are the source's (but for second-order updates).
 Ratio, group costs and smoothing of the configuration mean nothing here.

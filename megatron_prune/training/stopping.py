@@ -1,8 +1,5 @@
 """When a run ends before its last iteration, and what all ranks must know of each other after a step.
 
-    Stop           why a run ends; its `status` is the word that run_status.json carries
-    StepAgreement  the one all-reduce after a step: who was asked to stop, who still writes a checkpoint
-
 A signal reaches one rank first, and clocks differ: what one rank has seen, all ranks act upon, after the same step.
 """
 

@@ -1,7 +1,5 @@
 """Is a file the same one? Sizes and sampled content, in bounded time for files of any size.
 
-    fingerprints    files -> size and sampled content of each
-
 Files that are no larger than 64 MiB together are read whole. Of larger ones the header and 4 KiB blocks are: the first
 and the last of every weight matrix (or file), and further ones at even distances, some 4,096 for one input, however
 large it is. So a copy that was made anew, cut, or changed in one matrix is found, and a single changed number of a

@@ -1,7 +1,4 @@
-"""The run's checkpoints: when one is written it is at once or in the background, and what happens when it cannot be.
-
-CheckpointSaver   what the loop calls; owns the policy `checkpoint.on_save_error`
-"""
+"""The run's checkpoints: when one is written it is at once or in the background, and what happens when it cannot be."""
 
 from __future__ import annotations
 

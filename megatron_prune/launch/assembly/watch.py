@@ -1,10 +1,5 @@
 """A thread beside a rank that sees what the rank cannot: its launcher is dead, or its folder is somebody else's.
 
-    launchers       what this process must not outlive: torchrun, and who started that
-    announce        the environment for processes that must not outlive this one
-    Watch           context manager with the thread
-    writing         hold a run's folder, and watch that it stays held
-
 A launcher that was killed cannot tell its ranks anything, and they would train on beside the ones that the next start
 brings. A rank without its launcher tells itself to leave (SIGTERM: the step is finished, a checkpoint saved) and is
 ended when it has not left after `grace` seconds. A rank that lost the lease ends at once, in the middle of whatever it

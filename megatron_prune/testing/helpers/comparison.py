@@ -1,10 +1,5 @@
 """The oracle's run and a sharded run of the same model, settings and tokens, held against each other.
 
-    oracle_settings   a run that prunes to a share of the model, as the comparisons do it
-    oracle_run        the oracle's side
-    iterations_of     how long both need to run
-    hold_together     Agreement of what a sharded run did with what the oracle did
-
 A removal may differ where the decision's margin is below `MARGIN`, since rounding decides there; the comparison ends
 then.
 """

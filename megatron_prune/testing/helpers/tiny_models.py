@@ -1,10 +1,4 @@
-"""Tiny Llamas for tests: a configuration, random weights that train lively, a Hugging Face folder.
-
-tiny_config            content of a `config.json`; any field can be overridden
-random_llama_weights   {Hugging Face name: fp32 tensor}, reproducible from a seed
-random_batch           micro-batches of random tokens, reproducible from a seed
-write_hf_folder        config.json + model.safetensors
-"""
+"""Tiny Llamas for tests: a configuration, random weights that train lively, a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """A whole tiny run from files, as `pretrain` takes it: source model, tokenizer, data, and the command line.
 
-    prepare    write the files
-    TinyRun    where they are; `arguments` of a run that prunes the model to half and trains on
-
 The model has 20,000 parameters and an iteration takes some hundredths of a second, so a run that removes all kinds of
 groups and trains on fits into a second or two.
 """
