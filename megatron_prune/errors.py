@@ -6,7 +6,9 @@ Anything else that escapes is a defect and keeps its traceback. Names from outsi
 (`log_lines`).
 """
 
+import difflib
 import logging
+from collections.abc import Iterable
 
 
 def one_line(text: str) -> str:
@@ -19,6 +21,12 @@ def one_line(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """What another library's error says, in its first line; the error's name where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str | None:
+    """The known name nearest to a wrong one, or None when none is near."""
+    nearest = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
+    return nearest[0] if nearest else None
 
 
 class _Escaped(logging.Formatter):

@@ -14,8 +14,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_prune import __version__
-from megatron_prune.config.values import did_you_mean
-from megatron_prune.errors import one_line
+from megatron_prune.errors import did_you_mean, one_line
 from megatron_prune.runtime.signals import die_of_interrupts
 
 # What libraries say about absent accelerators and about themselves at every import is no news for the user.

@@ -32,6 +32,7 @@ from megatron_prune.config.options import option
 from megatron_prune.errors import UserError
 from megatron_prune.model import first_format
 from megatron_prune.model.kinds import find_kind
+from megatron_prune.pruning.history import widest
 from megatron_prune.reading import read_words
 from megatron_prune.runtime.folders import replace_figure, replace_file
 
@@ -120,11 +121,7 @@ def markdown(runs: Sequence[Run]) -> str:
 
 def _widths(stage: dict[str, Any]) -> list[str]:
     widths = first_format.stage(stage)["widths"]
-    return [f"{stage['parameters']:,}", *map(_most, widths.values())]
-
-
-def _most(width: int | list[int]) -> str:
-    return str(max(width) if isinstance(width, list) else width)
+    return [f"{stage['parameters']:,}", *(f"{widest(width)}" for width in widths.values())]
 
 
 def _loss(stage: dict[str, Any]) -> str:

@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 from megatron_prune.config.moved import renamed_flag
 from megatron_prune.config.options import Option, options_of
 from megatron_prune.config.validation import check_option
-from megatron_prune.config.values import RawValue, convert, did_you_mean
+from megatron_prune.config.values import RawValue, convert
 from megatron_prune.config.yaml_file import limits
-from megatron_prune.errors import UserError, one_line
+from megatron_prune.errors import UserError, did_you_mean, one_line
 
 OWN = "own"  # section of a command's own options
 T = TypeVar("T")

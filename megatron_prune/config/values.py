@@ -7,10 +7,8 @@ true and false; null. What does not fit raises UserError with the field's name a
 """
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -49,12 +47,6 @@ def convert(option: Option, raw: RawValue, where: str, current: Any) -> Any:
         if value is not None:
             return value
     raise UserError(f"{where}: expected {option.expected}, got {_shown(raw)}")
-
-
-def did_you_mean(wrong: str, known: Iterable[str]) -> str | None:
-    """The known name nearest to a wrong one, or None when none is near."""
-    nearest = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
-    return nearest[0] if nearest else None
 
 
 def _convert_parts(option: Option, raw: dict[str, Any], where: str, current: Any) -> Any:

@@ -17,8 +17,8 @@ import yaml
 from megatron_prune.config.moved import renamed_entry
 from megatron_prune.config.options import NamedParts, Option, all_options, options_of, sections_of
 from megatron_prune.config.schema import Config
-from megatron_prune.config.values import RawValue, convert, did_you_mean
-from megatron_prune.errors import UserError, first_line, one_line
+from megatron_prune.config.values import RawValue, convert
+from megatron_prune.errors import UserError, did_you_mean, first_line, one_line
 from megatron_prune.reading import open_stream
 
 _DEEPEST, _DEEPEST_ANYWHERE = 4, 100

@@ -91,7 +91,7 @@ class IndexedOptions:
 
 
 def is_text(path: str) -> bool:
-    """Whether a --data-path names a text file, as against the prefix of a data set. Raises UserError: it names neither."""
+    """Whether a --data-path names a text file, as against the prefix of a data set. Raises UserError: neither."""
     if bin_path(path).exists():
         return False
     if Path(path).is_file():

@@ -25,7 +25,7 @@ from megatron_prune.model import first_format
 from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import LAYER, Kind, find_kind
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import ATTENTION_OUTPUT, FFN_DOWN, QKV, ParamTable
+from megatron_prune.model.table import ATTENTION_OUTPUT, FFN_DOWN, QKV, ParamTable, runs
 
 Units = tuple[tuple[int, ...], ...]  # original ids, a tuple per site
 
@@ -303,11 +303,7 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 
 def to_ranges(ids: np.ndarray) -> str:
     """`[0, 1, 2, 5]` -> `0-2,5`."""
-    if not len(ids):
-        return ""
-    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
-    ends = np.append(starts[1:] - 1, len(ids) - 1)
-    return ",".join(f"{ids[a]}" if a == b else f"{ids[a]}-{ids[b]}" for a, b in zip(starts, ends, strict=True))
+    return ",".join(f"{first}" if first == last - 1 else f"{first}-{last - 1}" for first, last in runs(ids))
 
 
 def from_ranges(text: str, size: int | None = None) -> np.ndarray:

@@ -148,6 +148,11 @@ def _line(removal: Removal) -> str:
     return json.dumps(removal.to_json()) + "\n"
 
 
+def widest(width: int | list[int]) -> int:
+    """Of a width as `Removal.widths` has it, that of the layer with most."""
+    return max(width) if isinstance(width, list) else width
+
+
 def read_history(path: Path) -> list[Removal]:
     """All removals of a pruning_history.jsonl. Raises UserError naming file and line where one is not readable."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.groups import default_names, group_names
-from megatron_prune.pruning.history import Removal, before
+from megatron_prune.pruning.history import Removal, before, widest
 from megatron_prune.runtime.folders import replace_figure
 
 
@@ -90,7 +90,7 @@ def _draw_widths(axes: Any, times: Sequence[int], history: Sequence[Removal], so
     """Steps from the source's widths, at the left end, to what is there now."""
     told = [kind for kind in source.table.prunable if all(kind.name in removal.widths for removal in history)]
     for kind in told:
-        values = [source.width(kind), *(_most(removal.widths[kind.name]) for removal in history)]
+        values = [source.width(kind), *(widest(removal.widths[kind.name]) for removal in history)]
         if kind not in source.table.kinds and values[-1] == values[0]:
             continue  # no layer has left, which most runs do not ask for
         _step(axes, times, values, kind.title)
@@ -103,10 +103,6 @@ def _draw_widths(axes: Any, times: Sequence[int], history: Sequence[Removal], so
 def _step(axes: Any, times: Sequence[int], values: Sequence[int], label: str, **style: Any) -> None:
     label = f"{label} ({values[0]:,} to {values[-1]:,})"
     axes.step([0, *times], [value / values[0] for value in values], where="post", label=label, **style)
-
-
-def _most(width: int | list[int]) -> int:
-    return max(width) if isinstance(width, list) else width
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -17,6 +17,7 @@ from megatron_prune.config.recipe import read_recipe
 from megatron_prune.errors import UserError
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.pruning.history import Removal, read_history, read_removals
+from megatron_prune.pruning.schedule import Schedule
 from megatron_prune.pruning.selector import Decision
 
 FIELD = "pruning.replay (--prune-replay)"
@@ -97,7 +98,7 @@ def _lives(group: Group, architecture: Architecture) -> bool:
 
 
 @dataclass(frozen=True)
-class ReplaySchedule:
+class ReplaySchedule(Schedule):
     """The size after so many tokens is the recorded one; see `Schedule`.
 
     Args:
@@ -120,22 +121,6 @@ class ReplaySchedule:
         """Parameters that are left once so many tokens are consumed."""
         due = int(np.sum(self._due_at() <= tokens + _ROUNDING))
         return self.replay.removals[due - 1].parameters if due else self.source_params
-
-    def is_open(self, iteration: int, tokens: int, parameters: float) -> bool:
-        """Whether the model is larger than it was by now."""
-        return parameters > self.size(tokens)
-
-    def credited(self, credits: float) -> float:
-        """`credits` unchanged: there is no account."""
-        return credits
-
-    def is_due(self, credits: float, tokens: int, parameters: float) -> bool:
-        """Whether the model is larger than it was by now."""
-        return parameters > self.size(tokens)
-
-    def spent(self, credits: float, kind: str) -> float:
-        """`credits` unchanged: there is no account."""
-        return credits
 
     def forecast(self, kinds: Sequence[str], parameters: np.ndarray, tokens_per_iteration: int) -> np.ndarray:
         """See `Schedule.forecast`."""

@@ -11,32 +11,40 @@ tokens consumed when it ends, both known before it begins.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 
-class Schedule(Protocol):
-    """What a pruner asks after every iteration; `RatioSchedule` and `CurveSchedule` answer."""
+class Schedule(ABC):
+    """What a pruner asks after every iteration; one that goes by sizes alone has no account of credits."""
 
-    @property
-    def target_params(self) -> float:
-        """Pruning ends once there are no more parameters than this."""
+    target_params: float  # pruning ends once there are no more parameters than this
+
+    def size(self, tokens: Any) -> Any:
+        """Parameters that are allowed once so many tokens are consumed, where that is what decides."""
+        raise NotImplementedError
 
     def is_open(self, iteration: int, tokens: int, parameters: float) -> bool:
         """Whether groups may leave at the end of this iteration at all, so that it earns its credits."""
+        return bool(parameters > self.size(tokens))
 
     def credited(self, credits: float) -> float:
         """Credits with the income of an open iteration."""
+        return credits
 
     def is_due(self, credits: float, tokens: int, parameters: float) -> bool:
         """Whether a group goes now, at the end of an open iteration."""
+        return bool(parameters > self.size(tokens))
 
     def spent(self, credits: float, kind: str) -> float:
         """Credits after removing a group of `kind`."""
+        return credits
 
+    @abstractmethod
     def forecast(self, kinds: Sequence[str], parameters: np.ndarray, tokens_per_iteration: int) -> np.ndarray:
         """int64 iteration (from 1) in which each of these groups leaves, if every iteration goes well.
 
@@ -46,7 +54,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class RatioSchedule:
+class RatioSchedule(Schedule):
     """Ratio p:g as a small account of credits.
 
     At every g-th iteration p pruning steps are credited; a group is removed while there is at least one, and uses up
@@ -101,7 +109,7 @@ class RatioSchedule:
 
 
 @dataclass(frozen=True)
-class CurveSchedule:
+class CurveSchedule(Schedule):
     """The size that the model may have after so many tokens: whatever is above it leaves, one group or many or none.
 
     With u the share of the way from `start` to `end`, size = target + (source - target) (1 - u)^p; p is 3 for `cubic`
@@ -125,22 +133,6 @@ class CurveSchedule:
         left = 1 - (np.asarray(tokens, dtype=np.float64) - self.start) / (self.end - self.start)
         power = 3 if self.shape == "cubic" else 1
         return self.target_params + (self.source_params - self.target_params) * np.clip(left, 0, 1) ** power
-
-    def is_open(self, iteration: int, tokens: int, parameters: float) -> bool:
-        """Whether the curve is below the model."""
-        return bool(parameters > self.size(tokens))
-
-    def credited(self, credits: float) -> float:
-        """`credits` unchanged: a curve has no account."""
-        return credits
-
-    def is_due(self, credits: float, tokens: int, parameters: float) -> bool:
-        """While the model is above the curve."""
-        return bool(parameters > self.size(tokens))
-
-    def spent(self, credits: float, kind: str) -> float:
-        """`credits` unchanged: a curve has no account."""
-        return credits
 
     def forecast(self, kinds: Sequence[str], parameters: np.ndarray, tokens_per_iteration: int) -> np.ndarray:
         """See `Schedule.forecast`: where the curve falls below each number of parameters, solved for the tokens."""

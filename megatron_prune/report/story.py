@@ -29,7 +29,7 @@ from megatron_prune.model import first_format
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import Kind
 from megatron_prune.pruning.groups import group_names
-from megatron_prune.pruning.history import FILE_NAME, LARGEST, Removal, read_removals
+from megatron_prune.pruning.history import FILE_NAME, LARGEST, Removal, read_removals, widest
 from megatron_prune.pruning.history_plot import positions
 from megatron_prune.reading import is_there, read_words
 
@@ -61,13 +61,9 @@ def read_story(folder: Path) -> Story:
     summary = _json(folder / "summary.json")
     try:
         left = _left(architecture, removals)
-        start = Architecture(
-            architecture.shape,
-            {kind: tuple(np.flatnonzero(site != ABSENT) for site in sites) for kind, sites in left.items()},
-        )
-        now = Architecture(
-            architecture.shape,
-            {kind: tuple(np.flatnonzero(site == LIVES) for site in sites) for kind, sites in left.items()},
+        start, now = (
+            Architecture(architecture.shape, {k: tuple(map(np.flatnonzero, sites)) for k, sites in live.items()})
+            for live in ({k: v != ABSENT for k, v in left.items()}, {k: v == LIVES for k, v in left.items()})
         )
         at, xlabel = positions(removals)
         facts = {
@@ -139,15 +135,11 @@ def _of_removals(removals: Sequence[Removal], at: Sequence[int], a: Architecture
         "margin": column(r.margin for r in removals),
         **{f"score/{name}": column(r.scores.get(name) for r in removals) for name in groups},
         **{
-            f"width/{kind}": column((_most(r.widths[kind.name]) for r in removals), "u4")
+            f"width/{kind}": column((widest(r.widths[kind.name]) for r in removals), "u4")
             for kind in a.table.prunable
             if all(kind.name in r.widths for r in removals)
         },
     }
-
-
-def _most(width: int | list[int]) -> int:
-    return max(width) if isinstance(width, list) else width
 
 
 def _kinds(start: Architecture, now: Architecture) -> dict[str, Any]:

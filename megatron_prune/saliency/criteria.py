@@ -15,13 +15,12 @@ criterion may need, and what each of the shipped ones computes and costs, is in 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, did_you_mean
 
 GRADIENT, FISHER, LIVE = "gradient", "fisher", "live"
 INPUT_NORM, INPUT_VARIANCE, INPUT_MAGNITUDE = "input_norm", "input_variance", "input_magnitude"
@@ -131,8 +130,8 @@ def known_criteria() -> list[str]:
 def find_criterion(name: str) -> Criterion:
     """The criterion called `name`. Raises UserError naming the known ones."""
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = did_you_mean(name, _REGISTRY)
+        hint = f"; did you mean {near}?" if near else ""
         raise UserError(f"pruning.metric: unknown criterion {name!r}{hint} (known: {', '.join(known_criteria())})")
     return _REGISTRY[name]
 

@@ -25,7 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prune.model.teacher import Teacher
-from megatron_prune.runtime.mesh import Mesh
+from megatron_prune.runtime.mesh import Mesh, Ranks, all_reduce_sum
 from megatron_prune.training.step import Batch, Batches, Loss, masked_mean
 
 PARTS = ("lm loss", "divergence")  # of the loss, as they are shown
@@ -106,25 +106,25 @@ def distilled_loss(
         labels: int64 [B, S], numbers in the whole vocabulary.
     """
     tp = mesh.over("tp")
-    return _Distilled.apply(student, teacher, labels, weight, temperature, tp.group if tp.size > 1 else None, tp.rank)
+    return _Distilled.apply(student, teacher, labels, weight, temperature, tp)
 
 
 class _Distilled(torch.autograd.Function):
     """The gradient is known with the loss: (1 - w) (p - onehot) + w T (p_T - q_T)."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, weight, temperature, group, rank):  # type: ignore[no-untyped-def]
-        start = rank * student.shape[-1]
+    def forward(ctx, student, teacher, labels, weight, temperature, tp):  # type: ignore[no-untyped-def]
+        start = tp.rank * student.shape[-1]
         logits = student.float()
-        log_p = _log_softmax(logits, group)
-        log_pt = log_p if temperature == 1 else _log_softmax(logits / temperature, group)
-        log_q = _log_softmax(teacher.float() / temperature, group)
+        log_p = _log_softmax(logits, tp)
+        log_pt = log_p if temperature == 1 else _log_softmax(logits / temperature, tp)
+        log_q = _log_softmax(teacher.float() / temperature, tp)
         q = log_q.exp()
-        divergence = _summed(torch.where(q > 0, q * (log_q - log_pt), 0.0).sum(dim=-1), group)
+        divergence = all_reduce_sum(torch.where(q > 0, q * (log_q - log_pt), 0.0).sum(dim=-1), tp)
         is_here = (labels >= start) & (labels < start + student.shape[-1])
         column = torch.where(is_here, labels - start, 0).unsqueeze(-1)
         own = torch.where(is_here, log_p.gather(-1, column).squeeze(-1), 0.0)
-        cross_entropy = -_summed(own, group)
+        cross_entropy = -all_reduce_sum(own, tp)
         gradient = log_p.exp().mul_(1 - weight)
         gradient.scatter_add_(-1, column, (is_here.float() * (weight - 1)).unsqueeze(-1))
         gradient.add_(log_pt.exp_().sub_(q), alpha=weight * temperature)
@@ -136,19 +136,13 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_unused):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream.unsqueeze(-1).to(gradient.dtype), None, None, None, None, None, None)
+        return (gradient * upstream.unsqueeze(-1).to(gradient.dtype), None, None, None, None, None)
 
 
-def _log_softmax(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Over the vocabulary of all ranks of `group`."""
+def _log_softmax(logits: Tensor, tp: Ranks) -> Tensor:
+    """Over the vocabulary of all ranks."""
     most = logits.amax(dim=-1, keepdim=True)
-    if group is not None:
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    if tp.size > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=tp.group)
     shifted = logits - most
-    return shifted - _summed(shifted.exp().sum(dim=-1, keepdim=True), group).log()
-
-
-def _summed(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is not None:
-        dist.all_reduce(values, group=group)
-    return values
+    return shifted - all_reduce_sum(shifted.exp().sum(dim=-1, keepdim=True), tp).log()

@@ -8,7 +8,6 @@ register_group, find_group, known_groups
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_prune.errors import UserError, one_line
+from megatron_prune.errors import UserError, did_you_mean, one_line
 from megatron_prune.model.architecture import Architecture, Group
 from megatron_prune.model.kinds import Kind
 from megatron_prune.model.shape import LlamaShape
@@ -203,7 +202,7 @@ def default_names() -> tuple[str, ...]:
 def find_group(name: str, where: str = "pruning.types") -> GroupKind:
     """The kind of group called `name`. Raises UserError, naming `where` it stands and the known ones."""
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = did_you_mean(name, _REGISTRY)
+        hint = f"; did you mean {near}?" if near else ""
         raise UserError(f'{where}: unknown kind of group "{one_line(name)}"{hint} (known: {", ".join(_REGISTRY)})')
     return _REGISTRY[name]
