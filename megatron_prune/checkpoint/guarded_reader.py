@@ -235,8 +235,14 @@ def _plainly(path: Path) -> Iterator[None]:
         asked = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if asked:
             raise _refusal(path, asked[1]) from error
-        reason = one_line(first_line(error))[:200]
+        reason = one_line(_reason(error))[:200]
         raise UserError(f"{one_line(str(path))}: damaged or of another kind ({reason})") from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, without torch's advice to load it the other way."""
+    told = str(error).partition("WeightsUnpickler error:")[2].strip() or first_line(error)
+    return told.partition("\n")[0].partition(" In PyTorch 2.6")[0]
 
 
 def load_plain(path: Path, classes: Sequence[Callable[..., Any]] = (), **arguments: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_prune.data.tokenizer_library import ORDINARY_TEXTS, added_tokens
 from megatron_prune.errors import UserError
 
-from .sentencepiece_model import SPACE, PieceKind, SentencePieceModel, SpmPiece, write_model
+from .sentencepiece_model import SPACE, PieceKind, SentencePieceModel, SpmPiece, processor_of, write_model
 from .sentencepiece_to_json import bpe_merges, normalizers, pre_tokenizers
 
 _TYPES = {"BPE": "bpe", "Unigram": "unigram"}
@@ -68,9 +68,7 @@ def model_from_json(content: Mapping[str, Any], named: Mapping[str, str | None],
 
 def check_same_ids(model: SentencePieceModel, library: Any, where: str) -> None:
     """Raise UserError if SentencePiece gives ordinary text other ids with `model` than a loaded tokenizer does."""
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_proto=write_model(model))
+    processor = processor_of(write_model(model), where)
     added = [token.content for token in added_tokens(library).values()]
     for text in ORDINARY_TEXTS:
         if any(token in text for token in added):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, first_line
 from megatron_prune.reading import read_content
 
 SPACE = "\u2581"
@@ -109,6 +109,18 @@ def belongs(path: Path, library: Any) -> bool:
         return False
     vocabulary = library.backend_tokenizer.get_vocab(with_added_tokens=True)
     return all(vocabulary.get(piece.text) == number for number, piece in enumerate(pieces))
+
+
+def processor_of(content: bytes, where: str) -> Any:
+    """SentencePiece itself with the content of a `.model` file. Raises UserError, which begins with `where`, if it does
+    not take it: it asks for more than `read_model` does (every byte piece, distinct pieces).
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise UserError(f"{where}: SentencePiece does not take its vocabulary ({first_line(error)})") from error
 
 
 def write_model(model: SentencePieceModel) -> bytes:

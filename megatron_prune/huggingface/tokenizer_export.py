@@ -23,9 +23,10 @@ from typing import Any
 
 from megatron_prune.data.leftovers import scratch_folder
 from megatron_prune.errors import UserError
+from megatron_prune.reading import read_content
 from megatron_prune.runtime.folders import write_file
 
-from .sentencepiece_model import SentencePieceModel, read_model
+from .sentencepiece_model import SentencePieceModel, processor_of, read_model
 from .sentencepiece_to_json import tokenizer_json
 
 logger = logging.getLogger(__name__)
@@ -131,10 +132,9 @@ def verify_tokenizer(tokenizer_model: Path, save_dir: Path, texts: Iterable[str]
 
     Raises UserError with the first text for which that does not hold.
     """
-    import sentencepiece
     from transformers import AutoTokenizer
 
-    ours = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
+    ours = processor_of(read_content(tokenizer_model), str(tokenizer_model))
     theirs = AutoTokenizer.from_pretrained(str(save_dir), trust_remote_code=False)
     if type(theirs).__name__ not in PLAIN_CLASSES:
         raise UserError(

@@ -418,6 +418,13 @@ def test_a_token_without_a_row_is_told_and_left_out_of_gguf(
         read_vocabulary(folder, 511)
 
 
+def test_a_token_in_the_place_of_a_byte_is_refused(stories260k: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stories260k, tmp_path / "model"))
+    write(folder, {"tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": "<zz>", "special": True}}}})
+    with pytest.raises(UserError, match="SentencePiece does not take its vocabulary .*256 byte pieces"):
+        read_vocabulary(folder, 512)
+
+
 def test_new_rows_are_the_mean_and_change_no_other_logit(stories260k: Path) -> None:
     from megatron_prune.huggingface.config import read_shape
     from megatron_prune.huggingface.resize import resized, with_rows

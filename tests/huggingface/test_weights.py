@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,15 @@ def test_pickle_with_code_is_refused_and_not_run(weights: dict[str, Tensor], tmp
             FolderWeights(folder)
     torch.save({"state": weights}, folder / "pytorch_model.bin")
     assert "is no table of tensors" in complaint(folder)
+    array = pickle.dumps({name: weights[name].numpy() for name in weights}, protocol=2)
+    for content in (array, pickle.dumps(1, protocol=5), b"\x80\x02]\x95"):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        told = complaint(folder)
+        assert "damaged or of another kind (" in told or "asks for numpy" in told
+        assert "weights_only" not in told and "2.6" not in told  # torch's advice is to run it
+    with tarfile.open(folder / "pytorch_model.bin", "w"):
+        pass
+    assert "legacy .tar format.)" in complaint(folder)
 
 
 def test_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
