@@ -45,12 +45,14 @@ HERE = Path(__file__).resolve().parent
 VALIDATION = 0.1  # share of the text's characters
 SURE = 2.0  # standard errors from which a difference counts
 EARLY = 0.25  # share of the removed groups whose choice is compared between seeds
+NEEDED = {"{architecture}": "defaults", "{own_source}": "source_scratch"}  # what is left by a run of which method
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold at this scale", "not decided within noise", "not run"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run. `cut` and `train` are flags; `needs` is the name of the run that must be there first."""
+    """One run. `cut` and `train` are flags; `needs` is the name of the run that must be there first; `iterations` are
+    its own, where `steps` are those it is compared by."""
 
     name: str
     method: str
@@ -60,6 +62,7 @@ class Planned:
     cut: str | None
     train: str
     needs: str | None
+    iterations: int
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class Places:
         """Flags as words, with what stands in braces filled in."""
         for name in ("source", "target"):
             flags = flags.replace(f"{{{name}}}", self.content[name])
-        shape = self.runs / (run.needs or run.name) / "architecture.json"
-        named = {"data": self.data, "runs": str(self.runs), "architecture": str(shape)}
+        first = self.runs / (run.needs or run.name)
+        named = {"data": self.data, "runs": str(self.runs), "own_source": str(first)}
+        named["architecture"] = str(first / "architecture.json")
         return [word.format(**named) for word in shlex.split(flags)]
 
 
@@ -95,8 +99,9 @@ def plan(content: Mapping[str, Any], subset: str) -> list[Planned]:
             for seed in sizes["seeds"]:
                 for rate in sizes["learning_rates"]:
                     tail = f"{steps}_{seed}_{rate:g}"
-                    needs = f"defaults_{tail}" if "{architecture}" in train else None
-                    runs.append(Planned(f"{name}_{tail}", name, steps, seed, rate, cut, train, needs))
+                    needs = next((f"{first}_{tail}" for word, first in NEEDED.items() if word in train), None)
+                    own = round(steps * method.get("times", 1))
+                    runs.append(Planned(f"{name}_{tail}", name, steps, seed, rate, cut, train, needs, own))
     return sorted(runs, key=lambda run: (run.steps, run.needs is not None))
 
 
@@ -130,7 +135,8 @@ def commands(run: Planned, places: Places) -> list[list[str]]:
     content, save, cut = places.content, str(places.runs / run.name), str(places.runs / f"{run.name}_cut")
     common = [*places.words(content["common"], run), "--seed", str(run.seed)]
     rate = [
-        *("--train-iters", str(run.steps), "--lr", f"{run.rate:g}", "--lr-warmup-iters", str(max(1, run.steps // 20))),
+        *("--train-iters", str(run.iterations), "--lr", f"{run.rate:g}"),
+        *("--lr-warmup-iters", str(max(1, run.iterations // 20))),
         *places.words(content["training"], run),
     ]
     training = ["pretrain", *common, *rate, *places.words(run.train, run), "--save", save]
@@ -172,15 +178,17 @@ def carry_out(run: Planned, places: Places) -> str:
     staged = result.with_suffix(".partial")
     staged.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     staged.replace(result)
-    release(places.runs / run.name, places.runs / f"{run.name}_cut")
+    release(places.runs / run.name, places.runs / f"{run.name}_cut", run.method == NEEDED["{own_source}"])
     return f"loss {facts['loss']:.4f}, {facts['seconds']} s"
 
 
-def release(run: Path, cut: Path) -> None:
-    """Remove checkpoints that nothing will read again; the shape that was found, histories and summaries stay."""
-    for last in sorted(run.glob("iter_*"))[-1:]:
+def release(run: Path, cut: Path, is_source: bool) -> None:
+    """Remove checkpoints that nothing will read again; the shape that was found, histories and summaries stay, and the
+    last checkpoint of what others begin with."""
+    found = sorted(run.glob("iter_*"))
+    for last in found[-1:]:
         shutil.copy(last / "architecture.json", run)
-    for folder in (*run.glob("iter_*"), *cut.glob("iter_*")):
+    for folder in (*(found[:-1] if is_source else found), *cut.glob("iter_*")):
         shutil.rmtree(folder)
 
 
@@ -263,7 +271,7 @@ def spread(
     """
 
     def begins(name: str) -> bool:
-        return "--init random" in content["methods"][name].get("train", "")
+        return any(word in content["methods"][name].get("train", "") for word in ("--init random", "{own_source}"))
 
     alike = [v for (length, name), v in losses.items() if length == steps and begins(name) == begins(method)]
     freedom = sum(len(values) - 1 for values in alike)
@@ -311,7 +319,7 @@ def markdown(content: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     lines += [" | ".join(["", claim, f"`{what}`", str(steps or ""), shown, said, ""]).strip()
               for claim, what, steps, shown, said in judge(content, losses)]  # fmt: skip
     lengths = sorted({steps for steps, _ in losses})
-    tokens = {result["steps"]: result["tokens"] for result in results}
+    tokens = {steps: min(result["tokens"] for result in results if result["steps"] == steps) for steps in lengths}
     heads = [f"{steps} steps, {tokens[steps] / 1e6:.2f} M tokens" for steps in lengths]
     lines += ["", f"| method | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(lengths)}"]
     for method in content["methods"]:

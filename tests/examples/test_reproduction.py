@@ -53,7 +53,7 @@ def test_a_subset_is_its_methods_by_lengths_seeds_and_rates(content: dict[str, A
     names = [planned.name for planned in everything]
     for planned in everything:  # what is needed has been made by then
         assert planned.needs is None or names.index(planned.needs) < names.index(planned.name)
-    with pytest.raises(UserError, match="--subset some: unknown; there are quick, medium, all"):
+    with pytest.raises(UserError, match="--subset some: unknown; there are quick, medium, long, all"):
         run.plan(content, "some")
 
 
@@ -64,6 +64,25 @@ def test_names_with_spaces_stay_one_word(content: dict[str, Any], tmp_path: Path
     assert cut[0] == "prune-once" and cut[cut.index("--hf-model") + 1] == "/with space/and 'quotes'/stories260K"
     assert train[train.index("--load") + 1] == cut[cut.index("--save") + 1]
     assert train[train.index("--lr-warmup-iters") + 1] == "3" and "--hf-model" not in train
+
+
+def test_the_sources_cost_is_counted_in_steps(content: dict[str, Any], tmp_path: Path) -> None:
+    """The run that is to be beaten has the FLOPs of source and pruning together; the source is there before."""
+    places = run.Places("/data", tmp_path / "runs", tmp_path, content)
+    planned = {one.name: one for one in run.plan(content, "long")}
+    (whole,) = run.commands(planned["scratch_counted_600_1_0.006"], places)
+    assert whole[whole.index("--train-iters") + 1] == "1860" and whole[whole.index("--lr-warmup-iters") + 1] == "93"
+    assert planned["scratch_counted_600_1_0.006"].steps == 600
+    own = planned["own_source_600_1_0.006"]
+    (train,) = run.commands(own, places)
+    assert own.needs == "source_scratch_600_1_0.006" and train[train.index("--train-iters") + 1] == "600"
+    assert train[train.index("--load") + 1] == str(tmp_path / "runs" / own.needs) and "--finetune" in train
+    (tmp_path / "runs" / own.needs / "iter_0000600").mkdir(parents=True)
+    (tmp_path / "runs" / own.needs / "iter_0000600" / "architecture.json").write_text("{}")
+    run.release(tmp_path / "runs" / own.needs, tmp_path / "none", is_source=True)
+    assert (tmp_path / "runs" / own.needs / "iter_0000600").is_dir()
+    run.release(tmp_path / "runs" / own.needs, tmp_path / "none", is_source=False)
+    assert not (tmp_path / "runs" / own.needs / "iter_0000600").exists()
 
 
 def test_verdicts_ask_for_two_standard_errors() -> None:
