@@ -11,8 +11,6 @@ Opening a pipe waits until somebody writes into it, which may be never, and devi
 OSError that says what stands there, in words for people (`strerror`) and with its name.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

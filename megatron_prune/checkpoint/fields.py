@@ -1,7 +1,5 @@
 """What values in stored files must be, each type for people and as a test, and the one check of them."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

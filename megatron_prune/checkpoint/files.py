@@ -19,8 +19,6 @@ new. Nothing here communicates: one rank calls what changes the folder, and only
 `lease`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -11,8 +11,6 @@ extra states, random states and arguments are); none of them is asked here. Ever
 refused by the name of its class before it is looked up, hence before it is imported or called.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib

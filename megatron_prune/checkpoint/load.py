@@ -1,7 +1,5 @@
 """Bring a model to the state of a checkpoint, whatever layout either has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

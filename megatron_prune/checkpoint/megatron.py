@@ -11,8 +11,6 @@ extra state are left out; any other tensor that is not part of a Llama is an err
 in silence.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import enum

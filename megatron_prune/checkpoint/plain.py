@@ -1,7 +1,5 @@
 """Any nesting of plain values, arrays and tensors as bytes that load without running code, by `load_plain`."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

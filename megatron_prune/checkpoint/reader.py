@@ -1,7 +1,5 @@
 """Read a checkpoint in one process, without torch.distributed: conversion, inspection, evaluation."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import Any

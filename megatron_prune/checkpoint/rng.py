@@ -1,7 +1,5 @@
 """States of the random generators of a process, so that a resumed run draws what the first would have drawn."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

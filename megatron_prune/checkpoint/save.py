@@ -17,8 +17,6 @@ outcome: either all ranks return or all raise `CheckpointSaveError`, the tempora
 are as they were.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil

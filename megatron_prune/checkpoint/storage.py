@@ -16,8 +16,6 @@ whatever a pickle asks for. What differs from megatron-core's own writer:
 - checksums are taken of the bytes as they go to the file, not of what is read back.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import queue

@@ -5,8 +5,6 @@ on_host        a tensor as the format wants it: contiguous in host memory, in a 
 SummingFile    sums up what is written to it, and has the disk begin before the last byte is there
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import math

@@ -12,8 +12,6 @@ ranks hold alike the first writes, the second copy of a tied embedding is not wr
 owners, flat range by flat range, and loaded by them: no rank ever holds another's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial

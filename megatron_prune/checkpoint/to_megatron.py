@@ -10,8 +10,6 @@ the folder, too, as megatron-core 0.19 lets it load a GPTModel's. Adam is writte
 the distributed optimizer, where each tensor is of its weight's shape and name. All is in memory at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging

@@ -4,8 +4,6 @@ Commands print; nothing else in the package does. Modules are imported when thei
 answers at once. `running.py` is what they share.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import signal

@@ -12,8 +12,6 @@ and DP 2 with the distributed optimizer. On a GPU it is one rank in bf16 with qu
 columns read "not measured". docs/benchmarks.md explains the rows and keeps the numbers of a run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

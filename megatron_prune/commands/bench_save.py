@@ -9,8 +9,6 @@ beside the training: how long they hold it up, as a fraction of a step. Medians.
     measure    its numbers, on one rank
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import statistics

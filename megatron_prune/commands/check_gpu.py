@@ -10,8 +10,6 @@ Results are written as they come (`results.jsonl`, `log.txt`) and end in a table
 when a row misses its goal. What the rows mean: docs/gpu.md.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass

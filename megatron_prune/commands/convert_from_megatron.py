@@ -6,8 +6,6 @@ The shape is read from the tensors and from the arguments stored beside them; fl
 tensors are streamed, all are accounted for.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@
 Versions, devices, engines, memory, disk, Slurm; then a line per feature. Exit status 1 when training cannot work.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -6,8 +6,6 @@
 docs/launching.md explains it; examples/pretrain_efficientllm.sh is the same as a script.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -9,8 +9,6 @@ one model takes, measured alike. All are measured in turn, again and again, and 
 else runs on the machine only ever adds to it.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import statistics

@@ -7,8 +7,6 @@ The names are exactly those: nothing is appended to the prefix. Train on it with
 what was done (tokenizer, options, documents, tokens).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

@@ -12,8 +12,6 @@ Besides the flags below it takes those of pretrain (its --help lists them): layo
 also as --config FILE. Works under torchrun as well. After a mistake nothing is written.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ run_on_ranks   a command that may be one of many ranks
 check_file, check_plot, check_new_folder   what will be written, tried before anything is computed
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

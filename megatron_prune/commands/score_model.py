@@ -10,8 +10,6 @@ Besides the flags below it takes those of pretrain (its --help lists them): layo
 --prune-gqa and so on, also as --config FILE.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence

@@ -7,8 +7,6 @@ The second command repeats it on one's own source of that shape: the same groups
 same learning rates; flags and a --config win over the recipe. Places (paths, names of machines) are not in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial

@@ -7,8 +7,6 @@ is checked, and on which layouts, stands in megatron_prune/testing/benchmarks/so
 lost.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

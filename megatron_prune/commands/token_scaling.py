@@ -13,8 +13,6 @@ source to each result). Runs that have not reached their end yet are left out, a
     draw       runs -> figures
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

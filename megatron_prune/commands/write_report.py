@@ -7,8 +7,6 @@ by which saliencies and how close that was, where the time went, what was measur
 goes on can be looked at: the same command again shows how far it is. Needs plotly (`megatron_prune[report]`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

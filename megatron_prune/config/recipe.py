@@ -5,8 +5,6 @@ pruning history), `settings` (section -> option -> value as YAML spells it), `re
 `digest` (SHA-256 of all the rest).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -10,8 +10,6 @@ A sample is `seq_length` tokens and their successors, cut from documents that we
 follow one another without a gap.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

@@ -9,8 +9,6 @@ is read: it is whole, and its ids are the model's. A .bin that is cut short unde
 file's name, where a mapped file would kill the process (SIGBUS).
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import resource

@@ -7,8 +7,6 @@ what_else       what such a folder may be instead, as a hint for people
 hub_id          the model's id, where the folder is a hub's cache
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

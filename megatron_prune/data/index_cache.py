@@ -11,8 +11,6 @@ folder that cannot be written will do as long as all files are there. megatron-c
 never asked.
 """
 
-from __future__ import annotations
-
 import logging
 import mmap
 import os

@@ -11,8 +11,6 @@ The lock is the kernel's (flock): it ends with the process, however that ended, 
 that share locks. Where there are no locks at all, nothing is ever cleared.
 """
 
-from __future__ import annotations
-
 import fcntl
 import glob
 import logging

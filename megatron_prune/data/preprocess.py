@@ -12,8 +12,6 @@ Workers are spawned and load the tokenizer only; scripts that call `preprocess` 
 `if __name__ == "__main__"` guard.
 """
 
-from __future__ import annotations
-
 import functools
 import glob
 import itertools

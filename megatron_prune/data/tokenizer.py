@@ -10,8 +10,6 @@ Text is turned into ids without any begin- or end-of-document token; preprocessi
 A bare SentencePiece file is never read through transformers, whose own conversion of one may give other ids.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -10,8 +10,6 @@ with nothing beside it that says more (`SIDE_FILES`) is SentencePiece's own; wit
 tokens and chat templates are theirs, and transformers reads it all (tokenizer_library).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

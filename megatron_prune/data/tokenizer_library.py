@@ -13,8 +13,6 @@ training, export, GGUF and evaluation alike; but where that gives ordinary text 
 for it, the folder is refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -10,8 +10,6 @@ A text is laid end to end, begun by one id that is only context, and cut into wi
 tokens is predicted exactly once, so that bits per byte compare models with different tokenizers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

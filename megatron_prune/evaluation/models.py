@@ -9,8 +9,6 @@ What `AutoTokenizer` makes of a folder that holds only a `tokenizer.model` depen
 every score without a word (docs/huggingface.md has numbers); therefore the conversion.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ validation loss. Per byte and per word it is the same total shared among the tex
 different tokenizers may be compared by; ids that frame documents cost nats and have no bytes.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

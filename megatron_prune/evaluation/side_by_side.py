@@ -4,8 +4,6 @@ Report        models, perplexities and scores; `to_json`, `to_markdown`
 write_report  both, as `evaluation.json` and `evaluation.md` in a folder
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence

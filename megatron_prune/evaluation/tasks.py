@@ -8,8 +8,6 @@ Local files are JSON lines (`.jsonl`, `.json`) or Parquet (`.parquet`), named af
 public data set.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 import io

@@ -8,8 +8,6 @@ cloze form (the answers' texts are scored, not their letters), the harness's `mm
 all subjects, each line naming its own, so that the accuracy is the mean over questions, as the harness's group has it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import io

@@ -8,8 +8,6 @@ transformers' tokenizers read `tokenizer_config.json` (one template, or a list o
 Templates are text in a sandboxed language: rendering runs no code of the folder's, in bounded time and memory.
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

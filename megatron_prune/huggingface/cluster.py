@@ -12,8 +12,6 @@ are the live tensors, so that importing it again gives the very model that was e
 stands beside that record in `config.json` must say the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from importlib import resources

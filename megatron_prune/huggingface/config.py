@@ -15,8 +15,6 @@ for which it is not; `MistralForCausalLM` without a sliding window is the same c
 where there are biases, `SmolLM3ForCausalLM` with a rotary embedding in every layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

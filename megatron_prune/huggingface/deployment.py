@@ -7,8 +7,6 @@ transformers and llama.cpp were run on exports, vLLM on some (docs/deploy.md); w
 SGLang is what their sources require of a model's sizes, and was not run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -8,8 +8,6 @@ Everything is written into a folder beside the wanted one and renamed at the end
 Memory: about the largest tensor, a few times while KV heads are repeated or the dtype changes.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping

@@ -11,8 +11,6 @@ Norms and biases are stored in f32. Q8_0 quantizes blocks of 32 along a row; row
 in f16, and the caller is told which.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator

@@ -7,8 +7,6 @@ Only what is known is read. A number of the model that is not understood, a tens
 that the gguf package cannot undo: each is one line. A quantized model is a rounded one; training goes on from there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import mmap

@@ -10,8 +10,6 @@ The gguf package's `SpecialVocab` is not used: it finds no special ids without a
 Zephyr's, ChatML's and Qwen's layouts lack, as does a bare tokenizer.model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -7,8 +7,6 @@ own conversion leaves out how text is split before merging (SmolLM's digits one 
 trained with. What is written is read back as a GGUF file's vocabulary and compared with what this file holds.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

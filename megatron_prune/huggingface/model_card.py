@@ -6,8 +6,6 @@
 Everything in it comes from the run; what is unknown is left out. No path of the machine is written.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

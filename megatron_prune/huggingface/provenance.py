@@ -9,8 +9,6 @@ Read are the keys `config` (YAML text of the run), `iteration`, `consumed_tokens
 `tokenizer_model` and `tokenizer_type`, all optional: an export needs none of them.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePath

@@ -11,8 +11,6 @@ What is in the list and unchanged may be deleted: size and SHA-256 say so, the l
 (weights can be very large). All else is somebody's: a GGUF file, notes, an edited model card.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

@@ -7,8 +7,6 @@ A new row is the mean of all others, as transformers' `resize_token_embeddings` 
 knows nothing about the token, and gives it about average odds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

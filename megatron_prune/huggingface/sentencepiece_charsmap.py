@@ -13,8 +13,6 @@ Then the barriers go. Since the table is at hand, the steps are checked on every
 say exactly is refused.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import struct

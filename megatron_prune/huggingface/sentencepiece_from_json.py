@@ -9,8 +9,6 @@ both then merge the same pairs in the same order in every text (see sentencepiec
 How text is normalized is recognised in the form that our own exports have, or in that of Llama's tokenizers.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import itertools

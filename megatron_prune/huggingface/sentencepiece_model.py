@@ -6,8 +6,6 @@ protobuf modules that sentencepiece and transformers each carry may disagree abo
 process is an error.
 """
 
-from __future__ import annotations
-
 import enum
 import struct
 from collections.abc import Iterator

@@ -26,8 +26,6 @@ which refuses the other two. The library is exact for BPE with byte_fallback, no
 as Llama's (docs/huggingface.md); another way for that kind alone would depend on the version, and save nothing here.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable

@@ -9,8 +9,6 @@ A safetensors file is the length of its header (8 bytes, little endian), the hea
 and end in the data), then the data without gaps. Headers are known before any tensor is, so nothing is collected.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -3,8 +3,6 @@
 read_source    folder -> name, model card, special ids, dtypes and generation settings
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ with added tokens beside it is converted anew by every version. Then what `AutoT
 in the plainest form (`PreTrainedTokenizerFast`), which versions 4.48 to 5 read alike.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

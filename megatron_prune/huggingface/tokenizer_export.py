@@ -11,8 +11,6 @@
 The files are of the plainest form (`PreTrainedTokenizerFast`), so that transformers 4.45 to 5 read them alike.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -8,8 +8,6 @@ that records none, from the data's own .json files where these are still there. 
 nothing: then the tokenizer trained with counts.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -14,8 +14,6 @@ Call `stock_logits` and `run_stock` first: with CUDA there, the CPU runtime of `
 process-wide.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,8 +8,6 @@ Opening a folder reads names, shapes and dtypes of all its files and none of the
 cut off is found at once. Legacy files are pickles, of which nothing but tensors is accepted (`weights_only`).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter

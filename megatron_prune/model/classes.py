@@ -10,8 +10,6 @@ the same, so checkpoints, optimizer ranges and results are, too. HybridStack's o
 hence it is built without (`post_layer_norm`), and ours stands behind it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.util

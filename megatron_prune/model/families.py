@@ -1,7 +1,5 @@
 """Which parameters a model has, by family: the rows of THE table (`model.table`)."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator
 

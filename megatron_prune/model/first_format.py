@@ -6,8 +6,6 @@
 Each leaves what is in today's format as it is; a missing field is a KeyError.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 _WIDTHS = {

@@ -3,8 +3,6 @@
 Every tensor is drawn by its own canonical name and seed, so that all layouts start from the same model.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -3,8 +3,6 @@
 It has neither DDP nor optimizer nor gradients; its activations are freed layer by layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import cast
 

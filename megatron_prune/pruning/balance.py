@@ -5,8 +5,6 @@ model the next to last head is the cheapest group per parameter at that moment, 
 kind that has come down to `balance` times its proportional width waits while another one has more to give.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Collection

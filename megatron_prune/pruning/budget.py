@@ -6,8 +6,6 @@ with one limit the size is its value (parameters: a whole number), and the targe
 than the first limit, whichever binds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

@@ -1,8 +1,6 @@
 """Figures of a pruning history: saliencies and widths over tokens (the paper's Figure 7, left and right), or over
 removals where tokens do not tell their order (no training in between, or another run before)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median

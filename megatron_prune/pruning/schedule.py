@@ -9,8 +9,6 @@ are pure: credits are the only state, and the run keeps them. An iteration is na
 tokens consumed when it ends, both known before it begins.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ kind that has no more than its balanced width (`pruning.balance`), one of a kind
 scores (`limit`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The page itself: one file with everything in it."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math

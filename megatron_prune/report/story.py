@@ -7,8 +7,6 @@ Read are the newest checkpoint's architecture, `pruning_history.jsonl`, TensorBo
 `summary.json` and the evaluation; all but the first may be missing.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Sequence

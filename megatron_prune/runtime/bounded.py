@@ -1,7 +1,5 @@
 """Work on a stranger's input that may go on for ever, or ask for more memory than there is."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

@@ -6,8 +6,6 @@ megatron-core calls. It is process-wide, installed once by `choose_device`, and 
 Where CUDA is there, nothing is touched.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

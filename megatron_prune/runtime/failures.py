@@ -10,8 +10,6 @@ Exit status: 0 done or stopped as asked, 1 a defect or a broken run, 2 a mistake
 broke its own rules, 3 another rank died or hung.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

@@ -8,8 +8,6 @@ replace_file   a file's new content in the place of the old, in one piece
 replace_figure the same for a drawing of matplotlib's
 """
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Until ranks have met, a mistake of one of them (a configuration it cannot read, 
 leave the others waiting for it: so it is told over the store, and all stop with the same words.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

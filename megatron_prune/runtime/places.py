@@ -22,8 +22,6 @@ A variable that is set in half, or says something else than another one, is refu
 only rank would write the same folder as the others.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

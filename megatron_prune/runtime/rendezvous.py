@@ -10,8 +10,6 @@ A host that cannot be resolved, a port that is taken, an address where nobody an
 program are mistakes of the user, told within the time that ranks may be late.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import socket

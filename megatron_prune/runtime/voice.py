@@ -5,8 +5,6 @@ rank; which of both it is, none of them can tell by itself. Where rank 0 keeps t
 up on the others and stays until they have asked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -13,8 +13,6 @@ and name it in `pruning.metric`. Sums per unit, reduction over ranks and the cho
 criterion may need, and what each of the shipped ones computes and costs, is in docs/criteria.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 

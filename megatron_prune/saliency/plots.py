@@ -1,7 +1,5 @@
 """Pictures of unit scores: what a researcher looks at before a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Drawing in place, sizes of terminals and keeping others' warnings apart are rich
 messages are plain lines, and the last drawing follows them.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

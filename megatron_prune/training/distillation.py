@@ -11,8 +11,6 @@ stages it runs as a pipeline of its own before the global batch, and its last st
 model's dtype, `hidden` numbers per token and rank); logits exist for one micro-batch at a time.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Callable

@@ -4,8 +4,6 @@ one for both; all are megatron-core's.
 Steps are iterations since the schedule began, so a resumed run needs nothing but its phase to go on.
 """
 
-from __future__ import annotations
-
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prune.checkpoint.record import CONTINUED

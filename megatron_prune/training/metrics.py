@@ -7,8 +7,6 @@ Reporter          takes one report per iteration and shows it
 Nothing here makes the device wait, except reading the clock once per log line.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import sys

@@ -5,8 +5,6 @@ step is taken, so Adam's moments are never allocated and the weights are the sou
 Ratio, group costs and smoothing of the configuration mean nothing here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any

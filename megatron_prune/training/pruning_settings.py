@@ -3,8 +3,6 @@
 `PruningSettings` is what a pruner needs besides model and state; whoever has no `Config` makes one by hand.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

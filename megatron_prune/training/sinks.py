@@ -5,8 +5,6 @@ Sinks        everything that is open; `record` hands a set of numbers of one ite
 start_wandb  a run that a requeued job goes on with, told by the folder it saves to
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

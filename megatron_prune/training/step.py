@@ -5,8 +5,6 @@ An objective's loss function runs on the last pipeline stage only. What it repor
 ranks and shown, `loss` first; gradients come from the first of what it returns.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

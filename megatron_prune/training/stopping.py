@@ -3,8 +3,6 @@
 A signal reaches one rank first, and clocks differ: what one rank has seen, all ranks act upon, after the same step.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

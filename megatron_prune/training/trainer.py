@@ -8,8 +8,6 @@
 6. log; evaluate, save and stop when due                             (StepAgreement.after_step)
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -9,8 +9,6 @@
 Nodes with copies of their own may hold other ones. Large files are compared by samples (see `samples`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import time

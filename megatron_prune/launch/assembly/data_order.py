@@ -16,8 +16,6 @@ to read more may get another order from its first sample on. So the number asked
 is enough, and where more are needed the shuffles are compared.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

@@ -6,8 +6,6 @@ opened            inputs, model and data on this rank's place in the mesh, close
 prune_and_save    prune to the target and save a checkpoint that starts a run
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Callable, Iterator

@@ -7,8 +7,6 @@ reads_on          whether a checkpoint's data are read on
 check_context, check_target, check_output   single checks, also of a dry run
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

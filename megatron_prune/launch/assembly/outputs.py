@@ -3,8 +3,6 @@
 One rank writes. How the run ended is `checkpoint.record.write_status`'s.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

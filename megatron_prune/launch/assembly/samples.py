@@ -6,8 +6,6 @@ large it is. So a copy that was made anew, cut, or changed in one matrix is foun
 large file may not be.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The run's checkpoints: when one is written it is at once or in the background, and what happens when it cannot be."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

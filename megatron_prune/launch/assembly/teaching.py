@@ -8,8 +8,6 @@ lesson          what trains the source first (`teacher_tokens`)
 build_objective what a run minimises
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable

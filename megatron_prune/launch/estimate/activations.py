@@ -9,8 +9,6 @@ RMSNorm and megatron-core's SwiGLU are fused on GPUs only and save less there. A
 GPUs: flash attention).
 """
 
-from __future__ import annotations
-
 import math
 
 from megatron_prune.config import Config

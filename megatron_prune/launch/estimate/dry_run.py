@@ -9,8 +9,6 @@ must be there. Weights, tokenizer and data that are not there are reported and l
 again; what is there and damaged, or does not fit, is an error.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -8,8 +8,6 @@ State (weights, gradients, optimizer) is exact; activations come from `activatio
 loses, the collectives' own buffers, the CUDA context.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Iterator

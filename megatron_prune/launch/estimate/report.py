@@ -5,8 +5,6 @@ Estimate   the numbers of a run, as `dry_run.estimate` computes them
 render     both as lines for people
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

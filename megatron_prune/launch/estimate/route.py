@@ -11,8 +11,6 @@ factor: at every step the kind goes that has kept the largest share of its width
 proportion to their queries.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -11,8 +11,6 @@ A ring all-reduce over n ranks sends 2 (n - 1) / n of the data, a reduce-scatter
 messages (losses, norms, decisions) are left out.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ check       what can be known before training about whether `evaluate` will work
 run         start one, see it through, end it when this process is told to leave
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -4,8 +4,6 @@ Ranks say themselves what was wrong; torchrun's forty lines about its own call s
 meet are one line on each, and status 2.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -8,8 +8,6 @@ do (`stages`) and keeps SAVE/launch_status.json. Training is `megatron_prune.pre
 commands, each in a process of its own, while the other ranks have left.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util

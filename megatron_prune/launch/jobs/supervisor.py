@@ -10,8 +10,6 @@ with 1 although its ranks saved, and a second signal while it waits for them mak
 scheduler that signals every process of a job (Slurm does) and a supervisor that forwards would do just that.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import subprocess

@@ -7,8 +7,6 @@
 A KV head leaves by itself with the last query head that it serves.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

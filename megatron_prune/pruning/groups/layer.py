@@ -4,8 +4,6 @@ With `score: block_influence` the layer that turns what it is given least is the
 it is worth against groups of other kinds is still the criterion's sum, since a cosine is no change of the loss.
 """
 
-from __future__ import annotations
-
 import math
 
 from megatron_prune.model.architecture import Architecture, Group

@@ -9,8 +9,6 @@
 Fractions, not seconds: the machine's speed cancels. docs/benchmarks.md explains the rows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import statistics

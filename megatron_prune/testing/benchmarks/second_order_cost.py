@@ -3,8 +3,6 @@
 time_second_order   keeping inputs, and the update before a group of each kind, each timed
 """
 
-from __future__ import annotations
-
 from megatron_prune.pruning.groups import default_names
 from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher

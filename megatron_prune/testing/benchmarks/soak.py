@@ -16,8 +16,6 @@ Where a kill says so, another process starts in the same folder meanwhile: it mu
 owner, and nothing may come of it. `kill_launcher` is the real torchrun, killed: its ranks must save and leave.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

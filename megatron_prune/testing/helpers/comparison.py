@@ -4,8 +4,6 @@ A removal may differ where the decision's margin is below `MARGIN`, since roundi
 then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

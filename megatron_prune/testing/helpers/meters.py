@@ -6,8 +6,6 @@ BytesSent    bytes that this rank hands to collectives, whatever function they w
 PeakMemory   highest memory in use since `start`: resident memory on the CPU, allocated memory on CUDA
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import sys

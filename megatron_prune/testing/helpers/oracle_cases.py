@@ -5,8 +5,6 @@ the whole product of layouts and models, with drawn options, for the full run. `
 out: criteria, Fisher estimates, other families, recomputation, uneven stages, coarse quanta.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Mapping

@@ -14,8 +14,6 @@ What a rank prints is printed again by the caller, rank by rank, once the call i
 test that failed).
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import functools

@@ -1,7 +1,5 @@
 """Tiny Llamas for tests: a configuration, random weights that train lively, a Hugging Face folder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

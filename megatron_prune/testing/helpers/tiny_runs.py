@@ -4,8 +4,6 @@ The model has 20,000 parameters and an iteration takes some hundredths of a seco
 groups and trains on fits into a second or two.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

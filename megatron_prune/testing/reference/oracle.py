@@ -13,8 +13,6 @@ cannot come back and needs no mask. The sharded system must give the same losses
 `iteration` counts finished iterations; the first train_step is iteration 1.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter

@@ -12,8 +12,6 @@ Tensors: B batch, S sequence, C live stem channels, H live query heads, G live K
 Weights are physically small: a removed unit is nowhere, so the RMSNorm width is right by itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

@@ -10,8 +10,6 @@
 Scores are keyed by original ids. Ties go to the lowest id, between kinds to head, ffn, stem, layer in this order.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence

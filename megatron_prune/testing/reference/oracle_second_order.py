@@ -8,8 +8,6 @@ Of all W' whose removed columns are zero, the one with the least |(W - W') X|^2 
 surviving columns s, W' = W H[:, s] (H[s, s])^-1, with H the damped Hessian of the inputs. Everything is fp64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch

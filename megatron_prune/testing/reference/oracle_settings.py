@@ -1,7 +1,5 @@
 """What a run of the dense oracle does: one frozen value, checked when it is made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

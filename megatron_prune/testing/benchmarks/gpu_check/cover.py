@@ -4,8 +4,6 @@ Cases that have more ranks in the tests run here as one. fp32 losses are held to
 the CPU's own order), bf16 ones to 2 %. The oracle computes on the CPU in fp32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import os

@@ -3,8 +3,6 @@
 The model has a third of the source's layers, so that a checkpoint is written within the step's seconds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import statistics

@@ -6,8 +6,6 @@ The tiny prune runs on the layout that is asked for, with every collective that 
 dense oracle, which rank 0 computes beside it: the reference cannot get lost or old.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

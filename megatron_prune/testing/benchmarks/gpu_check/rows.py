@@ -5,8 +5,6 @@ Row       one line: what, goal, measured, verdict
 append / read_rows / table
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -8,8 +8,6 @@ A step that raises, dies or takes too long leaves the rows it had, and one more 
 whatever happened.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import logging

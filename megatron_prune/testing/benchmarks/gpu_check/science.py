@@ -4,8 +4,6 @@ The model is `--model`, or stories260K of the real inputs with its own kind of t
 project's defaults, which stops by its time limit, saved, and goes on when it is asked for again.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator

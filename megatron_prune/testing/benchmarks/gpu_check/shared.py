@@ -1,7 +1,5 @@
 """Two ranks on one card: NCCL refuses that; gloo takes CUDA tensors for some operations. Tried, and told as it is."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@ mantissa, 0.4 % apart) losses are held to 2 %, as everywhere in this project, an
 counted until rounding decides one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import platform
 from collections.abc import Iterator

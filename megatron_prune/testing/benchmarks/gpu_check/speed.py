@@ -4,8 +4,6 @@ MFU is model FLOPs (see `pruning.budget`) over the device's dense bf16 peak. Pru
 same run in turn; what a compaction costs is measured by itself and spread over the removals between two of them.
 """
 
-from __future__ import annotations
-
 import statistics
 import warnings
 from collections.abc import Callable, Generator, Iterator

@@ -7,8 +7,6 @@ stayed on the CPU.
     python    a command of this repository
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
