@@ -57,8 +57,7 @@ class DisagreementError(RuntimeError):
 
 class TrainingStoppedError(UserError):
     """The run cannot go on by its own rules (losses that are not finite, a checkpoint that cannot be written); raised
-    by all ranks after the same step, with the checkpoint to go on from.
-    """
+    by all ranks after the same step, with the checkpoint to go on from."""
 
 
 class PeerLostError(RuntimeError):

@@ -288,8 +288,7 @@ def _damage(path: Path, expected: Digest | None) -> str | None:
 
 def begin(directory: Path, iteration: int) -> Path:
     """Make a fresh folder to write into, after clearing what runs that died have left. Raises OSError: FolderBusyError
-    where another process writes, whose folders are no leftovers.
-    """
+    where another process writes, whose folders are no leftovers."""
     directory.mkdir(parents=True, exist_ok=True)
     refuse_others(directory)
     for entry in directory.glob("iter_*.tmp-*"):

@@ -318,8 +318,7 @@ def record_files(
 
 def read_brief(save: Path, iteration: int) -> dict[str, Any]:
     """A line about one checkpoint of a run: its iteration, tokens, parameters, bytes, dtype and mesh, or its `damage`;
-    no tensors are read.
-    """
+    no tensors are read."""
     folder = step_folder(save, iteration)
     try:
         run, shape = _run_file(folder, iteration), _load_json(folder / "architecture.json")

@@ -168,8 +168,7 @@ def save_for_megatron(
 @contextlib.contextmanager
 def _by_itself() -> Iterator[None]:
     """While entered, what megatron-core's writer has written reaches its save in a plain queue, as they are one process
-    here. The server that it would start for that outlives a process that is killed, with a temporary folder.
-    """
+    here. The server that it would start for that outlives a process that is killed, with a temporary folder."""
     context = vars(multiprocessing.get_context("spawn"))
     context["Manager"] = lambda: argparse.Namespace(Queue=queue.Queue)
     try:
@@ -181,8 +180,7 @@ def _by_itself() -> Iterator[None]:
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
     """While entered, what megatron-core could not write to `folder` is one error that says why. Its writers are
-    processes, of whose errors only the text arrives, and that in a log line, too.
-    """
+    processes, of whose errors only the text arrives, and that in a log line, too."""
     remarks = logging.getLogger(FileSystemWriterAsync.__module__)
     before, remarks.disabled = remarks.disabled, True
     try:

@@ -78,8 +78,7 @@ def help_text() -> str:
 
 def start(argv: Sequence[str] | None = None) -> None:
     """Run as the program does: end the process with the exit status; where nobody reads any more what it says
-    (`| head`), with that of a program that the signal for it ended.
-    """
+    (`| head`), with that of a program that the signal for it ended."""
     die_of_interrupts()
     try:
         status = main(argv)

@@ -1,9 +1,5 @@
 """The shuffled indices of a data set, kept as .npy files: found and checked, or made and published. No pickle is read.
 
-    Entry   one array's file and what it must hold
-    kept    arrays by name, from a folder where they stand whole, else made and put there
-    sized   whether files that are mapped are still as long as they were
-
 Every array is a function of data, seed and sizes, all of which are in the file's name: whoever makes it makes the same.
 So two builders may race, and a file that is cut short, of another kind or that holds impossible numbers (a full disk, a
 killed job, a stranger) is made again and replaced. A file is written under a name of its own, flushed and renamed. A

@@ -71,8 +71,7 @@ class Options:
 @dataclass(frozen=True)
 class EncodingProgress:
     """How far the job is: `disk_bytes` of `total_bytes` of the input files, as they lie on disk, are encoded; of pipes
-    `total_bytes` is 0.
-    """
+    `total_bytes` is 0."""
 
     documents: int
     tokens: int

@@ -1,8 +1,5 @@
 """Chat templates of a folder: where they may lie, and what they make of a conversation.
 
-    chat_templates   folder and loaded tokenizer -> name: template
-    render_chats     tokenizer and templates -> name: text of some conversations, for comparing two folders
-
 transformers' tokenizers read `tokenizer_config.json` (one template, or a list of named ones), `chat_template.jinja` and
 `additional_chat_templates/`; `chat_template.json`, which only processors read, is taken where these say nothing.
 Templates are text in a sandboxed language: rendering runs no code of the folder's, in bounded time and memory.

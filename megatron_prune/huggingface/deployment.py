@@ -1,8 +1,5 @@
 """Which runtimes take an exported model of this shape, and why not: `convert-to-hf --deploy-check`.
 
-    verdicts   config.json of an export -> a verdict per runtime
-    table      verdicts -> text
-
 transformers and llama.cpp were run on exports, vLLM on some (docs/deploy.md); what is said of tensor parallelism and of
 SGLang is what their sources require of a model's sizes, and was not run.
 """

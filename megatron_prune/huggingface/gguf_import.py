@@ -275,8 +275,7 @@ def _damaged(file: Path) -> Iterator[None]:
 
 def _check_head(file: Path) -> None:
     """Step over all that comes before the tensors, whose counts the file must have room for: gguf's reader counts on
-    beyond the end. Raises ValueError and the like where it has not.
-    """
+    beyond the end. Raises ValueError and the like where it has not."""
     with open_file(file) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
 

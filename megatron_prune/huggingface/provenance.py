@@ -1,10 +1,5 @@
 """What a checkpoint's meta tells about where the model comes from: for the model card, the tokenizer, the special ids.
 
-    run_facts      meta -> CardFacts
-    tokenizer_of   meta -> (kind, path) of the tokenizer that was trained with
-    source_of      meta -> what `source_facts.read_source` said of the source model
-    dtypes_of      meta -> the dtypes that the source's weights are stored in
-
 Read are the keys `config` (YAML text of the run), `iteration`, `consumed_tokens`, `history`, `stages`, `source`,
 `tokenizer_model` and `tokenizer_type`, all optional: an export needs none of them.
 """

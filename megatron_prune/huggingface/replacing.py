@@ -86,8 +86,7 @@ def put_in_place(staged: Path, target: Path) -> None:
 
 def recover(target: Path) -> None:
     """Where a process was killed in `put_in_place`: the earlier export comes back, or what was kept of it is taken
-    along. Call it as `target`'s only writer.
-    """
+    along. Call it as `target`'s only writer."""
     named = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.replaced")
     for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.replaced")):
         if not named.fullmatch(old.name):

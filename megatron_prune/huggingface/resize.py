@@ -1,8 +1,5 @@
 """Rows for ids that a tokenizer's folder adds to its vocabulary (`<pad>`, markers of a chat), and the model lacks.
 
-    resized     architecture, rows -> the architecture with that many ids
-    with_rows   a reader of weights -> one whose tensors have a row for each of these ids
-
 A new row is the mean of all others, as transformers' `resize_token_embeddings` has it but for the noise: the model
 knows nothing about the token, and gives it about average odds.
 """

@@ -1,10 +1,5 @@
 """Writing safetensors files tensor by tensor, cut into shards of a limited size.
 
-    parse_size     "5GB" -> bytes
-    StoredDtypes   weight -> the dtype it is stored in
-    plan_shards    tensors in order -> shards in order
-    write_shards   fetch and write one tensor after the other, with the index where there are several files
-
 A safetensors file is the length of its header (8 bytes, little endian), the header (JSON: name -> dtype, shape, begin
 and end in the data), then the data without gaps. Headers are known before any tensor is, so nothing is collected.
 """

@@ -1,7 +1,4 @@
-"""What a source folder says beside its model's shape, and an export wants back: read once, kept in checkpoints.
-
-read_source    folder -> name, model card, special ids, dtypes and generation settings
-"""
+"""What a source folder says beside its model's shape, and an export wants back: read once, kept in checkpoints."""
 
 import re
 from pathlib import Path

@@ -1,8 +1,5 @@
 """Is a tokenizer the one that a checkpoint's training data was made with?
 
-    tokenizer_facts   what a run records of its tokenizer and its data's, in the checkpoint's meta
-    check_tokenizer   an export's tokenizer against these
-
 Known are kind and fingerprint (SHA-256 of the vocabulary, see `Tokenizer.fingerprint`), from the checkpoint; of one
 that records none, from the data's own .json files where these are still there. Data that Megatron-LM's tool made tell
 nothing: then the tokenizer trained with counts.

@@ -38,8 +38,7 @@ GPT, HYBRID, AUTO = "gpt", "hybrid", "auto"
 
 class PrunableLlama(torch.nn.Module):
     """A model of megatron-core (the next class in the order of inheritance) whose padded vocabulary rows get logits of
-    -inf: zero rows would otherwise take part in the softmax and shift the loss.
-    """
+    -inf: zero rows would otherwise take part in the softmax and shift the loss."""
 
     modules_per_layer = 1
     layers: tuple[int, ...] = ()  # original numbers of those in `decoder.layers`

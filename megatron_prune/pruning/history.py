@@ -69,8 +69,7 @@ class Removal:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Removal:
         """Inverse of `to_json`; also reads lines of the first format. Raises AttributeError, ValueError, TypeError or
-        KeyError for anything else.
-        """
+        KeyError for anything else."""
         data = first_format.removal(data)
         if not all(isinstance(data[name], dict) for name in ("gone", "scores", "widths")):
             raise TypeError("gone, scores and widths are mappings")

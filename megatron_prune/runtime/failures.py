@@ -47,8 +47,7 @@ class SilentError(Exception):
 
 def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
     """Result of `step`, which must not communicate. Raises the first rank's UserError on all ranks when any rank
-    fails.
-    """
+    fails."""
     result, complaint = None, None
     try:
         result = step()
@@ -64,8 +63,7 @@ def agreed(mesh: Mesh, step: Callable[[], T]) -> T:
 
 def mishap(error: BaseException) -> str | None:
     """What the machine refused (a full or read-only disk, a missing file, too many of them) or lacks, in one line; else
-    None.
-    """
+    None."""
     if isinstance(error, ModuleNotFoundError) and error.name == "triton":
         return "this megatron-core imports triton, which is not installed: pip install triton"
     if isinstance(error, (OSError, RuntimeError)) and (
@@ -102,8 +100,7 @@ def lost_contact(error: BaseException) -> str | None:
 
 def exit_status(job: Callable[[], int]) -> int:
     """Run `job`; a mistake becomes one line on stderr of one rank (of each node's first, before ranks know each
-    other; of a rank alone, where it is that one's). From here on Ctrl-C is an exception, which cleans up.
-    """
+    other; of a rank alone, where it is that one's). From here on Ctrl-C is an exception, which cleans up."""
     raise_interrupts()
     try:
         return job()

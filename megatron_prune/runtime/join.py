@@ -37,8 +37,7 @@ class Meeting:
     @contextlib.contextmanager
     def joined(self) -> Iterator[Mesh]:
         """The mesh, torn down at the end (collective). Raises UserError as `init_mesh` does, and SilentError in the
-        place of an error that another rank tells.
-        """
+        place of an error that another rank tells."""
         before = connections(os.environ)
         mesh = self.join()
         to_ranks = connections(os.environ) - before

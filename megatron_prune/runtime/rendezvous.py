@@ -86,8 +86,7 @@ def keeps_store(rank: int, environ: Mapping[str, str]) -> bool:
 
 def store_answers(environ: Mapping[str, str]) -> bool:
     """Whether somebody listens at the store's address, of a rank that has just lost another. A store that is asked
-    after its keeper has died writes the stack of its own code.
-    """
+    after its keeper has died writes the stack of its own code."""
     time.sleep(_SECONDS_TO_DIE)
     try:
         with socket.create_connection((environ["MASTER_ADDR"], int(environ["MASTER_PORT"])), timeout=2):

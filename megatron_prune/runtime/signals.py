@@ -23,15 +23,13 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def heeded_signals() -> list[signal.Signals]:
     """Those of `STOP_SIGNALS` to listen to. The launcher starts its ranks with SIGTERM and SIGUSR1 ignored, and means
-    them to listen; what a terminal sends is left ignored where it is.
-    """
+    them to listen; what a terminal sends is left ignored where it is."""
     return [n for n in STOP_SIGNALS if n not in _OF_TERMINALS or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def begin_worker() -> None:
     """In a process of a pool: Ctrl-C, which reaches the whole group, is its parent's to handle; and when that is gone,
-    however it ended, this process ends, too. A pool's workers would wait for their next job for ever.
-    """
+    however it ended, this process ends, too. A pool's workers would wait for their next job for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -45,8 +43,7 @@ def begin_worker() -> None:
 
 def die_of_interrupts() -> None:
     """Ctrl-C ends this process as other signals do, without a traceback: modules are being imported, and nothing is
-    there to be cleaned up.
-    """
+    there to be cleaned up."""
     _exchange(signal.default_int_handler, signal.SIG_DFL)
 
 

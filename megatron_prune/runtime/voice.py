@@ -39,8 +39,7 @@ class Voice:
 
     def settle(self, error: BaseException) -> None:
         """To be called before connections to other ranks are closed. Raises SilentError when another rank tells; a
-        UserError or DisagreementError that is this rank's to tell is marked so.
-        """
+        UserError or DisagreementError that is this rank's to tell is marked so."""
         if self.store is None or not isinstance(error, Exception):
             return
         with contextlib.suppress(RuntimeError):  # the store is gone, and who kept it: tell it, rather twice than never
@@ -76,8 +75,7 @@ class Voice:
 
     def _comes(self, seconds: float, *keys: str) -> bool:
         """Whether they are set in time. Asked again and again: a wait in the store that ends in vain writes lines of
-        its own.
-        """
+        its own."""
         end = time.monotonic() + seconds
         while not self.store.check(list(keys)):
             if time.monotonic() > end:

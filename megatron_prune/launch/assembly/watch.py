@@ -104,8 +104,7 @@ class Watch:
 @contextlib.contextmanager
 def writing(directory: str | None, mesh: Mesh, watch: Watch) -> Iterator[None]:
     """Hold the folder that a run writes into, if it writes (collective at its begin). Raises UserError on all ranks
-    when another run holds it.
-    """
+    when another run holds it."""
     if directory is None:
         yield
         return

@@ -65,8 +65,7 @@ class Ledger:
     @classmethod
     def read(cls, save: Path) -> Ledger:
         """The ledger in `save`; an empty one where there is none, or none that can be read. A stage whose folder has
-        been removed is not done.
-        """
+        been removed is not done."""
         try:
             values = json.loads(read_words(save / LEDGER_FILE))
             done = {stage: at for stage, at in values["done"].items() if (save / _FOLDERS[stage]).exists()}

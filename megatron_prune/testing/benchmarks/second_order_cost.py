@@ -1,7 +1,4 @@
-"""What the second-order update costs, piece by piece, on a `SteppedRun`.
-
-time_second_order   keeping inputs, and the update before a group of each kind, each timed
-"""
+"""What the second-order update costs, piece by piece, on a `SteppedRun`."""
 
 from megatron_prune.pruning.groups import default_names
 from megatron_prune.pruning.second_order import SecondOrderUpdate

@@ -1,7 +1,5 @@
 """First thing to run on a new cluster: do all ranks meet, how fast do they talk, do they compute what one process does.
 
-    check_cluster   on every rank; rank 0 prints a line with a verdict per check
-
 The tiny prune runs on the layout that is asked for, with every collective that training uses, and is held against the
 dense oracle, which rank 0 computes beside it: the reference cannot get lost or old.
 """

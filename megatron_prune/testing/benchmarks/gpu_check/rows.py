@@ -1,9 +1,4 @@
-"""Rows of a check, written the moment they are known, and the table of them.
-
-Context   what is checked and how
-Row       one line: what, goal, measured, verdict
-append / read_rows / table
-"""
+"""Rows of a check, written the moment they are known, and the table of them."""
 
 import json
 from collections.abc import Sequence

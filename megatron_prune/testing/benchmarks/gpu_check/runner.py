@@ -1,9 +1,5 @@
 """Run the steps one after another, each in a process of its own and within its seconds.
 
-    STEPS      what there is, by order of value
-    run_steps  all of them; the table at the end
-    run_step   one of them, in this process
-
 A step that raises, dies or takes too long leaves the rows it had, and one more that says so; the next one starts
 whatever happened.
 """

@@ -1,9 +1,4 @@
-"""The shapes that are measured, and runs of them with weights drawn on the device.
-
-Shapes     source, the paper's targets, and a target with odd widths; small ones for a rehearsal
-start      a SteppedRun of a shape
-plain_seconds   median time of plain iterations, whatever their micro-batch
-"""
+"""The shapes that are measured, and runs of them with weights drawn on the device."""
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 Each command is a process of its own, as users start them. The run that changes its device is held against one that
 stayed on the CPU.
-
-    check     the rows
-    python    a command of this repository
 """
 
 import json
