@@ -189,8 +189,7 @@ def write(
     from megatron_prune.checkpoint.files import CheckpointSaveError
     from megatron_prune.checkpoint.save import save_weights
     from megatron_prune.model.sources import finite
-    from megatron_prune.runtime.device import choose_device
-    from megatron_prune.runtime.mesh import close_mesh, init_mesh
+    from megatron_prune.runtime.mesh import meshed
 
     with tqdm(total=count, unit="tensor", desc="writing", disable=not sys.stderr.isatty()) as bar:
 
@@ -198,13 +197,11 @@ def write(
             bar.update()
             return finite(read_source(hf_name).to(dtype), f"--dtype: {hf_name} as {dtype}", "take bfloat16 or float32")
 
-        mesh = init_mesh(choose_device("cpu"), 1, 1)
         try:
-            return save_weights(mesh, save, 0, architecture, read, dtype, state)
+            with meshed() as mesh:
+                return save_weights(mesh, save, 0, architecture, read, dtype, state)
         except CheckpointSaveError as error:
             raise UserError(f"--save {save}: {error}") from error
-        finally:
-            close_mesh()
 
 
 def _gib(size: float) -> str:

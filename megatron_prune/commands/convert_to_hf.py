@@ -275,14 +275,10 @@ def verify(
 def trained_logits(read: Callable[[str], Any], architecture: Architecture, done: Exported, tokens: Tensor) -> Tensor:
     """The training model's, of weights rounded as the export's: what then differs, the export did wrong."""
     from megatron_prune.huggingface.verify_export import training_logits
-    from megatron_prune.runtime.device import choose_device
-    from megatron_prune.runtime.mesh import close_mesh, init_mesh
+    from megatron_prune.runtime.mesh import meshed
 
-    mesh = init_mesh(choose_device("cpu"), 1, 1)
-    try:
+    with meshed() as mesh:
         return training_logits(lambda name: read(name).to(done.dtypes.of(name)), architecture, tokens, mesh)
-    finally:
-        close_mesh()
 
 
 def read_text(file: str | None) -> str:

@@ -103,8 +103,7 @@ def convert(arguments: MegatronExportOptions) -> int:
     from megatron_prune.huggingface.provenance import tokenizer_of
     from megatron_prune.huggingface.shards import DTYPES
     from megatron_prune.huggingface.weights import layers_left
-    from megatron_prune.runtime.device import choose_device
-    from megatron_prune.runtime.mesh import close_mesh, init_mesh
+    from megatron_prune.runtime.mesh import meshed
 
     save, tp = Path(arguments.save), arguments.tensor_model_parallel_size
     refuse_content(save, "--save")
@@ -129,18 +128,14 @@ def convert(arguments: MegatronExportOptions) -> int:
         "tokenizer_model": tokenizer[1] if tokenizer else None,
     }
     parts = architecture.table.parts
-    init_mesh(choose_device("cpu"), 1, 1)
-    try:
-        with tqdm(total=len(parts), unit="tensor", desc="reading", disable=not sys.stderr.isatty()) as bar:
+    with meshed(), tqdm(total=len(parts), unit="tensor", desc="reading", disable=not sys.stderr.isatty()) as bar:
 
-            def read(hf_name: str) -> Any:
-                bar.update()
-                part, layer = parts[hf_name]
-                return plan.apply(part, layer, read_left(hf_name))
+        def read(hf_name: str) -> Any:
+            bar.update()
+            part, layer = parts[hf_name]
+            return plan.apply(part, layer, read_left(hf_name))
 
-            written = save_for_megatron(save, reader.record.iteration, shape, read, dtype, padded, more, adam)
-    finally:
-        close_mesh()
+        written = save_for_megatron(save, reader.record.iteration, shape, read, dtype, padded, more, adam)
     report(written, shape, plan.policy, dtype, adam, padded)
     return 0
 

@@ -23,8 +23,9 @@ A run without torchrun is a mesh of one rank.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -33,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prune.errors import UserError
-from megatron_prune.runtime.device import DeviceRuntime
+from megatron_prune.runtime.device import DeviceRuntime, choose_device
 
 Groups = Any  # torch.distributed.ProcessGroup; its type is private in some builds
 Axis = Literal["tp", "pp", "model", "samples", "tokens", "replicas", "owners", "world"]
@@ -188,6 +189,15 @@ def close_mesh() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def meshed(device: str = "cpu", tp: int = 1, pp: int = 1) -> Iterator[Mesh]:
+    """A mesh on `device` (see `choose_device`), closed at the end."""
+    try:
+        yield init_mesh(choose_device(device), tp, pp)
+    finally:
+        close_mesh()
 
 
 def agree(mesh: Mesh, value: Any) -> list[Any]:

@@ -9,8 +9,6 @@
 Fractions, not seconds: the machine's speed cancels. docs/benchmarks.md explains the rows.
 """
 
-import contextlib
-import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,7 @@ from typing import Any
 
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.groups import default_names, known_groups
-from megatron_prune.runtime.device import choose_device
-from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
+from megatron_prune.runtime.mesh import Mesh, meshed
 from megatron_prune.saliency.scores import score_length
 from megatron_prune.testing.benchmarks.second_order_cost import FORWARD, KEEPING, time_second_order
 from megatron_prune.testing.helpers.meters import BytesSent, PeakMemory, Seconds, Stopwatch
@@ -91,20 +88,9 @@ def share(part: Seconds, whole: Seconds) -> tuple[str, str]:
     return f"{part.wall / whole.wall:.2%}", f"{part.cpu / whole.cpu:.2%}"
 
 
-@contextlib.contextmanager
-def meshed(preset: Preset) -> Iterator[Mesh]:
-    """This rank's mesh, closed again at the end."""
-    try:
-        yield init_mesh(choose_device(preset.device), preset.setup.case.tp, preset.setup.case.pp)
-    finally:
-        close_mesh()
-        gc.unfreeze()
-        gc.collect()
-
-
 def measure(_rank: int, _world_size: int, preset: Preset) -> list[CostRow]:
     """A column's rows of time and traffic, on one rank."""
-    with meshed(preset) as mesh:
+    with meshed(preset.device, preset.setup.case.tp, preset.setup.case.pp) as mesh:
         run, clock = SteppedRun(preset.setup, mesh), Clock(mesh)
         clock.median(run.plain_step, SETTLED)
         before, source = clock.median(run.plain_step, preset.repeats + 2), run.architecture.parameters
@@ -278,7 +264,7 @@ def rows_of_traffic(run: SteppedRun) -> Iterator[CostRow]:
 
 def measure_memory(_rank: int, _world_size: int, preset: Preset) -> list[CostRow]:
     """A column's rows of memory, on one rank."""
-    with meshed(preset) as mesh:
+    with meshed(preset.device, preset.setup.case.tp, preset.setup.case.pp) as mesh:
         meter = PeakMemory(mesh.device)
         if not meter.is_available:
             return []

@@ -17,8 +17,7 @@ from megatron_prune.config import ParallelConfig
 from megatron_prune.launch.estimate.placement import Placement
 from megatron_prune.launch.estimate.rank_memory import fullest_rank
 from megatron_prune.pruning.groups import default_names
-from megatron_prune.runtime.device import choose_device
-from megatron_prune.runtime.mesh import close_mesh, init_mesh
+from megatron_prune.runtime.mesh import meshed
 from megatron_prune.testing.benchmarks.costs import Clock
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row, at_most
 from megatron_prune.testing.benchmarks.gpu_check.shapes import Shapes, start
@@ -33,15 +32,14 @@ STATE = {"tokens": 0}
 def check(context: Context) -> Iterator[Row]:
     """Rows of peaks, then of a save beside the training."""
     shapes = Shapes.of(context)
-    mesh = init_mesh(choose_device(context.device), 1, 1)
     shape = dataclasses.replace(shapes.source, num_layers=max(2, shapes.source.num_layers // 3))
-    meter = PeakMemory(mesh.device)
-    meter.set_rest()
-    run = start(context, shapes, shape, mesh)
-    if meter.is_available:
-        yield from _peaks(context, run, meter)
-    yield from _saves(context, run)
-    close_mesh()
+    with meshed(context.device) as mesh:
+        meter = PeakMemory(mesh.device)
+        meter.set_rest()
+        run = start(context, shapes, shape, mesh)
+        if meter.is_available:
+            yield from _peaks(context, run, meter)
+        yield from _saves(context, run)
 
 
 def _peaks(context: Context, run: SteppedRun, meter: PeakMemory) -> Iterator[Row]:

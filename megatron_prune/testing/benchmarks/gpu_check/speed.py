@@ -18,8 +18,7 @@ from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.budget import training_flops
 from megatron_prune.pruning.groups import default_names, find_group
-from megatron_prune.runtime.device import choose_device
-from megatron_prune.runtime.mesh import Mesh, close_mesh, init_mesh
+from megatron_prune.runtime.mesh import Mesh, meshed
 from megatron_prune.testing.benchmarks.costs import Clock
 from megatron_prune.testing.benchmarks.gpu_check.rows import Context, Row, at_least
 from megatron_prune.testing.benchmarks.gpu_check.shapes import Shapes, plain_seconds, start
@@ -39,16 +38,15 @@ def check(context: Context) -> Iterator[Row]:
 
 def _rows(context: Context) -> Iterator[Row]:
     shapes = Shapes.of(context)
-    mesh = init_mesh(choose_device(context.device), 1, 1)
-    run = start(context, shapes, shapes.source, mesh)
-    seconds = yield from _plain(context, shapes, run)
-    yield from _pruning(context, shapes, run)
-    run = None  # type: ignore[assignment] # lets go of its memory
-    _empty(context)
-    yield from _smaller(context, shapes, mesh, seconds)
-    yield from _attention(context, shapes, mesh)
-    yield Row("torch.compile of norm, RoPE, cross entropy", "not built")
-    close_mesh()
+    with meshed(context.device) as mesh:
+        run = start(context, shapes, shapes.source, mesh)
+        seconds = yield from _plain(context, shapes, run)
+        yield from _pruning(context, shapes, run)
+        run = None  # type: ignore[assignment] # lets go of its memory
+        _empty(context)
+        yield from _smaller(context, shapes, mesh, seconds)
+        yield from _attention(context, shapes, mesh)
+        yield Row("torch.compile of norm, RoPE, cross entropy", "not built")
 
 
 def _empty(context: Context) -> None:
