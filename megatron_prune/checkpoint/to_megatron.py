@@ -134,11 +134,7 @@ def save_for_megatron(
     """
     more = {"no_save_rng": True, "no_save_optim": adam is None, "use_distributed_optimizer": adam is not None} | more
     known = vars(arguments_for(shape, dtype)) | {"padded_vocab_size": padded_vocab_size, "iteration": iteration} | more
-    state: dict[str, Any] = {
-        "args": argparse.Namespace(**known),
-        "checkpoint_version": 3.0,
-        "iteration": iteration,
-    }
+    state: dict[str, Any] = {"args": argparse.Namespace(**known), "checkpoint_version": 3.0, "iteration": iteration}
     for key, tensor in _tensors(shape, read, dtype, padded_vocab_size):
         state[key] = ShardedTensor.from_rank_offsets(key, tensor)
     content = None

@@ -101,10 +101,7 @@ def _trained(state: dict[str, Any]) -> dict[str, Any]:
 def _removals(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The record of removals in a few numbers."""
     margins = [line["margin"] for line in history if line.get("margin") is not None]
-    found: dict[str, Any] = {
-        "groups": len(history),
-        "by_kind": dict(Counter(map(group_name, history))),
-    }
+    found: dict[str, Any] = {"groups": len(history), "by_kind": dict(Counter(map(group_name, history)))}
     if history:
         found |= {"first_iteration": history[0]["iteration"], "last_iteration": history[-1]["iteration"]}
     if margins:

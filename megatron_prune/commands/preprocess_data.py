@@ -72,8 +72,7 @@ class ProgressDisplay:
             known = progress.total_bytes > 0  # of a pipe it is not
             share = f"{progress.disk_bytes / progress.total_bytes:4.0%} of the input, " if known else ""
             say(
-                f"{share}{progress.documents:,} documents, {progress.tokens:,} tokens, {rate:,.0f} tokens/s",
-                sys.stderr,
+                f"{share}{progress.documents:,} documents, {progress.tokens:,} tokens, {rate:,.0f} tokens/s", sys.stderr
             )
 
     def close(self) -> None:

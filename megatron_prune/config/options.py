@@ -15,12 +15,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-_NOUNS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-}
+_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 

@@ -29,13 +29,7 @@ from megatron_prune.data.tokenizer_files import (
     TokenizerPlace,
     find_tokenizer,
 )
-from megatron_prune.data.tokenizer_library import (
-    PLAIN_CLASS,
-    extra_tokens,
-    load_library,
-    special_id,
-    unlike_its_file,
-)
+from megatron_prune.data.tokenizer_library import PLAIN_CLASS, extra_tokens, load_library, special_id, unlike_its_file
 from megatron_prune.errors import UserError
 from megatron_prune.reading import read_content
 

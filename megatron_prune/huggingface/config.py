@@ -295,10 +295,7 @@ def model_class(architecture: Architecture) -> str:
 
 
 def config_json(
-    architecture: Architecture,
-    dtype: str,
-    num_key_value_heads: int,
-    special_ids: Mapping[str, Any] | None = None,
+    architecture: Architecture, dtype: str, num_key_value_heads: int, special_ids: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The `config.json` of the exported model; nothing about its shape is left to a default.
 

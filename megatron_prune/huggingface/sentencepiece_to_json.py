@@ -131,10 +131,7 @@ def _post_processor(model: SentencePieceModel) -> Step:
     index = [piece.text for piece in model.pieces].index(model.bos)
 
     def after_bos(name: str, type_id: int) -> list[Step]:
-        return [
-            {"SpecialToken": {"id": model.bos, "type_id": type_id}},
-            {"Sequence": {"id": name, "type_id": type_id}},
-        ]
+        return [{"SpecialToken": {"id": model.bos, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
 
     return {
         "type": "TemplateProcessing",

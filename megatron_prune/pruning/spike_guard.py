@@ -37,12 +37,7 @@ class GuardState:
 
     def to_state(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "recent": list(self.recent),
-            "reference": self.reference,
-            "since": self.since,
-            "pauses": self.pauses,
-        }
+        return {"recent": list(self.recent), "reference": self.reference, "since": self.since, "pauses": self.pauses}
 
     @classmethod
     def from_state(cls, values: dict[str, Any] | None) -> GuardState:

@@ -92,10 +92,7 @@ class ElementScores:
     """
 
     def __init__(
-        self,
-        model: LiveModel,
-        pieces: list[ScoredRows],
-        besides: Mapping[Kind, tuple[np.ndarray, ...]] | None = None,
+        self, model: LiveModel, pieces: list[ScoredRows], besides: Mapping[Kind, tuple[np.ndarray, ...]] | None = None
     ) -> None:
         self.model, self.pieces, self._besides = model, pieces, besides or {}
         self._layout = model.layout

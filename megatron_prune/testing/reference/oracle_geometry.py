@@ -169,10 +169,7 @@ class WeightDims(NamedTuple):
 def weight_table(geometry: Geometry, live: LiveUnits) -> dict[str, WeightDims]:
     """All tensors of the model by their Hugging Face names in the source (layers keep their numbers when others leave).
     Rows of heads are `head_dim` elements per unit."""
-    table = {
-        "model.embed_tokens.weight": WeightDims(0, (VOCAB, STEM)),
-        "model.norm.weight": WeightDims(0, (STEM,)),
-    }
+    table = {"model.embed_tokens.weight": WeightDims(0, (VOCAB, STEM)), "model.norm.weight": WeightDims(0, (STEM,))}
     if not geometry.tied:
         table["lm_head.weight"] = WeightDims(0, (VOCAB, STEM))
     kinds = {

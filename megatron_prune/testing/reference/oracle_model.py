@@ -110,11 +110,7 @@ def mlp(x_BSC: Tensor, weights: Mapping[str, Tensor], prefix: str, record: Recor
 
 
 def residual_stream(
-    tokens_BS: Tensor,
-    weights: Mapping[str, Tensor],
-    geometry: Geometry,
-    live: LiveUnits,
-    record: Record | None = None,
+    tokens_BS: Tensor, weights: Mapping[str, Tensor], geometry: Geometry, live: LiveUnits, record: Record | None = None
 ) -> list[Tensor]:
     """[B, S, C] before each live layer, and after the last one."""
     x_BSC = weights["model.embed_tokens.weight"][tokens_BS]
@@ -141,11 +137,7 @@ def residual_stream(
 
 
 def logits(
-    tokens_BS: Tensor,
-    weights: Mapping[str, Tensor],
-    geometry: Geometry,
-    live: LiveUnits,
-    record: Record | None = None,
+    tokens_BS: Tensor, weights: Mapping[str, Tensor], geometry: Geometry, live: LiveUnits, record: Record | None = None
 ) -> Tensor:
     """Logits [B, S, V] of int64 tokens [B, S]; `record` is told the input of every linear layer's weight."""
     x_BSC = residual_stream(tokens_BS, weights, geometry, live, record)[-1]
