@@ -6,6 +6,7 @@ One run prints beside each other:
     throughput with pruning at 1:1 over throughput without: steps of both kinds in turn (A B A B), median of pairs
     bytes that a rank puts into collectives per pruning step, beside the formula
     peak memory of a compaction over the peak of a plain step
+    what single ranks of 512 plan and send, for shapes of 1.7 B, 7 B and 70 B parameters, without weights
 
 Fractions, not seconds: the machine's speed cancels. On the CPU the layouts are two gloo ranks of one thread each: TP 2,
 and DP 2 with the distributed optimizer. On a GPU it is one rank in bf16 with quantum 1, 64 and 128; without one these
@@ -23,6 +24,7 @@ from megatron_prune.config.options import option
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.groups import known_groups
 from megatron_prune.testing.benchmarks.costs import CostRow, Preset, measure, measure_memory, tied_shape
+from megatron_prune.testing.benchmarks.planning import SHAPES, WORLD, measure_plans
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case, rounded
 from megatron_prune.testing.helpers.stepped_run import Setup
@@ -80,6 +82,13 @@ def columns(preset: Preset) -> dict[str, CostRow]:
     return {row.name: row for row in rows}
 
 
+def plans_of(title: str, tiny: bool) -> dict[str, CostRow]:
+    """The column of a shape of `SHAPES` on 512 ranks; its rows by name."""
+    ranks, times = ((0,), 1) if tiny else ((0, 130, 300, WORLD - 1), 5)
+    (rows,) = run_ranks(measure_plans, 1, SHAPES[title], ranks, times, timeout=600)
+    return {row.name: row for row in rows}
+
+
 def show(
     title: str, found: dict[str, dict[str, CostRow]], names: Sequence[str], goals: dict[str, str], cpu: bool
 ) -> None:
@@ -111,6 +120,9 @@ def measure_all(arguments: BenchOptions) -> int:
     has_gpu = torch.cuda.is_available()
     found = {preset.title: columns(preset) if has_gpu else {} for preset in gpu_presets(tiny)}
     show("GPU: one rank, bf16, hidden 2048, FFN 8192, 32 heads", found, names, goals, cpu=False)
+    plans = {title: plans_of(title, tiny) for title in list(SHAPES)[: 1 if tiny else None]}
+    goals = {name: row.goal for rows in plans.values() for name, row in rows.items()}
+    show(f"Plans on {WORLD} ranks that are not there", plans, list(goals), goals, cpu=False)
     return 0
 
 

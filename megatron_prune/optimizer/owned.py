@@ -12,7 +12,7 @@ that cross parameter borders: a rank may own the middle of a row, or nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ from megatron_prune.model.table import Param, Runs
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Span = tuple[int, int]  # a flat range: first element, past-last
+Spans = Mapping[int, Span]  # of a parameter: by owner, ascending, what that owns; who owns nothing is not named
+NOTHING: Span = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,18 @@ def owned_shards(rows: Iterable[NamedRow], optimizer: MegatronOptimizer) -> Iter
         yield OwnedShard(name, parameter, row, start, end, key, inner.optimizer.state[key])
 
 
-def owned_spans(rows: Iterable[NamedRow], ddp: DistributedDataParallel, owners: int) -> dict[str, list[Span]]:
-    """By name, the flat range of each parameter that each rank of a distributed optimizer owns, (0, 0) where it owns
-    nothing: every bucket of `ddp` is cut into as many equal shards. No communication."""
-    found: dict[torch.nn.Parameter, list[Span]] = {}
+def owned_spans(rows: Iterable[NamedRow], ddp: DistributedDataParallel, owners: int) -> dict[str, Spans]:
+    """By name, the flat ranges of each parameter that the ranks of a distributed optimizer own: every bucket of `ddp`
+    is cut into as many equal shards. No communication."""
+    found: dict[torch.nn.Parameter, Spans] = {}
     for buffer in ddp.buffers:
         for parameter, (first, last, number) in buffer.param_index_map.items():
             bucket = buffer.buckets[number]
-            shard = bucket.grad_data.numel() // owners
-            shards = (bucket.offset + rank * shard for rank in range(owners))
-            ends = [(max(first, start) - first, min(last, start + shard) - first) for start in shards]
-            found[parameter] = [(a, b) if a < b else (0, 0) for a, b in ends]
+            shard, start = bucket.grad_data.numel() // owners, bucket.offset
+            found[parameter] = {
+                owner: (max(start + owner * shard - first, 0), min(start + (owner + 1) * shard, last) - first)
+                for owner in range((first - start) // shard, -((start - last) // shard))
+            }
     return {name: found[parameter] for name, parameter, _ in rows}
 
 

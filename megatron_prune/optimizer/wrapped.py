@@ -33,7 +33,7 @@ from megatron_prune.model.llama import (
     replace_parameters,
 )
 from megatron_prune.model.table import Param, ParamTable
-from megatron_prune.optimizer.owned import OwnedShard, Span, forget, owned_shards, owned_spans, set_steps, steps_taken
+from megatron_prune.optimizer.owned import OwnedShard, Spans, forget, owned_shards, owned_spans, set_steps, steps_taken
 from megatron_prune.runtime.mesh import Mesh
 
 
@@ -93,8 +93,8 @@ class WrappedModel:
         """What this rank's optimizer steps, in model order."""
         return owned_shards(self.rows(), self.optimizer)
 
-    def owned_spans(self) -> dict[str, list[Span]]:
-        """By name, the flat range of each local parameter that each of the distributed optimizer's owners steps."""
+    def owned_spans(self) -> dict[str, Spans]:
+        """By name, which flat range of each local parameter each of the distributed optimizer's owners steps."""
         return owned_spans(self.rows(), self.ddp, self.mesh.over("owners").size)
 
     def rewrap(self, before_optimizer: Callable[[DistributedDataParallel], None]) -> None:

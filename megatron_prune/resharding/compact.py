@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.table import Param
-from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, Span, set_moments
+from megatron_prune.optimizer.owned import MOMENTS, OwnedShard, Spans, set_moments
 from megatron_prune.optimizer.wrapped import WrappedModel
 from megatron_prune.resharding.plan import TransferPlan, plan_transfer
 from megatron_prune.resharding.ranges import Exchange
@@ -37,7 +37,7 @@ from megatron_prune.runtime.mesh import Mesh
 MAIN = "main"  # main weights, among the names of an optimizer's state
 
 Stage = tuple[int, ...]  # original numbers of a pipeline stage's layers
-Ranges = tuple[list[Span], list[Span]]  # of a parameter, what each owner had, and what each will have
+Ranges = tuple[Spans, Spans]  # of a parameter, what each owner had, and what each will have
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Compaction:
                 plan = plan_transfer(journey.row, self._old_layout, self._new_layout, mesh.tp_rank)
                 exchanged(journey.row.name, plan, leaving[journey.row.name], journey.start, journey.end)
 
-    def _told_ranges(self, spans: dict[str, list[Span]]) -> dict[str, Ranges]:
+    def _told_ranges(self, spans: dict[str, Spans]) -> dict[str, Ranges]:
         """Of what changes its stage, by name: each stage tells the others its own (some numbers per parameter)."""
         names, pp = {journey.row.name for journey in self._journeys}, self._model.mesh.over("pp")
         told: list[Any] = [None] * pp.size

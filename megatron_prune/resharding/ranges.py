@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.optimizer.owned import Span, blocks
+from megatron_prune.optimizer.owned import NOTHING, Span, Spans, blocks
 from megatron_prune.resharding.plan import TransferPlan
 from megatron_prune.runtime.mesh import Mesh
 
@@ -64,45 +64,40 @@ def block_pairs(plan: TransferPlan, to: bool) -> Iterator[tuple[int | None, Bloc
 _ONE = np.zeros(1, dtype=np.int64)
 
 
-def overlaps(mine: Span, others: Sequence[Span]) -> Iterator[tuple[int, int, int]]:
-    """(number of the other, first, past-last) of what `mine` has in common with each of `others`."""
-    for number, (first, last) in enumerate(others):
+def overlaps(mine: Span, block: Block, spans: Spans) -> Iterator[tuple[int, int, int]]:
+    """(owner, first, past-last) of what a stretch of a block has in common with what each owner has of it."""
+    for owner, span in spans.items():
+        first, last = block.stretch(span)
         a, b = max(mine[0], first), min(mine[1], last)
         if a < b:
-            yield number, a, b
+            yield owner, a, b
 
 
 class Exchange:
     """Moves owned ranges within a pipeline stage, or from one to another. All ranks of these stages call `move` for the
-    same parameters in the same order; collective once, when it is made."""
+    same parameters in the same order."""
 
     def __init__(self, mesh: Mesh) -> None:
-        owners, model = mesh.over("owners"), mesh.over("model")
-        self._here, self._owner = mesh.rank, owners.rank
+        self._mesh, self._owner = mesh, mesh.over("owners").rank
         self._stage, self._tp_rank = mesh.pp_rank, mesh.tp_rank
-        own = (self._stage, self._tp_rank), [owners.global_rank(number) for number in range(owners.size)]
-        told = [own] * model.size
-        if model.size > 1:
-            dist.all_gather_object(told, own, group=model.group)
-        self._ranks = dict(told)
 
     def move(
         self,
         tensors: list[Tensor],
         plan: TransferPlan,
-        old: Sequence[Span],
-        new: Sequence[Span],
+        old: Spans,
+        new: Spans,
         start: int | None = None,
         end: int | None = None,
     ) -> list[Tensor]:
         """This rank's new flat ranges of what `tensors` are the old flat ranges of (equally long, of one dtype).
 
         Args:
-            plan: of the parameter. old, new: the ranges of all owners of the same tensor-parallel rank, in order.
+            plan: of the parameter. old, new: the ranges of the owners of the same tensor-parallel rank.
             start, end: the stages that it leaves and comes to, this rank's being one of them; None: it stays here.
         """
         start, end = (self._stage if stage is None else stage for stage in (start, end))
-        if not tensors or (start == end and plan.is_identity and list(old) == list(new)):
+        if not tensors or (start == end and plan.is_identity and old == new):
             return tensors
         outgoing, stays = dict[int, Tensor](), None
         if start == self._stage:
@@ -117,7 +112,7 @@ class Exchange:
             work.wait()
         if end != self._stage:
             return []
-        first, last = new[self._owner]
+        first, last = new.get(self._owner, NOTHING)
         results = [tensor.new_zeros(last - first) for tensor in tensors]
         for block, pieces in arrived:
             for result, values in zip(results, torch.cat(pieces, dim=1), strict=True):
@@ -125,18 +120,18 @@ class Exchange:
         return results
 
     def _leaving(
-        self, tensors: list[Tensor], plan: TransferPlan, old: Sequence[Span], new: Sequence[Span], end: int
+        self, tensors: list[Tensor], plan: TransferPlan, old: Spans, new: Spans, end: int
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         """([tensors, elements] for each other rank, the same that stays here)."""
-        outgoing, stays = dict[int, Tensor](), None
+        mine, outgoing, stays = old.get(self._owner, NOTHING), dict[int, Tensor](), None
         for other, block, there in block_pairs(plan, to=True):
-            held = block.stretch(old[self._owner])
+            held = block.stretch(mine)
             if held[0] == held[1]:
                 continue
-            values = torch.stack([_picked(tensor, old[self._owner], block, plan.old_shape) for tensor in tensors])
-            for owner, a, b in overlaps(held, [there.stretch(span) for span in new]):
+            values = torch.stack([_picked(tensor, mine, block, plan.old_shape) for tensor in tensors])
+            for owner, a, b in overlaps(held, there, new):
                 rank, piece = self._rank(end, other, owner), values[:, a - held[0] : b - held[0]]
-                if rank == self._here:
+                if rank == self._mesh.rank:
                     stays = piece
                 else:
                     outgoing[rank] = piece.contiguous()
@@ -146,19 +141,20 @@ class Exchange:
         self,
         tensors: list[Tensor],
         plan: TransferPlan,
-        old: Sequence[Span],
-        new: Sequence[Span],
+        old: Spans,
+        new: Spans,
         stays: Tensor | None,
         incoming: list[tuple[int, Tensor]],
         start: int,
     ) -> Iterator[tuple[Block, list[Tensor]]]:
         """(block, its elements here as consecutive pieces) of all that this rank will own; `incoming` gets those pieces
         that are still to be received, and from whom."""
+        mine = new.get(self._owner, NOTHING)
         for other, there, block in block_pairs(plan, to=False):
             pieces = []
-            for owner, a, b in overlaps(block.stretch(new[self._owner]), [there.stretch(span) for span in old]):
+            for owner, a, b in overlaps(block.stretch(mine), there, old):
                 rank = self._rank(start, other, owner)
-                if rank == self._here:
+                if rank == self._mesh.rank:
                     assert stays is not None
                     pieces.append(stays)
                 else:
@@ -168,7 +164,7 @@ class Exchange:
                 yield block, pieces
 
     def _rank(self, stage: int, other: int | None, owner: int) -> int:
-        return self._ranks[stage, self._tp_rank if other is None else other][owner]
+        return self._mesh.owner_at(stage, self._tp_rank if other is None else other, owner)
 
 
 def _pieces(

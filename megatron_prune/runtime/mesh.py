@@ -120,6 +120,12 @@ class Mesh:
         """True on the stage that computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
+    def owner_at(self, stage: int, tp_rank: int, number: int) -> int:
+        """Global rank of the owner numbered `number` among those of a pipeline stage and tensor-parallel rank: ranks
+        are a regular grid, so it is as far from this stage's own as this rank's counterpart there is from this rank."""
+        counterpart = self.over("model").global_rank(stage * self.tp_size + tp_rank)
+        return self.over("owners").global_rank(number) + counterpart - self.rank
+
     def describe(self) -> str:
         """One line for logs."""
         return (

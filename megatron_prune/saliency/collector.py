@@ -96,19 +96,23 @@ class MicrobatchFisher:
         Owners own different numbers of output weights. So all of them, owner after owner, are reduce-scattered in equal
         shares, and what of a share belongs to others goes to them: nothing is padded to the longest.
         """
-        owners = self._model.mesh.over("owners")
-        spans = {name: ranges for name, ranges in self._model.owned_spans().items() if name in sums}
-        mine = {name: end - start for name, ranges in spans.items() for start, end in [ranges[owners.rank]] if end}
-        regions, share = equal_shares(spans, owners.size)
-        pieces = [sums[name].view(-1)[slice(*ranges[r])] for r in range(owners.size) for name, ranges in spans.items()]
+        owners, lists = self._model.mesh.over("owners"), self._model.owned_spans()
+        owned_by: list[list[tuple[str, Span]]] = [[] for _ in range(owners.size)]
+        for name in filter(sums.__contains__, lists):
+            for owner, span in lists[name].items():
+                owned_by[owner].append((name, span))
+        lengths = [[last - first for _, (first, last) in owned] for owned in owned_by]
+        regions, share = equal_shares([sum(own) for own in lengths])
+        pieces = [sums[name].view(-1)[slice(*span)] for owned in owned_by for name, span in owned]
         padding = share * owners.size - regions[-1][1]
         sent = torch.cat([*pieces, *([pieces[0].new_zeros(padding)] if padding else [])])
         sums.clear()
         received = sent.new_empty(share)
         dist.reduce_scatter_tensor(received, sent, group=owners.group)
         del sent
-        owned = self._handed_over(received.mul_(factor), regions)
-        return dict(zip(mine, owned.split(list(mine.values())), strict=True)) if mine else {}
+        own, lengths_here = self._handed_over(received.mul_(factor), regions), lengths[owners.rank]
+        names = [name for name, _ in owned_by[owners.rank]]
+        return dict(zip(names, own.split(lengths_here), strict=True)) if names else {}
 
     def _handed_over(self, share: Tensor, regions: list[Span]) -> Tensor:
         """From this rank's equal share to its own region."""
@@ -132,11 +136,10 @@ class MicrobatchFisher:
         return own
 
 
-def equal_shares(spans: Mapping[str, Sequence[Span]], owners: int) -> tuple[list[Span], int]:
-    """(where each owner's ranges lie when all are put one after the other; how long an equal share of them is)."""
-    lengths = [sum(ranges[owner][1] - ranges[owner][0] for ranges in spans.values()) for owner in range(owners)]
+def equal_shares(lengths: Sequence[int]) -> tuple[list[Span], int]:
+    """(where what each owner has lies when all is put one after the other; how long an equal share of that is)."""
     ends = list(accumulate(lengths, initial=0))
-    return list(pairwise(ends)), -(-ends[-1] // owners)
+    return list(pairwise(ends)), -(-ends[-1] // len(lengths))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def owners_of(model):
     spans = model.owned_spans()
     for name, parameter, _ in model.rows():
         found[name] = torch.full((parameter.numel(),), -1)
-        for number, (first, last) in enumerate(spans[name]):
+        for number, (first, last) in spans[name].items():
             found[name][first:last] = owners.global_rank(number)
     return model.mesh.pp_rank, found
 

@@ -131,7 +131,7 @@ def test_bytes_are_the_formulas(case):
 def test_tiny_run_prints_every_row(capsys):
     assert bench.main(["--tiny"]) == 0
     out = capsys.readouterr().out
-    cpu, gpu = (
+    cpu, gpu, plans = (
         [line for line in table.splitlines() if line.startswith("| ") and "---" not in line]
         for table in out.split("### ")[1:]
     )
@@ -146,6 +146,8 @@ def test_tiny_run_prints_every_row(capsys):
         cells = [cell.strip() for cell in rows[name].split(" | ")[1:]]
         assert cells[0] and cells[2] and bench.NOT_MEASURED not in cells, name
     assert rows["bytes: scores"].split(" | ")[1] == rows[costs.FORMULA].split(" | ")[1]
+    shared = {row.split(" | ")[0].removeprefix("| "): float(row.split(" | ")[1]) for row in plans if "owner" in row}
+    assert len(shared) == len(default_names()) and all(ratio <= 1.1 for ratio in shared.values()), shared
     if not torch.cuda.is_available():
         assert len(gpu) == len(cpu)
         assert all(line.count(bench.NOT_MEASURED) == 3 for line in gpu[1:]), "no GPU here, yet something was measured"
