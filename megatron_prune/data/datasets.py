@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megatron_prune.data.guarded import guarded, raise_file_limit
 from megatron_prune.data.index_cache import FIELD as CACHE_FIELD
-from megatron_prune.data.indexed import IndexedData, bin_path, idx_path, inspect
+from megatron_prune.data.indexed import IndexedData, bin_path, idx_path, inspect, metadata_path
 from megatron_prune.data.tokenizer import Tokenizer, check_rows
 from megatron_prune.errors import UserError
 
@@ -149,9 +149,10 @@ def check_vocabulary(tokenizer: Tokenizer, blend: Blend, vocab_size: int) -> Non
         )
     for data in blend.data:
         _check_ids(data, vocab_size)
-        made = data.metadata
+        made, file = data.metadata, metadata_path(data.prefix)
         if made is None:
-            logger.info("%s has no .json beside it: which tokenizer made it is not known", data.prefix)
+            there = "a .json beside it that is none of preprocessing's" if file.exists() else "no .json beside it"
+            logger.info("%s has %s: which tokenizer made it is not known", data.prefix, there)
         elif made.vocab_size != tokenizer.vocab_size:
             raise UserError(
                 f"{data.prefix}: was made with a tokenizer of {made.vocab_size} ids ({made.tokenizer_path}), "

@@ -80,7 +80,8 @@ def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model
         tokenizer_model: file or folder of the tokenizer, where the model's own folder holds none.
 
     Raises:
-        UserError: the folder holds no model, or a tokenizer that cannot be read exactly.
+        UserError: the folder holds no model, values that are not finite (tasks would score it all the same), or a
+            tokenizer that cannot be read exactly.
     """
     folder = Path(folder)
     config_file = folder / "config.json"
@@ -88,6 +89,7 @@ def open_candidate(folder: str | Path, name: str, scratch: Path, tokenizer_model
         raise UserError(f"{config_file}: does not exist; name the folder of a Hugging Face model")
     config = read_json(config_file)
     weights = FolderWeights(folder)
+    weights.check_finite()
     tied = bool(config.get("tie_word_embeddings"))
     sizes = [math.prod(stored.shape) for key, stored in weights.stored.items() if not (tied and key == HF_LM_HEAD)]
     source, converted = _tokenizer(folder, scratch, tokenizer_model)

@@ -102,6 +102,12 @@ class FolderWeights:
         read, or holds values that are not finite."""
         return finite(self._read(hf_name), f"{self.stored[hf_name].file}: {hf_name}")
 
+    def check_finite(self) -> None:
+        """Read every weight that is a float, one in memory at a time. Raises UserError as a call does."""
+        for name, stored in self.stored.items():
+            if stored.dtype in FLOATS:
+                self(name)
+
     def _read(self, hf_name: str) -> Tensor:
         stored = self.stored[hf_name]
         if stored.fused is not None:

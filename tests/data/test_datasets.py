@@ -164,6 +164,17 @@ def test_another_tokenizer_of_the_same_size_is_warned_about(
     assert f"was made with the tokenizer {sp_model}, which is another file than {other.path}" in caplog.text
 
 
+def test_data_whose_tokenizer_is_not_known_says_why(
+    make_data: Callable[..., str], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="megatron_prune")
+    file = Path(prefix := make_data("p")).with_suffix(".json")
+    for content, words in (("[1, 2]", "has a .json beside it that is none of preprocessing's"), (None, "has no .json")):
+        file.write_text(content) if content else file.unlink()
+        check_vocabulary(tokenizer, parse_blend(prefix), VOCAB_SIZE)
+        assert words in caplog.records[-1].getMessage()
+
+
 # megatron-core's data sets --------------------------------------------------------------------------------------------
 
 

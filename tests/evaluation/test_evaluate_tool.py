@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_prune.commands import evaluate
 from megatron_prune.testing.helpers.ranks import run_ranks
@@ -117,6 +118,20 @@ def test_mistakes_are_one_line(
         assert evaluate.main(arguments) == 2, words
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1 and words in captured.err, captured.err
+
+
+def test_a_damaged_model_is_told_before_the_first_is_judged(
+    model_folders: tuple[Path, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks would give it a plausible score: of NaN everywhere the first answer is the best."""
+    damaged = Path(shutil.copytree(model_folders[1], tmp_path / "damaged"))
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    assert evaluate.main(["--hf-model", str(model_folders[0]), str(damaged), "--data-path", str(text_file)]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1, told.err
+    assert "damaged/model.safetensors: model.norm.weight: 1 of " in told.err and "NaN or infinite" in told.err
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "evaluation.md"])
