@@ -41,6 +41,15 @@ _ADDRESS = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*)|[0-9A-Fa-f:]*:[0-9A-Fa-f:.
 _OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 
+# What numbers a process, and what says how many there are.
+_NUMBERED = {
+    "RANK": ("WORLD_SIZE",),
+    _OPEN_MPI[0]: _OPEN_MPI[1:2],
+    "NODE_RANK": ("NNODES",),
+    "SLURM_PROCID": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+    _PMI[0]: _PMI[1:2],
+}
+
 
 @dataclass(frozen=True)
 class Torchrun:
@@ -147,10 +156,16 @@ def search_path(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def speaks(environ: Mapping[str, str]) -> bool:
-    """Whether this process is the one that tells people: rank 0, or node 0, or the only one that knows itself."""
-    for name in ("RANK", _OPEN_MPI[0], "NODE_RANK", "SLURM_PROCID", _PMI[0]):
+    """Whether this process is the one that tells people: rank 0, or node 0, or one whose number is none of the
+    job's: nobody else would say so.
+    """
+    for name, counts in _NUMBERED.items():
         if name in environ:
-            return environ[name] == "0"
+            number = environ[name]
+            count = next((environ[one] for one in counts if one in environ), "1")
+            if not _is_number(number) or int(number) == 0:
+                return True
+            return _is_number(count) and int(number) >= int(count)
     return True
 
 
@@ -346,6 +361,10 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         if default is None:
             raise UserError(f"{name} is not set; start the script by torchrun, bash or srun")
         return default
-    if not re.fullmatch(r"[0-9]{1,18}", text) or (name.startswith(("NNODES", "NPROC", "PET_NPROC")) and int(text) == 0):
+    if not _is_number(text) or (name.startswith(("NNODES", "NPROC", "PET_NPROC")) and int(text) == 0):
         raise UserError(f'{name}: expected a whole number, got "{text}"')
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,18}", text) is not None

@@ -253,3 +253,26 @@ def test_seconds_of_grace_are_seconds():
     assert grace_seconds({}) == 240 and grace_seconds({"GRACE_SECONDS": "1.5"}) == 1.5
     with pytest.raises(UserError, match="GRACE_SECONDS: expected a number of seconds"):
         grace_seconds({"GRACE_SECONDS": "5 minutes"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "1", "WORLD_SIZE": "two"}, False),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "2"}, True),
+        ({"RANK": "", "WORLD_SIZE": ""}, True),
+        ({"RANK": " 0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, True),
+        ({"NODE_RANK": "1", "NNODES": "2"}, False),
+        ({"NODE_RANK": "1"}, True),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "8"}, True),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "PMI_RANK": "0"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_a_number_that_is_none_of_the_job_s_is_told_by_who_has_it(environ: dict[str, str], expected: bool) -> None:
+    assert speaks(environ) is expected
