@@ -25,7 +25,7 @@ from megatron_prune.model import first_format
 from megatron_prune.model.families import table_of
 from megatron_prune.model.kinds import LAYER, Kind, find_kind
 from megatron_prune.model.shape import LlamaShape
-from megatron_prune.model.table import ATTENTION_OUTPUT, FFN_DOWN, QKV, ParamTable, runs
+from megatron_prune.model.table import ATTENTION_OUTPUT, FFN_DOWN, QKV, ParamTable, holds, runs
 
 Units = tuple[tuple[int, ...], ...]  # original ids, a tuple per site
 
@@ -134,9 +134,8 @@ class Architecture:
     def clusters(self, kind: Kind) -> tuple[np.ndarray, ...]:
         """Per site of a kind that follows another: how many live units each of its live units serves, in order."""
         assert kind.follows is not None
-        return tuple(
-            np.unique(kind.serving(ids, self.shape), return_counts=True)[1] for ids in self.sites(kind.follows)
-        )
+        counts = (np.bincount(kind.serving(ids, self.shape)) for ids in self.sites(kind.follows))
+        return tuple(served[served > 0] for served in counts)
 
     def elements(self, roles: tuple[str, ...] | None = None) -> int:
         """Live elements of all parameters, or of those of `roles` (see `ParamTable.elements`)."""
@@ -196,8 +195,9 @@ class Architecture:
         def drop(live: np.ndarray, units: Sequence[int]) -> np.ndarray:
             if not units:
                 return live
-            at = np.searchsorted(live, units)  # ids ascend
-            kept = np.delete(live, at[live.take(at, mode="clip") == units])
+            wanted = np.array(units, dtype=live.dtype)  # for another type, all of `live` would be converted
+            at = np.searchsorted(live, wanted)  # ids ascend
+            kept = np.delete(live, at[live.take(at, mode="clip") == wanted])
             assert len(kept) == len(live) - len(units), f"{group.name} {units}: not all of them are alive"
             return _frozen(kept)
 
@@ -212,8 +212,11 @@ class Architecture:
         """int32 ids of `kind` that leave `layer` with `group`: its own, or those that served only units of it."""
         if kind.follows is None or kind.follows not in group.gone:
             return np.array(group.units(kind, layer), dtype=np.int32)
-        left = np.setdiff1d(self.ids(kind.follows, layer), group.units(kind.follows, layer))
-        return np.setdiff1d(self.ids(kind, layer), kind.serving(left, self.shape)).astype(np.int32)
+        leaders, ids = self.ids(kind.follows, layer), self.ids(kind, layer)
+        left = leaders[~holds(leaders, np.array(group.units(kind.follows, layer)))]
+        still_serves = np.zeros(kind.size(self.shape), dtype=bool)
+        still_serves[kind.serving(left, self.shape)] = True
+        return ids[~still_serves[ids]]
 
     def cost(self, group: Group) -> int:
         """Parameters that leave with `group`, and with the units that served only units of it."""

@@ -235,8 +235,12 @@ class ShardLayout:
         return dataclasses.replace(self, architecture=after, placed=placed)
 
     def compacted(self) -> ShardLayout:
-        """The layout after a compaction: a pure function of the live ids, TP and quanta."""
-        return ShardLayout.pack(self.architecture, self.tp, self.quanta)
+        """The layout after a compaction: kinds that get narrower are packed anew, units of the others stay where they
+        are, for nothing would be gained by moving them. Its stored widths are those of `pack`."""
+        packed = ShardLayout.pack(self.architecture, self.tp, self.quanta)
+        narrower = {kind.follows or kind for kind in self.placed if packed.width(kind) < self.width(kind)}
+        kept = {kind: slots for kind, slots in self.placed.items() if (kind.follows or kind) not in narrower}
+        return dataclasses.replace(packed, placed={**packed.placed, **kept})
 
     # Storage -------------------------------------------------------------------------------------------------------
 
@@ -334,8 +338,8 @@ def _stored_widths(architecture: Architecture, tp: int, quanta: Quanta) -> dict[
     for kind in architecture.table.kinds:
         follower, ranks, quantum = _follower(architecture, kind), kind.ranks(tp), _quantum(kind, shape, tp, quanta)
         if follower is not None:
-            sizes = [counts for counts in architecture.clusters(follower) if len(counts)]
-            widths[kind], widths[follower] = _stored_clusters(sizes, ranks, quantum)
+            sizes = {counts.tobytes(): counts for counts in architecture.clusters(follower) if len(counts)}
+            widths[kind], widths[follower] = _stored_clusters(list(sizes.values()), ranks, quantum)
         elif kind.is_prunable:
             widths[kind] = round_up(-(-architecture.width(kind) // ranks), quantum)
         elif kind.follows is None:
@@ -346,7 +350,7 @@ def _stored_widths(architecture: Architecture, tp: int, quanta: Quanta) -> dict[
 def _stored_clusters(sizes: Sequence[np.ndarray], tp: int, quantum: int) -> tuple[int, int]:
     """(query slots, KV slots) per rank; uniform clusters keep query = cluster x KV so that kernels stay grouped."""
     query, kv = _cluster_widths(sizes, tp)
-    distinct = {int(n) for s in sizes for n in np.unique(s)}
+    distinct = set(np.concatenate(sizes).tolist())
     if len(distinct) == 1:
         cluster = distinct.pop()
         query = round_up(query, int(np.lcm(quantum, cluster)))

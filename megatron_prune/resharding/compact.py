@@ -1,4 +1,4 @@
-"""Compact: rebuild weights, gradient buffers and optimizer state without the empty slots, balanced over TP ranks.
+"""Compact: rebuild weights, gradient buffers and optimizer state at the least stored widths.
 
 Order, chosen so that no more memory is needed than a training step holds anyway:
 

@@ -2,7 +2,7 @@
 
     prepare          rank 0's decision goes to all ranks; all compare (decision, layout) before a weight is touched
     commit           retire the group
-    compact_if_due   compact when a quantum of some kind is free (or when forced, at the end of pruning)
+    compact_if_due   compact when a quantum of some kind is free
     verify           see that the model is what its architecture says, after each of them
 
 Ranks that disagree raise `DisagreementError` naming who differs; nothing has been changed then. The decision is made
@@ -140,17 +140,16 @@ class Coordinator:
         if self.check_invariants:
             verify(self.model, thorough=True)
 
-    def compact_if_due(self, force: bool = False) -> bool:
-        """Compact when that frees a quantum, or when `force`d; returns whether it did.
+    def compact_if_due(self) -> bool:
+        """Compact when that frees a quantum; returns whether it did.
 
         Raises:
             MemoryError: there was not enough of it; this rank's model is unusable then, checkpoints are untouched.
         """
-        if not (force or self.model.layout.is_due):
+        if not self.model.layout.is_due:
             return False
         try:
-            if not self.model.compact():
-                return False
+            self.model.compact()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise

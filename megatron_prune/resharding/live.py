@@ -2,7 +2,7 @@
 
     LiveModel.build      this rank's part, from a layout and a reader of weights: for runs, estimates and tests alike
     LiveModel.retire     empty the slots of a group, at once and exactly (`zero_units`)
-    LiveModel.compact    rebuild weights, optimizer and gradient buffers without the empty slots (`compact`)
+    LiveModel.compact    rebuild weights, optimizer and gradient buffers at the least stored widths (`compact`)
     LiveModel.recompute  from the next pass on, more or less of it
     LiveModel.rebuilt    who wants to know when the optimizer is another one
 
@@ -122,7 +122,7 @@ class LiveModel(WrappedModel):
 
     @torch.no_grad()
     def compact(self) -> bool:
-        """Bring the model to the compact layout of its live units; False when it is there already.
+        """Bring the model to the least stored widths of its live units; False when it has them already.
 
         Raises:
             MemoryError-like torch errors unchanged; the model is unusable then, checkpoints are not touched.

@@ -60,7 +60,12 @@ class UnitScores:
         """The same scores without the units that `architecture` no longer has."""
 
         def keep(values: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-            return values if before is after else values[_among(before, after)]
+            if before is after:
+                return values
+            if len(before) == len(after) + 1:
+                differs = before[:-1] != after
+                return np.delete(values, differs.argmax() if differs.any() else len(after))
+            return values[_among(before, after)]
 
         return UnitScores(
             architecture,

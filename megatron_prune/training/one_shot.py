@@ -69,8 +69,8 @@ class OneShot:
         return choose(scores, scores.architecture, selector_rules(self._config_of(metric), scores.architecture))
 
     def rounds(self, state: RunState, groups_per_scoring: int | None = None) -> Iterator[list[Removal]]:
-        """Prune to the target; yields what each scoring led to. `state.history` grows, the model is compacted at the
-        end.
+        """Prune to the target; yields what each scoring led to. `state.history` grows, the model is compacted
+        when that frees a quantum.
 
         Args:
             groups_per_scoring: removals after which the units are scored again; None: all of them after one scoring.
@@ -95,7 +95,7 @@ class OneShot:
                 )
             is_there = budget.is_met(self.model.architecture)
             removed += scored.round_widths() if is_there else []
-            self.coordinator.compact_if_due(force=is_there)
+            self.coordinator.compact_if_due()
             yield removed
 
     def _config_of(self, metric: str) -> Config:

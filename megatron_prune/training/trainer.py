@@ -206,7 +206,7 @@ class Trainer:
         self._record(removed)
         reached = state.phase == PRUNING and bool(self.pruner and self.pruner.is_at_target)
         with self.clock.part("compact"):
-            self.coordinator.compact_if_due(force=reached)
+            self.coordinator.compact_if_due()
         self._report(loss, parts, grad_norm, learning_rate, removed)
         if reached:
             self._enter_continued()

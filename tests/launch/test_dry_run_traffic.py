@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 
 import pytest
@@ -10,10 +11,12 @@ import torch.distributed as dist
 from megatron_prune.config import Config, PruningConfig
 from megatron_prune.launch.assembly.assemble import fresh_model, quanta
 from megatron_prune.launch.estimate.placement import Placement
-from megatron_prune.launch.estimate.traffic import pruning_traffic, training_traffic
+from megatron_prune.launch.estimate.traffic import crossing, pruning_traffic, training_traffic
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.layout import ShardLayout
 from megatron_prune.model.shape import LlamaShape
+from megatron_prune.resharding.plan import plan_transfer
+from megatron_prune.testing.benchmarks.planning import Planned, worn
 from megatron_prune.testing.helpers.ranks import run_ranks
 
 SHAPE = LlamaShape(4, 96, 130, 6, 3, 16, 250, 128, tie_word_embeddings=False)
@@ -158,3 +161,18 @@ def test_a_step_sends_what_is_estimated(case):
         assert over_tp == pytest.approx(tp, rel=0.03)  # losses, norms' gradients and the gradient norm are left out
         assert over_dp == pytest.approx(dp, rel=0.01)
         assert sum(line.bytes for line in on_top) == pytest.approx(tp_scoring + dp_scoring, rel=0.02)
+
+
+@pytest.mark.parametrize(("kv_heads", "kind"), [(32, "head"), (8, "head"), (32, "ffn"), (32, "stem")])
+def test_units_that_will_cross_the_border_in_the_middle_are_foreseen(kv_heads, kind):
+    planned = Planned(LlamaShape(40, 64, 512, 32, kv_heads, 8, 64, 16), tp=4, pp=1)
+    layout = worn(planned, kind)
+    after, crossed = layout.compacted(), 0
+    for row in layout.architecture.table.rows:
+        for here, there in ((1, 2), (2, 1)):
+            plan = plan_transfer(row, layout, after, here)
+            across = [size for dim, size in enumerate(plan.new_shape) if dim != plan.sharded_dim]
+            crossed += len(plan.sends.get(there, ())) * math.prod(across)
+    foreseen = crossing(planned.layout, after, Placement(4, 1, 1, 1, (range(40),)), 0)
+    assert foreseen == pytest.approx(crossed, rel=0.25)
+    assert (foreseen > 0) == (kind == "ffn" or (kind == "head" and kv_heads == 32))

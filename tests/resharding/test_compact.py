@@ -49,7 +49,7 @@ def run(rank, _world_size, case, config):
         for group in SCRIPT[iteration]:
             trainer.coordinator.commit(group)
         before, layout = canonical(model), model.layout
-        assert trainer.coordinator.compact_if_due(force=True)
+        assert trainer.coordinator.compact_if_due()
         trainer.scheduler.optimizer = model.optimizer
         assert model.layout.fingerprint() == layout.compacted().fingerprint()
         compactions.append((before, canonical(model)))
@@ -73,7 +73,7 @@ CASES = [
 @pytest.mark.parametrize(("case", "config"), CASES, ids=lambda value: getattr(value, "name", ""))
 def test_adam_continues_after_units_moved_between_ranks(case, config):
     story = run_ranks(run, case.world_size, case, config, timeout=100)[0]
-    assert all(count > 0 for count in story.travelled), "the script must move units"
+    assert any(story.travelled), "the script must move units"
     for before, after in story.compactions:
         kinds = {"model", "optimizer/exp_avg", "optimizer/exp_avg_sq"} | ({"optimizer/main"} if case.bf16 else set())
         assert {key.rsplit("/", 1)[0] for key in before} == kinds

@@ -75,7 +75,7 @@ def agree_and_commit(_rank, _world_size):
     assert not trainer.coordinator.compact_if_due() and trainer.coordinator.compactions == 0
     trainer.coordinator.commit(Group.of(FFN, ((3,), (3,))))
     assert trainer.coordinator.compact_if_due(), "two channels less are one slot less per rank"
-    assert not trainer.coordinator.compact_if_due(force=True), "it is compact already"
+    assert not trainer.coordinator.compact_if_due(), "it is compact already"
     return trainer.coordinator.compactions, trainer.model.architecture.ffn_hidden_size
 
 

@@ -240,8 +240,8 @@ def estimate(
     target_layout = ShardLayout.pack(route.target, placement.tp, quanta(config))
     due, later = compactions(layout, route, iterations), config.after_target
     small = Placement.plan(later, world_size, architecture.shape.num_layers).of(later, target_layout.layers)
-    gone = int(np.searchsorted(iterations, due[0], side="right"))
-    first = ShardLayout.pack(route.after(gone), placement.tp, quanta(config))
+    gone = int(np.searchsorted(iterations, due[0], side="right")) if due else 0
+    first = ShardLayout.pack(route.after(gone), placement.tp, quanta(config)) if due else None
     on_top, compaction = pruning_traffic(config, layout, placement, start.stage, fisher, first)
     return Estimate(
         world_size=world_size,

@@ -3,7 +3,7 @@
     Traffic           a line: what, bytes, and when
     training_traffic  what every iteration sends
     pruning_traffic   what iterations that score send on top, and what a compaction moves
-    handed_on         elements that change their owner in a compaction
+    handed_on         elements that change their owner in a compaction; `crossing`: their tensor-parallel rank
     compactions       when there is one on the way to the target
     stage_moves       what layers that change their pipeline stage on that way send
 
@@ -123,6 +123,25 @@ def handed_on(before: GradientBuffer, after: GradientBuffer, dp: int, dp_rank: i
     return most
 
 
+def crossing(layout: ShardLayout, compacted: ShardLayout, placement: Placement, stage: int) -> float:
+    """Elements that a rank in the middle hands to its tensor-parallel neighbours when `layout` becomes `compacted`.
+
+    Which units leave is taken for chance: as many more or fewer than their share lie on one side of a border as a
+    binomial number scatters, and so many change sides. Clusters stay whole.
+    """
+    table, middle, elements = layout.architecture.table, placement.tp // 2 / placement.tp, 0.0
+    for kind in table.kinds:
+        if kind.axis is None or kind.follows is not None or compacted.width(kind) >= layout.width(kind):
+            continue
+        unit = next((other for other in table.kinds if other.follows == kind), kind)
+        units, left = (of.architecture.width(unit) for of in (layout, compacted))
+        crossed = math.sqrt(2 / math.pi * (units - left) * left / units * middle * (1 - middle))
+        parts = ((row, part) for row, _ in stage_rows(table, placement, stage) for part in row.parts)
+        held = (row.lengths(part, layout, 0) for row, part in parts if {kind, unit} & {dim.kind for dim in part.dims})
+        elements += crossed * sum(map(math.prod, held)) / layout.width(unit)
+    return elements
+
+
 def pruning_traffic(
     config: Config,
     layout: ShardLayout,
@@ -151,16 +170,19 @@ def pruning_traffic(
     lines.append(
         Traffic("Hessians (of an FFN removal, or of all layers for obc): inputs over TP, sums over DP", hessians)
     )
-    moved = 0.0
-    if sharded and compacted is not None:  # flat ranges are cut at other places then
-        before, after = (stage_buffer(config, shards, placement, stage) for shards in (layout, compacted))
-        moved = FP32 * (_MOMENTS + config.training.bf16) * handed_on(before, after, placement.dp, dp_rank)
-    what = "one compaction: optimizer state that changes its owner over DP"
+    moved, state = 0.0, FP32 * (_MOMENTS + config.training.bf16)
+    if compacted is not None:
+        per_element = element_size(config) + state / (placement.dp if sharded else 1)
+        moved = per_element * crossing(layout, compacted, placement, stage)
+        if sharded:  # flat ranges are cut at other places then
+            before, after = (stage_buffer(config, shards, placement, stage) for shards in (layout, compacted))
+            moved += state * handed_on(before, after, placement.dp, dp_rank)
+    what = "one compaction: optimizer state that changes its owner, units that change their TP rank (by chance)"
     return [line for line in lines if line.bytes], Traffic(what, moved)
 
 
 def compactions(layout: ShardLayout, route: Route, iterations: np.ndarray) -> list[int]:
-    """Iterations of `route` after which stored widths shrink, ascending; the one that ends the phase is always there.
+    """Iterations of `route` after which stored widths shrink, ascending.
 
     Args:
         layout: at the start.
@@ -170,7 +192,7 @@ def compactions(layout: ShardLayout, route: Route, iterations: np.ndarray) -> li
     units = {group.name: group.units(route.source, route.rules) for group in route.rules.kinds(route.source)}
     multiples = {name: layout.quantum(kind) * kind.ranks(layout.tp) for name, kind in kinds.items()}
     width = {name: route.source.width(kind) for name, kind in kinds.items()}
-    due = {int(iterations[-1])}
+    due = set[int]()
     for name, iteration in zip(route.kinds, iterations, strict=True):
         before = -(-width[name] // multiples[name])
         width[name] -= units[name]

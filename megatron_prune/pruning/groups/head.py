@@ -35,13 +35,14 @@ class HeadGroups(GroupKind):
         self, values: np.ndarray, ids: np.ndarray, shape: LlamaShape, rules: Rules
     ) -> tuple[float, tuple[int, ...], float]:
         """As `GroupKind.least`, over the options of `rules.gqa`; scores as `rules.head_score` says."""
-        scores, names = values.tolist(), ids.tolist()
-        options = sorted(
-            (_score(sum(scores[i] for i in pick), len(pick), shape, rules), tuple(names[i] for i in pick))
+        scores = values.tolist()
+        options = [
+            (_score(sum([scores[i] for i in pick]), len(pick), shape, rules), pick)
             for pick in _picks(values, ids // shape.heads_per_group, rules.gqa)
-        )
-        score, units = options[0]
-        return score, units, options[1][0] if len(options) > 1 else math.inf
+        ]
+        score, least = min(options)
+        second = min((other for other, pick in options if pick is not least), default=math.inf)
+        return score, tuple(ids[list(least)].tolist()), second
 
     def units(self, architecture: Architecture, rules: Rules) -> int:
         """Query heads of every layer that leave with one group."""

@@ -34,7 +34,7 @@ WORLD = 512
 STATE_BYTES, WEIGHT_BYTES = 12, 2  # of an element: main weight and moments in fp32; bf16
 MOMENTUM = 0.9
 SCORES, CHOICE = "removal: smoothing, scores of what is left", "removal: choice, on rank 0"
-LAYOUT, RETIREMENT = "removal: layout after it, whether a compaction is due", "removal: retirement in the rank's stage"
+SIZES, RETIREMENT = "removal: sizes after it, whether a compaction is due", "removal: retirement in the rank's stage"
 COMPACTION, CHECKPOINT = "compaction, copying nothing", "checkpoint: who writes what"
 Spent = defaultdict[str, list[float]]  # processor seconds
 
@@ -127,7 +127,7 @@ def measure_plans(_rank: int, _world_size: int, planned: Planned, ranks: tuple[i
             spent[CHECKPOINT].append(time.process_time() - since)
     compactions = [row for name in default_names() for row in _rows_of_compaction(planned, name, ranks, spent)]
     milliseconds = {what: 1000 * statistics.median(seconds) for what, seconds in spent.items()}
-    removal = (SCORES, CHOICE, LAYOUT, RETIREMENT)
+    removal = (SCORES, CHOICE, RETIREMENT, SIZES)
     return [
         CostRow("context: TP x PP x DP", f"{planned.tp} x {planned.pp} x {WORLD // planned.tp // planned.pp}"),
         *(CostRow(f"{what} / ms", f"{milliseconds[what]:.1f}") for what in removal),
@@ -152,15 +152,15 @@ def _plan_removals(planned: Planned, spent: Spent, times: int) -> None:
         choose(smoothed, architecture, rules)
         at.append(time.process_time())
         group = find_group(name).offer(smoothed, architecture, rules).group
-        at.append(time.process_time())
         layout = layout.without(group)
+        at.append(time.process_time())
         _ = layout.is_due, layout.architecture.parameters
         at.append(time.process_time())
         smoothed = smoothed.restricted(layout.architecture)
         at.append(time.process_time())
         spent[SCORES].append(at[1] - at[0] + at[5] - at[4])
         spent[CHOICE].append(at[2] - at[1])
-        spent[LAYOUT].append(at[4] - at[3])
+        spent[SIZES].append(at[4] - at[3])
 
 
 def _rows_of_compaction(planned: Planned, name: str, ranks: tuple[int, ...], spent: Spent) -> Iterator[CostRow]:

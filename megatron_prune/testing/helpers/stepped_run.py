@@ -116,7 +116,7 @@ class SteppedRun:
 
     def pruning_step(self) -> None:
         """One iteration that scores and removes a group, but leaves a compaction to the caller (`compact`)."""
-        self.coordinator.compact_if_due = lambda force=False: False  # type: ignore[method-assign]
+        self.coordinator.compact_if_due = lambda: False  # type: ignore[method-assign]
         self.trainer.iterate()
         del self.coordinator.compact_if_due
 
@@ -162,8 +162,8 @@ class SteppedRun:
         self.retire(kind, 1 if takes_several else case.quanta.get(unit, 1) * unit.ranks(case.tp))
 
     def compact(self) -> None:
-        """Compact now, whatever it frees."""
-        self.coordinator.compact_if_due(force=True)
+        """Compact, if that frees something."""
+        self.coordinator.compact_if_due()
 
     def time_pieces(self, timer: Timer) -> dict[str, Seconds]:
         """Score, decide, and remove a group of each kind; the time of each piece, by name (a group's by its kind)."""
