@@ -42,7 +42,7 @@ from megatron_prune.huggingface.tokenizer_copy import copy_tokenizer
 from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 from megatron_prune.huggingface.weights import layers_left
 from megatron_prune.model.architecture import Architecture
-from megatron_prune.model.sources import finite
+from megatron_prune.model.sources import finite, is_finite
 from megatron_prune.model.table import EMBEDDING, Part
 from megatron_prune.runtime.failures import mishap
 from megatron_prune.runtime.folders import write_file
@@ -182,7 +182,7 @@ def _write_weights(
         assert tuple(tensor.shape) == live[name], f"{name}: {tuple(tensor.shape)} instead of {live[name]}"
         stored = dtypes.of(name)
         result = plan.apply(part, layer, tensor).to(stored)
-        if not result.isfinite().all():
+        if result is not tensor and not is_finite(result):
             raise UserError(
                 f"--dtype {dtype_name(stored)}: {name} holds values beyond its range; export with --dtype float32"
             )

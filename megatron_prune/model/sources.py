@@ -39,9 +39,14 @@ class RandomWeights:
         return torch.empty(size).normal_(0.0, std, generator=generator)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are; by the least and the largest, which takes a tenth of the time of looking at each."""
+    return not (tensor.is_floating_point() and tensor.numel()) or all(bound.isfinite() for bound in tensor.aminmax())
+
+
 def finite(tensor: Tensor, what: str, cure: str = "the model is damaged, fetch or save it again") -> Tensor:
     """`tensor`, whose values are all finite. Raises UserError, `what: ... ; cure`, when some are not."""
-    if tensor.is_floating_point() and tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+    if not is_finite(tensor):
         bad = tensor.numel() - int(tensor.isfinite().sum())
         raise UserError(f"{what}: {bad} of {tensor.numel()} values are NaN or infinite; {cure}")
     return tensor
