@@ -129,9 +129,15 @@ def smooth(previous: UnitScores | None, new: UnitScores, momentum: float) -> Uni
     return UnitScores(
         new.architecture,
         {
-            kind: tuple(momentum * a + (1 - momentum) * b for a, b in zip(old.values[kind], sites, strict=True))
+            kind: tuple(_mean(a, b, momentum) for a, b in zip(old.values[kind], sites, strict=True))
             if kind in old.values
             else sites
             for kind, sites in new.values.items()
         },
     )
+
+
+def _mean(old: np.ndarray, new: np.ndarray, momentum: float) -> np.ndarray:
+    mean = (1 - momentum) * new
+    mean += momentum * old
+    return mean

@@ -42,7 +42,8 @@ def retire_all(_rank, _world_size, case, config):
     trainer.iterate()
     verify(model, thorough=True)
     with BytesSent() as traffic:  # after a step: with overlapped gathers, ranks hold old values of what others own
-        model.retire(Group.of(FFN, ((5,), (6,))))
+        for unit in (5, 7, 9):
+            model.retire(Group.of(FFN, ((unit,), (unit + 1,))))
     sent.append(dict(traffic.by_operator))
     model.synchronise()
     verify(model, thorough=True)
