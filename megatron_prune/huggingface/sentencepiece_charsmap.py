@@ -33,6 +33,9 @@ Step = dict[str, Any]
 MAX_EXCEPTIONS = 256
 """Replacements of their own that are worth their time: each is a pass over the text."""
 
+MAX_SOURCES = 1 << 20
+"""Sources that are read; all of Unicode's compatibility compositions and case folds are a quarter of it."""
+
 FENCES = "\ufff9\ufffa\ufffb\u2061\u2062"
 """Format characters: no grapheme cluster crosses them and NFC leaves them alone."""
 MARKS = "|~!#%;_&@"
@@ -71,16 +74,20 @@ def read_rules(charsmap: bytes) -> dict[str, str]:
     The file format: the size of a trie in bytes (uint32, little endian), the trie as a double array of uint32 units
     (darts-clone), then all targets, each ended by a zero byte; a source's value is its target's offset there.
 
-    Raises UserError if the table is damaged.
+    Raises UserError if the table is damaged: also where `tokenizers`, which reads it without looking, would panic or go
+    on for ever.
     """
     try:
         (size,) = struct.unpack_from("<I", charsmap)
+        if size % 4:
+            raise ValueError("its trie is no array")
         units = np.frombuffer(charsmap, dtype="<u4", count=size // 4, offset=4).astype(np.int64)
         targets = charsmap[4 + size :]
+        targets.decode()
         found = _suffixes(_base(0, units), units, {})
         texts = {at: targets[at : targets.index(b"\0", at)].decode() for at in {at for _, at in found}}
         return {source.decode(): texts[at] for source, at in found}
-    except (struct.error, ValueError, IndexError) as error:
+    except (struct.error, ValueError, IndexError, RecursionError) as error:
         raise UserError(f"the tokenizer's precompiled_charsmap is damaged ({error})") from error
 
 
@@ -95,7 +102,8 @@ def _suffixes(base: int, units: np.ndarray, memo: dict[int, list[tuple[bytes, in
     if base not in memo:
         labels = np.arange(1, 256)
         children = base ^ labels
-        labels, children = labels[children < len(units)], children[children < len(units)]
+        if int(children.max()) >= len(units):
+            raise IndexError("its trie leads out of itself")
         found = []
         for label in labels[(units[children] & 0x800000FF) == labels]:
             child = base ^ int(label)
@@ -103,7 +111,10 @@ def _suffixes(base: int, units: np.ndarray, memo: dict[int, list[tuple[bytes, in
             first = bytes([label])
             if units[child] >> 8 & 1:
                 found.append((first, int(units[below]) & 0x7FFFFFFF))
-            found.extend((first + rest, at) for rest, at in _suffixes(below, units, memo))
+            longer = _suffixes(below, units, memo)
+            if len(found) + len(longer) > MAX_SOURCES:
+                raise ValueError("its trie has no end")
+            found.extend((first + rest, at) for rest, at in longer)
         memo[base] = found
     return memo[base]
 

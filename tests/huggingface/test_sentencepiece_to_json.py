@@ -6,9 +6,11 @@ their own parts, pieces no merging makes, runs of one letter, equal scores.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from megatron_prune.errors import UserError
-from megatron_prune.huggingface.sentencepiece_model import PieceKind, read_model
+from megatron_prune.huggingface.sentencepiece_model import PieceKind, SentencePieceModel, read_model
 from megatron_prune.huggingface.sentencepiece_to_json import tokenizer_json
 from megatron_prune.huggingface.tokenizer_export import export_tokenizer
 
@@ -156,3 +158,44 @@ def test_what_cannot_be_exact_is_refused_by_name(
     assert named in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def normalizing(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceModel:
+    """A trained unigram model with a small normalization table of its own."""
+    folder = tmp_path_factory.mktemp("normalizing")
+    (folder / "rules.tsv").write_text("41\t61\n61 301\te1\n66 69\tfb01\n")
+    (folder / "text.txt").write_text("The cat runs over the house, and the dog sleeps under the green stone\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "m"), vocab_size=60, model_type="unigram",
+        normalization_rule_tsv=str(folder / "rules.tsv"), hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    return read_model(folder / "m.model")
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
+def test_a_damaged_normalization_table_is_read_or_refused(count: int, normalizing: SentencePieceModel) -> None:
+    """tokenizers panics at some of them, and some lead in circles, which would never end."""
+
+    def tried(charsmap: bytes) -> str:
+        try:
+            tokenizer_json(dataclasses.replace(normalizing, charsmap=charsmap), False)
+        except UserError as error:
+            assert str(error).isprintable()
+            return str(error)
+        return "read"
+
+    whole = normalizing.charsmap
+    size = int.from_bytes(whole[:4], "little")
+    circle = (0x61 << 10 | 0x61).to_bytes(4, "little")  # wherever one looks, "a" leads further
+    assert tried(whole) == "read"
+    assert "'utf-8' codec" in tried(whole + b"\xff") and "no array" in tried(bytes([whole[0] + 1]) + whole[1:])
+    assert "out of itself" in tried(whole[:4] + (1 << 30).to_bytes(4, "little") + whole[8:])
+    assert "damaged (" in tried(whole[:4] + circle * (size // 4) + whole[4 + size :])
+    ends = set()
+    for seed in range(count):
+        random, changed = Random(seed), bytearray(whole)
+        for _ in range(random.randint(1, 3)):
+            changed[random.choice([random.randrange(len(changed)), random.randrange(8)])] = random.randrange(256)
+        ends.add(tried(bytes(changed)) == "read")
+    assert ends == {True, False}
