@@ -21,7 +21,7 @@ from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
 from megatron_prune.config.options import option
 from megatron_prune.data.documents import AUTO, INPUT_FORMATS, SEPARATORS
 from megatron_prune.data.preprocess import EncodingProgress, Options, Summary, preprocess
-from megatron_prune.data.tokenizer import TOKENIZER_TYPES
+from megatron_prune.data.tokenizer_files import TOKENIZER_TYPES
 from megatron_prune.errors import one_line
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal

@@ -25,24 +25,12 @@ from megatron_prune.data.tokenizer_files import (
     FIELD,
     HUGGING_FACE,
     SENTENCEPIECE,
-    TOKENIZER_TYPES,
     TokenizerPlace,
     find_tokenizer,
 )
 from megatron_prune.data.tokenizer_library import PLAIN_CLASS, extra_tokens, load_library, special_id, unlike_its_file
 from megatron_prune.errors import UserError
 from megatron_prune.reading import read_content
-
-__all__ = [
-    "HUGGING_FACE",
-    "SENTENCEPIECE",
-    "TOKENIZER_TYPES",
-    "HuggingFaceTokenizer",
-    "SentencePieceTokenizer",
-    "Tokenizer",
-    "build_tokenizer",
-    "check_rows",
-]
 
 logger = logging.getLogger(__name__)
 

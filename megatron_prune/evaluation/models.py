@@ -17,8 +17,14 @@ from typing import Any
 import torch
 
 from megatron_prune.data.hub_files import present, read_json
-from megatron_prune.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, build_tokenizer
-from megatron_prune.data.tokenizer_files import VOCABULARY_FILES, find_tokenizer, holds_tokenizer
+from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_prune.data.tokenizer_files import (
+    HUGGING_FACE,
+    SENTENCEPIECE,
+    VOCABULARY_FILES,
+    find_tokenizer,
+    holds_tokenizer,
+)
 from megatron_prune.data.tokenizer_library import adds_bos, load_library
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.export import export

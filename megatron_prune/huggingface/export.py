@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from megatron_prune.data.leftovers import claim_folder, sole_writer, staging
-from megatron_prune.data.tokenizer import SENTENCEPIECE, Tokenizer, build_tokenizer, check_rows
-from megatron_prune.data.tokenizer_files import SIDE_FILES, find_tokenizer
+from megatron_prune.data.tokenizer import Tokenizer, build_tokenizer, check_rows
+from megatron_prune.data.tokenizer_files import SENTENCEPIECE, SIDE_FILES, find_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface import cluster
 from megatron_prune.huggingface.config import SPECIAL_IDS, WRITTEN_FOR, config_json

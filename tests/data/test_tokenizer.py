@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_prune.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, build_tokenizer
+from megatron_prune.data.tokenizer import build_tokenizer
+from megatron_prune.data.tokenizer_files import HUGGING_FACE, SENTENCEPIECE
 from megatron_prune.errors import UserError
 
 TEXT = "  the cat sleeps\n\n\tunder 東京 – naïve 🙂 x"

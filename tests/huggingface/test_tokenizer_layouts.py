@@ -19,8 +19,8 @@ pytest.importorskip("transformers", reason="needs transformers: the extra hf")
 
 from transformers import AutoTokenizer
 
-from megatron_prune.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, build_tokenizer, check_rows
-from megatron_prune.data.tokenizer_files import find_tokenizer
+from megatron_prune.data.tokenizer import build_tokenizer, check_rows
+from megatron_prune.data.tokenizer_files import HUGGING_FACE, SENTENCEPIECE, find_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.huggingface.chat import render_chats
 from megatron_prune.huggingface.gguf_tokenizer import Vocabulary, read_vocabulary

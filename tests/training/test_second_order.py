@@ -18,7 +18,7 @@ from megatron_prune.resharding.coordinator import verify
 from megatron_prune.runtime.device import choose_device
 from megatron_prune.runtime.mesh import agree, init_mesh
 from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
-from megatron_prune.testing.benchmarks.second_order_cost import FORWARD, KEEPING, time_second_order
+from megatron_prune.testing.benchmarks.costs import FORWARD, KEEPING, time_second_order
 from megatron_prune.testing.helpers.meters import BytesSent, Stopwatch
 from megatron_prune.testing.helpers.ranks import run_ranks
 from megatron_prune.testing.helpers.sharded import Case

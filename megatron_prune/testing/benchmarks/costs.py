@@ -16,12 +16,14 @@ from typing import Any
 
 from megatron_prune.model.shape import LlamaShape
 from megatron_prune.pruning.groups import default_names, known_groups
+from megatron_prune.pruning.second_order import SecondOrderUpdate
 from megatron_prune.runtime.mesh import Mesh, meshed
+from megatron_prune.saliency.inputs import InputNeeds, InputWatcher
 from megatron_prune.saliency.scores import score_length
-from megatron_prune.testing.benchmarks.second_order_cost import FORWARD, KEEPING, time_second_order
 from megatron_prune.testing.helpers.meters import BytesSent, PeakMemory, Seconds, Stopwatch
 from megatron_prune.testing.helpers.sharded import Case
-from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun
+from megatron_prune.testing.helpers.stepped_run import Setup, SteppedRun, Timer
+from megatron_prune.training.pruning_settings import collector_settings
 
 MIB = 1 << 20
 FP32_BYTES = 4
@@ -149,6 +151,30 @@ def rows_of_pieces(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -
     added = {by: sum(getattr(piece, by) for piece in (total, pieces["decision"], removal)) for by in CLOCKS}
     expected = (1 / (1 + added[by] / getattr(step, by)) for by in CLOCKS)
     yield CostRow(f"{THROUGHPUT} by the sum of these", *(f"{value:.3f}" for value in expected))
+
+
+FORWARD, KEEPING = "forward and backward", "forward and backward that keep inputs"
+
+
+def time_second_order(run: SteppedRun, timer: Timer) -> dict[str, Seconds]:
+    """Time by name: `FORWARD`, `KEEPING`, and the update before a group of each kind (`head`, `ffn`, `stem`).
+
+    The inputs are of as many micro-batches as the configuration's calibration tokens make. Groups are chosen at random
+    and leave, as in training.
+    """
+    settings = collector_settings(run.config, run.mesh.dp_size)
+    spent = {FORWARD: timer(run.forward_backward)[1]}
+    watcher = InputWatcher(run.model, InputNeeds(kept=settings.kept_microbatches, keep_stem=True))
+    watcher.arm()
+    spent[KEEPING] = timer(run.forward_backward)[1]
+    kept = watcher.finish().kept
+    assert kept is not None
+    update = SecondOrderUpdate(run.model, kept, settings.damping)
+    for kind in default_names():
+        group = run.group(kind)
+        _, spent[kind] = timer(lambda: update.compensate(group))  # noqa: B023 - called at once
+        run.coordinator.commit(group)
+    return spent
 
 
 def rows_of_second_order(run: SteppedRun, clock: Clock, step: Seconds, repeats: int) -> Iterator[CostRow]:

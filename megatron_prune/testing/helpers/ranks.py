@@ -77,19 +77,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         call = pickle.dumps((function, args))
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise TypeError(f"run_ranks: function (top level of a module) and arguments must pickle: {error}") from error
-    folder = Path(tempfile.mkdtemp(prefix="run_ranks_"))
-    ranks: list[_RankProcess] = []
-    try:
-        context = _context()
-        for number in range(world_size):
-            ranks.append(_RankProcess(context, number, world_size, folder, call, timeout))
+    with _started(call, world_size, timeout, shows=True) as ranks:
         return _collect(ranks, time.monotonic() + timeout, timeout)
-    finally:
-        for rank in ranks:
-            rank.kill()
-        for rank in ranks:
-            sys.stdout.write(rank.output())
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -115,12 +104,9 @@ def watch_ranks(
     What the function returns is dropped; for an exit code of its own it calls `os._exit`. As under torchrun, ranks that
     go on for `grace` seconds after another has died are killed.
     """
-    call = pickle.dumps((function, args))
-    folder, ranks, ends = Path(tempfile.mkdtemp(prefix="run_ranks_")), list[_RankProcess](), dict[int, float]()
-    context, begin = _context(), time.monotonic()
-    try:
-        for number in range(world_size):
-            ranks.append(_RankProcess(context, number, world_size, folder, call, timeout))
+    ends = dict[int, float]()
+    with _started(pickle.dumps((function, args)), world_size, timeout) as ranks:
+        begin = time.monotonic()
         deadline = begin + timeout
         while len(ends) < world_size and time.monotonic() < deadline:
             alive = {rank.process.sentinel: rank for rank in ranks if rank.rank not in ends}
@@ -134,9 +120,23 @@ def watch_ranks(
             Fate(code, ends.get(rank.rank, deadline - begin), rank.output())
             for rank, code in zip(ranks, codes, strict=True)
         ]
+
+
+@contextlib.contextmanager
+def _started(call: bytes, world_size: int, timeout: float, shows: bool = False) -> Iterator[list["_RankProcess"]]:
+    """Ranks that run the pickled `call`; at the end they are killed, what they printed is printed again where that is
+    asked for, and their folder goes."""
+    folder, ranks = Path(tempfile.mkdtemp(prefix="run_ranks_")), list[_RankProcess]()
+    try:
+        context = _context()
+        for number in range(world_size):
+            ranks.append(_RankProcess(context, number, world_size, folder, call, timeout))
+        yield ranks
     finally:
         for rank in ranks:
             rank.kill()
+        for rank in ranks if shows else ():
+            sys.stdout.write(rank.output())
         shutil.rmtree(folder, ignore_errors=True)
 
 
