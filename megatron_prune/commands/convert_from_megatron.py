@@ -6,7 +6,6 @@ The shape is read from the tensors and from the arguments stored beside them; fl
 tensors are streamed, all are accounted for.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from megatron_prune.commands.convert_from_hf import write
 from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
-from megatron_prune.config.options import option
+from megatron_prune.config.options import filled, option
 
 _STORED = "as the stored arguments say unless given"
 
@@ -43,8 +42,7 @@ def convert(arguments: MegatronImportOptions) -> int:
 
     save = Path(arguments.save)
     refuse_content(save, "--save")
-    options = ShapeOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ShapeOptions)})
-    source = MegatronCheckpoint(Path(arguments.load), options)
+    source = MegatronCheckpoint(Path(arguments.load), filled(ShapeOptions, arguments))
     architecture = Architecture.full(source.shape)
     names = list(architecture.table.parts)
     source.check(names)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
-from megatron_prune.config.options import option
+from megatron_prune.config.options import filled, option
 from megatron_prune.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,14 +84,13 @@ def adam_of(reader: CheckpointReader, plan: KvPlan) -> AdamState:
             "leave the flag out"
         )
     used = read_file(reader.path / CONFIG_FILE).optimizer
-    names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps")
-    settings = {name: getattr(used, name) for name in names}
 
     @cache
     def of_kind(kind: str) -> Callable[[str], Tensor]:
         return layers_left(partial(reader.read_optimizer, kind), reader.architecture)[0]
 
-    return AdamState(lambda kind, hf_name: of_kind(kind)(hf_name), reader.record.facts.adam_step, **settings)
+    step = reader.record.facts.adam_step
+    return filled(AdamState, used, read=lambda kind, hf_name: of_kind(kind)(hf_name), step=step)
 
 
 def convert(arguments: MegatronExportOptions) -> int:

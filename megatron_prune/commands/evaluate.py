@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from megatron_prune.commands.running import run_command, say
-from megatron_prune.config.options import option
+from megatron_prune.config.options import filled, option
 from megatron_prune.data.documents import SEPARATORS
 from megatron_prune.errors import UserError
 
@@ -197,14 +197,7 @@ def judge(candidate: ModelFolder, plan: EvaluationPlan) -> Evaluated:
     if plan.selection:
         stream, tasks = sys.stderr, len(plan.selection)
         numbers = iter(range(1, tasks + 1))
-        options = HarnessOptions(
-            device=plan.device,
-            batch_size=arguments.batch_size,
-            dtype=arguments.dtype,
-            limit=arguments.limit,
-            add_bos=arguments.add_bos,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        options = filled(HarnessOptions, arguments, device=plan.device)
 
         def begun(task: str) -> None:
             say(f"{candidate.name}: task {next(numbers)} of {tasks}, {task}", stream)
@@ -244,14 +237,7 @@ def all_corpora(candidate: ModelFolder, plan: EvaluationPlan) -> list[Corpus]:
     for path in arguments.data_path:
         if is_text(path):
             bos = candidate.adds_bos() if arguments.add_bos is None else arguments.add_bos
-            text = TextOptions(
-                path,
-                prepend_bos=bos,
-                append_eod=arguments.append_eod,
-                document_separator=arguments.document_separator,
-                json_key=arguments.json_key,
-                samples=arguments.eval_samples,
-            )
+            text = filled(TextOptions, arguments, path=path, prepend_bos=bos, samples=arguments.eval_samples)
             corpora.append(text_corpus(text, candidate.tokenizer(), length, candidate.vocab_size))
         else:
             indexed = IndexedOptions(path, arguments.split, arguments.seed, arguments.eval_samples)

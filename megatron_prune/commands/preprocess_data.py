@@ -8,7 +8,6 @@ what was done (tokenizer, options, documents, tokens).
 """
 
 import contextlib
-import dataclasses
 import logging
 import sys
 import time
@@ -18,7 +17,7 @@ from functools import partial
 from tqdm import tqdm
 
 from megatron_prune.commands.running import NOTHING_WRITTEN, run_command, say
-from megatron_prune.config.options import option
+from megatron_prune.config.options import filled, option
 from megatron_prune.data.documents import AUTO, INPUT_FORMATS, SEPARATORS
 from megatron_prune.data.preprocess import EncodingProgress, Options, Summary, preprocess
 from megatron_prune.data.tokenizer_files import TOKENIZER_TYPES
@@ -96,9 +95,8 @@ def report(summary: Summary, prefix: str) -> None:
 def encode(arguments: PreprocessOptions) -> int:
     """Encode and say what was written; the exit status. Raises UserError."""
     logging.getLogger("megatron_prune").setLevel(logging.INFO)
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
     with contextlib.closing(ProgressDisplay()) as display:
-        summary = preprocess(arguments.input, arguments.output_prefix, Options(**given), display)
+        summary = preprocess(arguments.input, arguments.output_prefix, filled(Options, arguments), display)
     report(summary, arguments.output_prefix)
     return 0
 

@@ -13,10 +13,11 @@ import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
+T = TypeVar("T")
 
 
 class NamedParts(Mapping[str, Any]):
@@ -170,6 +171,13 @@ class Option:
 def option(default: Any, help: str, **rules: Any) -> Any:
     """Declare a field of a section; `rules` are those of `FieldRules`."""
     return dataclasses.field(default=default, metadata={"help": help, "rules": FieldRules(**rules)})
+
+
+def filled(cls: type[T], *sources: Any, **more: Any) -> T:
+    """The dataclass `cls` with what `sources` hold under its fields' names, and `more`; the rest has its default."""
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    found = {name: getattr(source, name) for source in sources for name in names if hasattr(source, name)}
+    return cls(**(found | more))
 
 
 @functools.cache

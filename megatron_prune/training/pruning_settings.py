@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 from megatron_prune.config import Config
+from megatron_prune.config.options import filled
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.model.kinds import LAYER
 from megatron_prune.model.shape import LlamaShape
@@ -69,13 +70,10 @@ def selector_rules(config: Config, source: Architecture) -> Rules:
     pruning = config.pruning
     floors = {name: group.floor for name, group in pruning.groups.items()}
     floors[LAYER.name] = max(floors.get(LAYER.name, 1), config.parallel.pipeline_model_parallel_size)  # none is empty
-    rules = Rules(
+    rules = filled(
+        Rules,
+        pruning,
         target_params=pruning.target_params if pruning.enabled else 1,
-        types=tuple(pruning.types),
-        gqa=pruning.gqa,
-        head_score=pruning.head_score,
-        normalize=pruning.normalize,
-        finish=pruning.finish,
         floors=floors,
         draw_seed=config.training.seed if pruning.metric == "random" else None,
         limits=tuple(_limit(name, most, config) for name, most in pruning.target.other_limits.items()),

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_prune.checkpoint.load import load_checkpoint
 from megatron_prune.checkpoint.record import COMMON_FILE
 from megatron_prune.config import Config
+from megatron_prune.config.options import filled
 from megatron_prune.data import datasets as data
 from megatron_prune.launch.assembly.data_order import check_shuffle, shuffle_of, splits_read, wanted_samples
 from megatron_prune.launch.assembly.opening import Inputs
@@ -62,16 +63,11 @@ def model_options(config: Config, device: str | None = None) -> ModelOptions:
     Raises:
         UserError: `model.compile: on`, and this machine cannot.
     """
-    return ModelOptions(
-        seq_length=config.data.seq_length,
+    return filled(
+        ModelOptions,
+        *(config.data, config.model, config.parallel),
         dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
         sequence_parallel=config.parallel.splits_sequences,
-        recompute_granularity=config.model.recompute_granularity,
-        recompute_method=config.model.recompute_method,
-        recompute_num_layers=config.model.recompute_num_layers,
-        num_layers_in_first_pipeline_stage=config.parallel.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=config.parallel.num_layers_in_last_pipeline_stage,
-        engine=config.model.engine,
         kernels=kernels_for(config.model.compile, device),
     )
 
@@ -79,20 +75,7 @@ def model_options(config: Config, device: str | None = None) -> ModelOptions:
 def optimizer_options(config: Config) -> OptimizerOptions:
     """What DDP and AdamW want of the configuration; learning rates are those of the first phase (the scheduler changes
     them)."""
-    optimizer, parallel = config.optimizer, config.parallel
-    return OptimizerOptions(
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        clip_grad=optimizer.clip_grad,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        ddp_bucket_size=parallel.ddp_bucket_size,
-    )
+    return filled(OptimizerOptions, config.optimizer, config.parallel)
 
 
 def fresh_model(config: Config, architecture: Architecture, mesh: Mesh, read: Callable[[str], Tensor]) -> LiveModel:

@@ -30,6 +30,7 @@ from megatron_prune.config import (
     Target,
     TrainingConfig,
 )
+from megatron_prune.config.options import filled
 from megatron_prune.huggingface.config import shape_from_config
 from megatron_prune.launch.assembly.assemble import fresh_model, model_options
 from megatron_prune.model.architecture import Architecture
@@ -196,24 +197,16 @@ def run_config(settings: OracleSettings, micro_batches: int, micro_batch_size: i
             clip_grad=settings.clip_grad,
         ),
         continued=ContinuedConfig() if decay else ContinuedConfig(10**9, continue_lr_decay_style="constant"),
-        pruning=PruningConfig(
-            target_params=settings.target_params,
+        pruning=filled(
+            PruningConfig,
+            settings,
             target=Target(**settings.limits_besides),  # type: ignore[arg-type]
             schedule="ratio" if settings.schedule == "ratio" else "curve",
             curve=Curve("linear" if settings.schedule == "linear" else "cubic", str(start), str(end)),
             ratio=f"{settings.ratio[0]}:{settings.ratio[1]}",
-            first_prune_iter=settings.first_prune_iter,
             types=tuple(settings.types),
             metric=settings.criterion,
-            fisher=settings.fisher,  # type: ignore[arg-type]
-            fisher_unit=settings.fisher_unit,  # type: ignore[arg-type]
-            head_score=settings.head_score,  # type: ignore[arg-type]
-            normalize=settings.normalize,  # type: ignore[arg-type]
-            saliency_momentum=settings.saliency_momentum,
             second_order=SecondOrder(settings.second_order, settings.second_order_stem, settings.damping),
-            balance=settings.balance,
-            gqa=settings.gqa,  # type: ignore[arg-type]
-            optimizer_state=settings.optimizer_state,  # type: ignore[arg-type]
             groups=_group_configs(settings),
             finish="exact" if settings.finish == "exact" else "first",
         ),
