@@ -11,8 +11,6 @@ in which such a kernel adds up a row may differ between a run and its resumption
 run has kernels with sums in them only if it is told to: its resumption is then equal to rounding, not to the bit.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import shutil
@@ -71,10 +69,7 @@ def fusions(kernels: str, dtype: torch.dtype) -> dict[str, Any]:
 def kernels_for(asked: str, device: str | None) -> str:
     """NONE, WITHOUT_SUMS or ALL, for `model.compile` and a device (cuda, cpu; None: of no run). `auto` makes those
     without sums on a GPU that has Triton, none on a CPU: they save 3 % of a step there, and take half a minute to make.
-
-    Raises:
-        UserError: `on`, and what makes them is missing.
-    """
+    Raises UserError: `on`, and what makes them is missing."""
     if asked == "off" or device is None:
         return NONE
     if device == "cuda":

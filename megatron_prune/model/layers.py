@@ -10,8 +10,6 @@
 Tensor names: S sequence, B batch, N query slots, K KV slots, D kv_channels, H stored stem.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ named_linears        the layers among them that multiply by a weight [out, in], 
 load_parameters      fill the stage from any source of canonical tensors
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,11 +59,8 @@ def stored_sizes(layout: ShardLayout) -> dict[str, int]:
 
 
 def transformer_config(shape: LlamaShape, layout: ShardLayout, mesh: Mesh, options: ModelOptions) -> TransformerConfig:
-    """megatron-core's configuration at the stored widths.
-
-    Raises:
-        UserError: the layers do not split over the pipeline stages, or megatron-core has no such class.
-    """
+    """megatron-core's configuration at the stored widths. Raises UserError: the layers do not split over the pipeline
+    stages, or megatron-core has no such class."""
     engine, is_whole, stages = engine_of(options.engine), len(layout.layers) == shape.num_layers, mesh.pp_size
     uneven = options.num_layers_in_first_pipeline_stage or options.num_layers_in_last_pipeline_stage
     if is_whole and shape.num_layers % stages and not uneven:
@@ -178,11 +173,8 @@ def _mark_sharding(model: PrunableLlama, table: ParamTable) -> None:
 
 
 def inverse_frequencies(shape: LlamaShape) -> Tensor:
-    """fp32 [kv_channels / 2] rotary frequencies, with `linear` or `llama3` scaling as Hugging Face applies it.
-
-    Raises:
-        UserError: another kind of `rope_scaling`.
-    """
+    """fp32 [kv_channels / 2] rotary frequencies, with `linear` or `llama3` scaling as Hugging Face applies it. Raises
+    UserError: another kind of `rope_scaling`."""
     exponents = torch.arange(0, shape.kv_channels, 2, dtype=torch.int64).float() / shape.kv_channels
     frequencies = 1.0 / (shape.rotary_base**exponents)
     scaling = shape.rope_scaling or {}

@@ -10,8 +10,6 @@ Without the distributed optimizer a rank owns its parameters whole. With it, own
 that cross parameter borders: a rank may own the middle of a row, or nothing of a parameter at all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 

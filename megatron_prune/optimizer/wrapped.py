@@ -10,8 +10,6 @@ Which Adam runs: TransformerEngine's FusedAdam if installed, else apex's, else t
 index is an unrelated project; NVIDIA's is built from source.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

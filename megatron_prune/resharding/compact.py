@@ -14,8 +14,6 @@ Order, chosen so that no more memory is needed than a training step holds anyway
 Losses and graphs from before the compaction must be dropped first: they would keep the old memory alive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -9,8 +9,6 @@ Ranks that disagree raise `DisagreementError` naming who differs; nothing has be
 once and broadcast, never recomputed per rank.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import Counter
@@ -116,11 +114,8 @@ class Coordinator:
         self.last_checkpoint: int | None = None
 
     def prepare(self, decision: Decision | None) -> Decision | None:
-        """Rank 0's `decision` on every rank, agreed on together with the layout it refers to.
-
-        Raises:
-            DisagreementError: ranks hold different layouts or received different decisions.
-        """
+        """Rank 0's `decision` on every rank, agreed on together with the layout it refers to. Raises DisagreementError:
+        ranks hold different layouts or received different decisions."""
         agreed = broadcast_object(self.model.mesh, decision)
         text = f"{agreed!r} on layout {self.model.lineage}"
         mark = int(hashlib.sha256(text.encode()).hexdigest()[:15], base=16)
@@ -141,11 +136,8 @@ class Coordinator:
             verify(self.model, thorough=True)
 
     def compact_if_due(self) -> bool:
-        """Compact when that frees a quantum; returns whether it did.
-
-        Raises:
-            MemoryError: there was not enough of it; this rank's model is unusable then, checkpoints are untouched.
-        """
+        """Compact when that frees a quantum; returns whether it did. Raises MemoryError: there was not enough of it;
+        this rank's model is unusable then, checkpoints are untouched."""
         if not self.model.layout.is_due:
             return False
         try:

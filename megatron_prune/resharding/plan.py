@@ -7,8 +7,6 @@ Both layouts hold the same live units. Along a tensor-parallel dim a unit may ch
 borders do); along the stem each rank picks its own. The plan of a layout to itself is empty.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -10,8 +10,6 @@ the new one. An owner's flat range of either is therefore one stretch of the blo
 stretches: no element has an index of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

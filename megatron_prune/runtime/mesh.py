@@ -21,8 +21,6 @@ is: several axes are the same ranks today and differ once context parallelism (c
 A run without torchrun is a mesh of one rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator, Mapping

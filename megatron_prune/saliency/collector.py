@@ -7,8 +7,6 @@
 Nothing is collected that neither the criterion nor the update asks for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise

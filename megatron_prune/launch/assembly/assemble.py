@@ -6,8 +6,6 @@ build_datasets   training and validation data, sized for the longest the run can
 build_trainer    all of it, resumed where the checkpoint says
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable
@@ -57,12 +55,9 @@ def quanta(config: Config) -> Quanta:
 
 
 def model_options(config: Config, device: str | None = None) -> ModelOptions:
-    """What `build_llama` wants of the configuration: sequence length, dtype, sequence parallelism, recomputation,
-    how layers are dealt to pipeline stages, and which kernels are made (for `device`, cuda or cpu; None: none).
-
-    Raises:
-        UserError: `model.compile: on`, and this machine cannot.
-    """
+    """What `build_llama` wants of the configuration: sequence length, dtype, sequence parallelism, recomputation, how
+    layers are dealt to pipeline stages, and which kernels are made (for `device`, cuda or cpu; None: none). Raises
+    UserError: `model.compile: on`, and this machine cannot."""
     return filled(
         ModelOptions,
         *(config.data, config.model, config.parallel),

@@ -9,8 +9,6 @@
 No weight exists (`testing.helpers.many_ranks`): processor times are of the host, for operators that have nothing to do.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import Counter, defaultdict

@@ -9,8 +9,6 @@ Tensors are on torch's meta device, but for those made of numbers of the host (s
 would be gathered from other ranks is this rank's own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections import Counter

@@ -5,8 +5,6 @@ RandomTokens  a data set whose samples are the oracle's micro-batches
 run_case      on one rank: build, train, prune; returns what the oracle returns, plus facts about the end
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
