@@ -155,33 +155,7 @@ def consult(
         NotMetError: the ranks could not meet.
     """
     if world_size == 1:
-        outcome, server = _outcome([facts], plan), None
-    else:
-        outcome, server = _exchange(rank, world_size, facts, plan, environ, minutes, name)
-    if outcome["error"] is not None:
-        raise UserError(outcome["error"])
-    return outcome["plan"], server
-
-
-def _outcome(facts: Sequence[RankFacts], plan: Callable[[], Any]) -> dict[str, Any]:
-    error = verdict(facts)
-    if error is None:
-        try:
-            return {"error": None, "plan": plan()}
-        except UserError as refused:
-            error = str(refused)
-    return {"error": error, "plan": None}
-
-
-def _exchange(
-    rank: int,
-    world_size: int,
-    facts: RankFacts,
-    plan: Callable[[], Any],
-    environ: Mapping[str, str],
-    minutes: float,
-    name: str,
-) -> tuple[dict[str, Any], Any]:
+        return _planned(_outcome([facts], plan)), None
     from torch.distributed import PrefixStore
 
     server = open_store(rank, world_size, environ, minutes)
@@ -197,9 +171,25 @@ def _exchange(
         store.set(f"read/{rank}", "1")
         if keeps_store(rank, environ) and outcome["error"] is not None:
             store.wait([f"read/{r}" for r in range(world_size)], timedelta(seconds=30))
-        return outcome, store
     except (RuntimeError, OSError) as error:
         raise not_met(rank, world_size, environ, minutes, first_line(error)) from error
+    return _planned(outcome), store
+
+
+def _outcome(facts: Sequence[RankFacts], plan: Callable[[], Any]) -> dict[str, Any]:
+    error = verdict(facts)
+    if error is None:
+        try:
+            return {"error": None, "plan": plan()}
+        except UserError as refused:
+            error = str(refused)
+    return {"error": error, "plan": None}
+
+
+def _planned(outcome: dict[str, Any]) -> Any:
+    if outcome["error"] is not None:
+        raise UserError(outcome["error"])
+    return outcome["plan"]
 
 
 def insist(mesh: Mesh, config: Config) -> None:
