@@ -126,12 +126,8 @@ class Param:
 
     def element_ids(self, dim: int, layout: ShardLayout, rank: int) -> np.ndarray:
         """Per element along `dim` of the local parameter: its position in the SOURCE tensor of its part, or -1."""
-        ids = np.concatenate(
-            [
-                expand(layout.slots(part.dims[dim].kind, self.site, rank), part.dims[dim].size)
-                for part in self._along(dim)
-            ]
-        )
+        dims = (part.dims[dim] for part in self._along(dim))
+        ids = np.concatenate([expand(layout.slots(d.kind, self.site, rank), d.size) for d in dims])
         return ids if self.lives_in(layout.architecture) else np.full_like(ids, EMPTY)
 
     def group_runs(self, gone: GroupSlots) -> tuple[Runs, ...]:

@@ -180,10 +180,7 @@ def before(architecture: Architecture, history: Sequence[Removal]) -> Architectu
         gone = [r.group.gone[kind][site] for r in history if kind in r.group.gone]
         return np.union1d(live, np.concatenate([live[:0], *gone])).astype(np.int32)
 
+    live = architecture.live.items()
     return Architecture(
-        architecture.shape,
-        {
-            kind: tuple(whole(kind, site, ids) for site, ids in enumerate(sites))
-            for kind, sites in architecture.live.items()
-        },
+        architecture.shape, {kind: tuple(whole(kind, at, ids) for at, ids in enumerate(sites)) for kind, sites in live}
     )

@@ -67,13 +67,9 @@ class UnitScores:
                 return np.delete(values, differs.argmax() if differs.any() else len(after))
             return values[_among(before, after)]
 
-        return UnitScores(
-            architecture,
-            {
-                kind: tuple(map(keep, sites, self.architecture.sites(kind), architecture.sites(kind)))
-                for kind, sites in self.values.items()
-            },
-        )
+        before = self.architecture
+        values = {kind: map(keep, at, before.sites(kind), architecture.sites(kind)) for kind, at in self.values.items()}
+        return UnitScores(architecture, {kind: tuple(sites) for kind, sites in values.items()})
 
     def to_state(self) -> dict[str, Any]:
         """Plain arrays for a checkpoint: by kind, one per site."""

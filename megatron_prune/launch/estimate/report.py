@@ -145,15 +145,8 @@ def _time(config: Config, estimate: Estimate) -> list[str]:
     rows = [["phase", "iterations", "tokens", "FLOPs", "hours"]]
     for name, phase in zip(names, estimate.phases, strict=True):
         if phase.iterations:
-            rows.append(
-                [
-                    name,
-                    f"{phase.iterations:,}",
-                    _count(phase.tokens),
-                    f"{phase.flops:.2e}",
-                    _hours(config, estimate, phase),
-                ]
-            )
+            hours = _hours(config, estimate, phase)
+            rows.append([name, f"{phase.iterations:,}", _count(phase.tokens), f"{phase.flops:.2e}", hours])
     lines = _columns(rows, right=True)
     if config.parallel.device == "cpu":
         lines.append("  hours: not estimated for the CPU")

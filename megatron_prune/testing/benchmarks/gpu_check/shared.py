@@ -38,16 +38,10 @@ def _pair(context: Context, name: str) -> Row:
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
         environment = os.environ | {"PYTHONPATH": search_path(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        module = "megatron_prune.testing.benchmarks.gpu_check.shared"
         ranks = [
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "megatron_prune.testing.benchmarks.gpu_check.shared",
-                    name,
-                    context.device,
-                    folder,
-                ],
+                [sys.executable, "-m", module, name, context.device, folder],
                 env=environment | {"RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
