@@ -16,7 +16,6 @@ import torch
 
 from megatron_prune.checkpoint.record import CONTINUED, FINISHED, PRUNING
 from megatron_prune.config import Config
-from megatron_prune.config.options import filled
 from megatron_prune.errors import TrainingStoppedError, UserError
 from megatron_prune.model.architecture import Architecture
 from megatron_prune.pruning.history import HistoryWriter, Removal, before
@@ -287,15 +286,17 @@ class Trainer:
         self, loss: float, parts: dict[str, float], grad_norm: float, learning_rate: float, removed: list[Removal]
     ) -> None:
         state = self.state
-        report = filled(
-            IterationReport,
-            state,
+        report = IterationReport(
+            iteration=state.iteration,
             total_iterations=state.progress.end(self.config),
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
             loss=loss,
             parts=parts,
             scores=state.smoothed,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
+            skipped_iterations=state.skipped_iterations,
             removed=tuple(removed),
             seconds=self.clock.collect,
             memory=self.model.mesh.device.peak_memory_bytes,
