@@ -46,7 +46,7 @@ def run(rank, world, kind, compacts):
             remove(model, group, which)
             before = momenta(model)
             if compacts:
-                assert model.compact()
+                assert model.compact() or world > 1  # where one unit less need not be a slot less on each rank
                 after = momenta(model)
                 assert before.keys() == after.keys() and all(before[name].any() for name in before)
                 kept.append(all(torch.equal(before[name], after[name]) for name in before if world == 1))
