@@ -199,10 +199,11 @@ def test_mistakes_are_one_line(words, told, monkeypatch, capfd):
 
 
 def test_only_the_first_process_tells(monkeypatch, capfd):
-    for name, value in (("RANK", "3"), ("SLURM_PROCID", "3"), ("NODE_RANK", "1")):
+    for name, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("NODE_RANK", "NNODES")):
         with monkeypatch.context() as patch:
             patch.delenv("RANK", raising=False)
-            patch.setenv(name, value)
+            patch.setenv(name, "3")
+            patch.setenv(count, "4")
             assert main(["nowhere.yaml", "--stage", "x"], never) == 2
     assert capfd.readouterr().err == ""
 
